@@ -1,0 +1,260 @@
+"""The verbs: each selects layers, collects statistics, asks a method, and returns a report."""
+
+import dataclasses
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor, nn
+
+from .allocators import uniform, water_filling
+from .core import labels as label_kinds
+from .core.choices import UNITS, Allocator, Choices, Ladder, Unit, cost_of
+from .core.data import batches_of
+from .core.errors import CalibrationError
+from .core.labels import Labels
+from .core.memory import peak_memory_bytes
+from .core.methods import Compressor, Measure
+from .core.progress import track
+from .core.report import Report
+from .core.statistics import Batch, Statistic, Statistics, collect
+from .core.surgery import Site, Where, replace, select
+from .matrices import StructuredMatrix
+
+Data = Literal["self"] | Tensor | Iterable[Batch] | Statistics
+
+
+def calibrate(
+    model: nn.Module,
+    needs: Sequence[type[Statistic]],
+    *,
+    data: Literal["self"] | Tensor | Iterable[Batch] = "self",
+    where: Where | None = None,
+    labels: Labels | None = None,
+    tokens: int = 24576,
+    window: int = 512,
+    seed: int = 0,
+    autocast: torch.dtype | None = None,
+) -> Statistics:
+    """Collect statistics about the layers of a model, for one or many calls of :func:`compress`.
+
+    Args:
+        model: the model, which stays as it is.
+        needs: the statistics, such as ``KroneckerFactoredSvd.needs``.
+        data: "self" samples sequences from the model, which must be a causal language model; otherwise token
+            ids, (t,) or (b, t), or batches as the model takes them.
+        where: which layers; see :func:`rankwise.core.surgery.select`.
+        labels: from :mod:`rankwise.core.labels`; None means the sampled tokens themselves for "self", and labels
+            drawn from the model for other data.
+        tokens: how many tokens "self" samples.
+        window: length of a sequence.
+        seed: for the sampled sequences and labels.
+        autocast: run a float32 model in this type.
+
+    Raises:
+        CalibrationError: if the data is empty or a number in the model is not finite.
+        ValueError: if no layer is selected.
+    """
+    sites = select(model, where)
+    check_weights(sites)
+    generator = Generator().manual_seed(seed)
+    if isinstance(data, str):
+        if data != "self":
+            raise ValueError(f"data must be 'self', token ids or batches, got {data!r}; tokenize a text first.")
+        from .models import sample
+
+        data = sample(model, tokens=tokens, window=window, seed=seed)
+        labels = labels or label_kinds.given
+    batches = batches_of(data, window=window)
+    chosen = labels or label_kinds.automatic
+    return collect(
+        model, sites, needs, batches, labels=chosen, generator=generator, autocast=autocast, total=len(batches)
+    )
+
+
+def compress(
+    model: nn.Module,
+    method: Compressor,
+    *,
+    keep: float,
+    data: Data = "self",
+    of: Unit = "params",
+    allocate: Allocator | None = None,
+    where: Where | None = None,
+    labels: Labels | None = None,
+    tokens: int = 24576,
+    window: int = 512,
+    seed: int = 0,
+) -> Report:
+    """Replace the weights of a model by smaller structured matrices, in place, within one budget.
+
+    Nothing in the model changes before all new matrices are made, so an interrupt or an error leaves it whole.
+
+    Args:
+        model: any module; see :func:`rankwise.core.surgery.select` for the layers that count.
+        method: from :mod:`rankwise.compressors`.
+        keep: size of the selected layers afterwards, as a share of their size before; 0 < keep <= 1.
+        data: as in :func:`calibrate`, or the statistics it returned. Methods that need no data ignore it.
+        of: what ``keep`` is a share of: stored numbers, bytes, or multiply-adds of one input row.
+        allocate: from :mod:`rankwise.allocators`; None means water-filling where the method's errors are
+            comparable between layers, otherwise uniform.
+        where: which layers; None selects all weight matrices but embeddings and output heads.
+        labels: as in :func:`calibrate`.
+        tokens: as in :func:`calibrate`.
+        window: as in :func:`calibrate`.
+        seed: as in :func:`calibrate`.
+
+    Returns:
+        a report with a row for each layer: kind, rank, params before and after, and the error that the method
+        predicted and the one measured on the new matrix, both in the method's own units.
+
+    Raises:
+        ValueError: if an argument is wrong, a weight is not finite, or the budget cannot be met.
+        CalibrationError: if the data is empty or does not reach a layer.
+
+    >>> import torch, rankwise
+    >>> from torch import nn
+    >>> net = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 8))
+    >>> method = rankwise.compressors.WhitenedSvd()
+    >>> report = rankwise.compress(net, method, keep=0.75, data=[torch.randn(100, 32)])
+    >>> [row["rank"] for row in report.rows], round(report.totals["keep"]["params"], 2)
+    ([15, 5], 0.74)
+    """
+    if not isinstance(method, Compressor):
+        raise TypeError(f"method must be an object from rankwise.compressors, got {method!r}.")
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep must be > 0 and <= 1, got {keep}.")
+    if of not in UNITS:
+        raise ValueError(f"of must be one of {', '.join(UNITS)}, got {of!r}.")
+    sites = select(model, where)
+    check_weights(sites)
+    if not isinstance(data, Statistics):
+        statistics = _statistics(model, method, data, where, labels, tokens, window, seed)
+    else:
+        statistics = data
+    seconds = {"statistics": statistics.seconds}
+    start = time.perf_counter()
+    choices = {
+        name: _choices(name, site, method, statistics) for name, site in track(sites.items(), "factorisation")
+    }
+    seconds["factorisation"] = time.perf_counter() - start
+    start = time.perf_counter()
+    dense = {name: dense_costs(site.weight) for name, site in sites.items()}
+    ladders = {name: Ladder.of(choices[name], of, dense[name][of]) for name in sites}
+    budget = int(keep * sum(each[of] for each in dense.values()))
+    chosen = allocate or (water_filling if method.comparable else uniform)
+    picks = chosen(ladders, budget)
+    if (cost := cost_of(ladders, picks)) > budget:
+        raise RuntimeError(f"allocator {chosen} spent {cost} of {budget}.")
+    seconds["allocation"] = time.perf_counter() - start
+    start = time.perf_counter()
+    matrices: dict[str, StructuredMatrix | None] = {}
+    rows = []
+    for name, site in track(sites.items(), "new matrices"):
+        step = picks[name]
+        matrix = None
+        if step < len(ladders[name].index):
+            matrix = choices[name].build(int(ladders[name].index[step]))
+        matrices[name] = matrix
+        rows.append(_row(name, site, matrix, choices[name], float(ladders[name].errors[step])))
+    for name, matrix in matrices.items():
+        if matrix is not None:
+            replace(model, sites[name], matrix)
+    seconds["new matrices"] = time.perf_counter() - start
+    before = {unit: sum(each[unit] for each in dense.values()) for unit in UNITS}
+    after = {
+        unit: sum(dense[n][unit] if x is None else matrix_costs(x)[unit] for n, x in matrices.items())
+        for unit in UNITS
+    }
+    totals = {
+        "method": {"name": type(method).__name__, **dataclasses.asdict(method)},  # pyright: ignore[reportArgumentType]
+        "keep": {unit: after[unit] / before[unit] for unit in UNITS},
+        "seconds": seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    title = f"{type(method).__name__}: {len(sites)} layers at keep {keep:g} of their {of}"
+    curves = {name: c.spectrum.tolist() for name, c in choices.items() if c.spectrum is not None}
+    return Report(title, rows, "layers", totals, curves)
+
+
+def inspect(model: nn.Module, measures: Sequence[Measure] | None = None, *, where: Where | None = None) -> Report:
+    """Measure every weight matrix of a model.
+
+    Args:
+        model: any module.
+        measures: from :mod:`rankwise.measures`; None means all that need no data.
+        where: which layers; None means all weight matrices but embeddings and output heads.
+
+    Raises:
+        ValueError: if no layer is selected or a weight is not finite.
+    """
+    from . import measures as known
+
+    chosen = measures or [kind() for kind in map(known.__dict__.get, known.__all__) if not kind.needs]
+    sites = select(model, where)
+    check_weights(sites)
+    rows, curves = [], {}
+    for name, site in track(sites.items(), "inspect"):
+        row = {"name": name, "shape": list(site.weight.shape), "params": site.weight.numel()}
+        for measure in chosen:
+            row |= measure(site.weight, {})
+        rows.append(row)
+        curves[name] = torch.linalg.svdvals(site.weight.double()).tolist()
+    totals = {"params": sum(row["params"] for row in rows), "layers_measured": len(rows)}
+    return Report(f"{len(rows)} weight matrices", rows, "layers", totals, curves)
+
+
+def check_weights(sites: Mapping[str, Site]) -> None:
+    """Raise if a weight holds NaN or infinity."""
+    for name, site in sites.items():
+        if not bool(site.weight.isfinite().all()):
+            raise ValueError(f"layer {name}: its weight holds NaN or infinity; load a sound checkpoint.")
+
+
+def dense_costs(weight: Tensor) -> dict[Unit, int]:
+    """What an (m, n) weight costs as it is."""
+    return {"params": weight.numel(), "bytes": weight.numel() * weight.element_size(), "macs": weight.numel()}
+
+
+def matrix_costs(matrix: StructuredMatrix) -> dict[Unit, int]:
+    """What a structured matrix costs."""
+    return {"params": matrix.params, "bytes": matrix.nbytes, "macs": matrix.macs}
+
+
+def _statistics(
+    model: nn.Module,
+    method: Compressor,
+    data: Literal["self"] | Tensor | Iterable[Batch],
+    where: Where | None,
+    labels: Labels | None,
+    tokens: int,
+    window: int,
+    seed: int,
+) -> Statistics:
+    if not method.needs:
+        return Statistics({}, 0.0, 0)
+    return calibrate(
+        model, method.needs, data=data, where=where, labels=labels, tokens=tokens, window=window, seed=seed
+    )
+
+
+def _choices(name: str, site: Site, method: Compressor, statistics: Statistics) -> Choices:
+    try:
+        return method.choices(site.weight, statistics.of(name, method.needs))
+    except ValueError as error:
+        raise CalibrationError(f"layer {name}: {error}") from error
+
+
+def _row(name: str, site: Site, matrix: StructuredMatrix | None, choices: Choices, predicted: float) -> dict:
+    weight = site.weight
+    measured = 0.0 if matrix is None else choices.error_of(weight.double() - matrix.dense().detach().double())
+    return {
+        "name": name,
+        "kind": "Dense" if matrix is None else type(matrix).__name__,
+        "rank": min(weight.shape) if matrix is None else matrix.rank,
+        "params_before": weight.numel(),
+        "params_after": weight.numel() if matrix is None else matrix.params,
+        "predicted_error": predicted,
+        "measured_error": measured,
+    }

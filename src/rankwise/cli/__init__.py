@@ -1,0 +1,10 @@
+"""The command line: ``rankwise compress | evaluate | inspect | list | quickstart``."""
+
+from .app import app, main
+from .compress import compress
+from .evaluate import evaluate
+from .inspect import inspect
+from .listing import methods
+from .start import quickstart
+
+__all__ = ["app", "compress", "evaluate", "inspect", "main", "methods", "quickstart"]

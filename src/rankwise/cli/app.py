@@ -1,0 +1,56 @@
+"""The application, and how errors reach the user: one line, and an exit code."""
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+
+class _Group(TyperGroup):
+    """Turns errors about input into one line on standard error and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise
+        except (ValueError, TypeError, OSError) as error:
+            if ctx.params.get("debug"):
+                raise
+            say(f"error: {' '.join(str(error).split()) or type(error).__name__}")
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            say("interrupted; no output was left half-written.")
+            raise typer.Exit(130) from error
+
+
+app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def main() -> None:
+    """Run the command line; the entry point of the console script."""
+    app(prog_name="rankwise")
+
+
+def say(text: str) -> None:
+    """Write one line for people on standard error."""
+    typer.echo(text, err=True)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        typer.echo(f"rankwise {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
+) -> None:
+    """Inspect and compress neural networks through the structure of their matrices."""

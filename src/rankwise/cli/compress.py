@@ -1,0 +1,177 @@
+"""``rankwise compress``."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from ..core.choices import UNITS, Unit
+from ..core.data import batches_of
+from ..core.labels import Labels
+from ..core.report import Report
+from .app import app, say
+from .files import Text, check_file, check_folder, data_texts, named_texts, write_report
+from .options import at_least, build, pick, registry, where_option
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@app.command()
+def compress(
+    model: Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or an embedded model.")],
+    keep: Annotated[float, typer.Option(help="Size afterwards as a share of the size before, in (0, 1].")],
+    method: Annotated[str, typer.Option(help="See `rankwise list`.")] = "kronecker-factored-svd",
+    of: Annotated[str, typer.Option(help="What keep is a share of: params, bytes or macs.")] = "params",
+    allocate: Annotated[
+        str | None, typer.Option(help="See `rankwise list`; default: what suits the method.")
+    ] = None,
+    gauge: Annotated[
+        str | None, typer.Option(help="How low-rank matrices are stored: pivot or factors.")
+    ] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="field=value of the method.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="self (the default), text files, topics or python.")
+    ] = None,
+    calibration_tokens: Annotated[
+        int, typer.Option(help="Tokens to calibrate with, shared by all texts.")
+    ] = 24576,
+    window: Annotated[int, typer.Option(help="Length of a calibration sequence.")] = 512,
+    labels: Annotated[str | None, typer.Option(help="Labels of the gradients: sampled or data.")] = None,
+    eval_: Annotated[list[str] | None, typer.Option("--eval", help="NAME=FILE, topics or python.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Evaluate on the last so many tokens of a text.")] = 16384,
+    eval_window: Annotated[int, typer.Option(help="Length of an evaluation window.")] = 1024,
+    where: Annotated[str | None, typer.Option(help="Regular expression on layer names.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    seed: Annotated[int, typer.Option(help="For sampled sequences and labels.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="New folder for the compressed model.")] = None,
+    json: Annotated[Path | None, typer.Option(help="File for the figures.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="File for the report; default: report.html in --out.")
+    ] = None,
+) -> None:
+    """Compress a model to a budget, evaluate it before and after, and save it."""
+    if not 0 < keep <= 1:
+        raise ValueError(f"--keep must be > 0 and <= 1, got {keep}.")
+    for flag, value, least in (
+        ("--calibration-tokens", calibration_tokens, 1),
+        ("--window", window, 2),
+        ("--max-tokens", max_tokens, 2),
+        ("--eval-window", eval_window, 2),
+    ):
+        at_least(flag, value, least)
+    from .. import allocators, compressors
+    from ..core import labels as kinds
+
+    unit: Unit = pick("--of", of, {name: name for name in UNITS})
+    kind = pick("--method", method, registry(compressors))
+    chosen = build(kind, [*(settings or []), *([] if gauge is None else [f"gauge={gauge}"])])
+    allocator = None if allocate is None else pick("--allocate", allocate, registry(allocators))
+    gradients: Labels | None = (
+        None if labels is None else pick("--labels", labels, {"sampled": kinds.sampled, "data": kinds.given})
+    )
+    layers = where_option(where)
+    precision = pick("--dtype", dtype, DTYPES)
+    check_folder("--out", out)
+    check_file("--json", json)
+    html_at = html or (None if out is None else out / "report.html")
+    check_file("--html", html)
+    calibration, evaluation = data_texts(data or []), named_texts("--eval", eval_ or [])
+
+    from .. import api, models
+
+    say(f"loading {model}")
+    network, tokenizer = models.load(model, dtype=precision)
+    limit = calibration_tokens // max(len(calibration), 1)
+    heads, tails = cut(tokenizer, calibration, evaluation, limit, max_tokens)
+    batches = [batch for ids in heads for batch in batches_of(ids, window=window)]
+    dense = _perplexities(network, tokenizer, tails, eval_window, "the dense model")
+    say(f"compressing with {method} to keep {keep:g} of the {unit}")
+    report = api.compress(
+        network,
+        chosen,
+        keep=keep,
+        data=batches if calibration else "self",
+        of=unit,
+        allocate=allocator,
+        where=layers,
+        labels=gradients,
+        tokens=calibration_tokens,
+        window=window,
+        seed=seed,
+    )
+    after = _perplexities(network, tokenizer, tails, eval_window, "the compressed model")
+    totals: dict[str, Any] = {
+        **report.totals,
+        "perplexity": {name: {"dense": dense[name], "compressed": after[name]} for name in tails},
+        "predicted_file_bytes": models.predicted_bytes(network),
+    }
+    if out is not None:
+        say(f"saving to {out}")
+        models.save(network, out, tokenizer)
+        totals["file_bytes"] = file_bytes(out)
+    report = dataclasses.replace(report, title=f"{model}, {report.title}", totals=totals)
+    write_report(report, json, html_at)
+    typer.echo(summary(report))
+
+
+def cut(
+    tokenizer: Any, calibration: Sequence[Text], evaluation: Sequence[Text], limit: int, max_tokens: int
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Take the first tokens of the calibration texts and the last ones of the evaluation texts.
+
+    Raises:
+        ValueError: if they would overlap in a text that is used for both.
+    """
+    from .. import models
+
+    heads, taken = [], {}
+    for text in calibration:
+        ids = models.tokens(tokenizer, text.content, limit=limit, name=text.name)
+        heads.append(ids)
+        taken[text.origin] = len(ids)
+    tails = {}
+    for text in evaluation:
+        ids = models.tokens(tokenizer, text.content, name=text.name)
+        tails[text.name] = ids[-max_tokens:]
+        first = taken.get(text.origin, 0)
+        if first + len(tails[text.name]) > len(ids):
+            raise ValueError(
+                f"--data and --eval overlap: {text.name} has {len(ids)} tokens, of which the first {first} "
+                f"calibrate and the last {len(tails[text.name])} evaluate; lower --calibration-tokens or --max-tokens."
+            )
+    return heads, tails
+
+
+def file_bytes(folder: Path) -> int:
+    """Return the size of the weight files of a saved model."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def summary(report: Report) -> str:
+    """Return the totals of a compression as a few lines of text."""
+    lines = [
+        report.title,
+        "keep        " + "  ".join(f"{k} {v:.4f}" for k, v in report.totals["keep"].items()),
+    ]
+    for name, each in report.totals["perplexity"].items():
+        lines.append(f"perplexity  {name}: dense {each['dense']:.3f}, compressed {each['compressed']:.3f}")
+    if "file_bytes" in report.totals:
+        lines.append(f"file        {report.totals['file_bytes'] / 1e6:.1f} MB")
+    lines.append("seconds     " + "  ".join(f"{k} {v:.1f}" for k, v in report.totals["seconds"].items()))
+    return "\n".join(lines)
+
+
+def _perplexities(
+    network: Any, tokenizer: Any, texts: Mapping[str, Tensor], window: int, what: str
+) -> dict[str, float]:
+    if not texts:
+        return {}
+    from .. import models
+
+    say(f"evaluating {what} on {', '.join(texts)}")
+    report = models.evaluate(network, tokenizer, texts, window=window)
+    return {row["name"]: row["perplexity"] for row in report.rows}

@@ -1,0 +1,36 @@
+"""``rankwise list``."""
+
+import dataclasses
+import inspect
+from types import ModuleType
+from typing import Any
+
+import typer
+
+from .app import app
+from .options import describe, registry
+
+
+@app.command("list")
+def methods() -> None:
+    """Print every method, allocator and measure, with the fields that --set takes."""
+    from .. import allocators, compressors, measures
+
+    sections: dict[str, ModuleType] = {
+        "Methods (compress --method NAME --set field=value)": compressors,
+        "Allocators (compress --allocate NAME)": allocators,
+        "Measures (inspect)": measures,
+    }
+    for title, package in sections.items():
+        typer.echo(f"{title}\n")
+        for name, entry in registry(package).items():
+            typer.echo(f"  {name}: {_summary(entry)}")
+            if isinstance(entry, type) and dataclasses.is_dataclass(entry):
+                for field in describe(entry):
+                    typer.echo(f"      {field}")
+        typer.echo("")
+
+
+def _summary(entry: Any) -> str:
+    text = inspect.getdoc(entry) or ""
+    return " ".join(text.split("\n\n")[0].split())

@@ -1,0 +1,142 @@
+"""From the words of a command line to methods, layers and numbers; every error names the flag."""
+
+import dataclasses
+import difflib
+import re
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from torch import nn
+
+from ..core.surgery import Where
+
+
+def command_name(name: str) -> str:
+    """Turn a Python name into the one used on the command line.
+
+    >>> command_name("KroneckerFactoredSvd"), command_name("water_filling")
+    ('kronecker-factored-svd', 'water-filling')
+    """
+    return re.sub(r"(?<!^)(?=[A-Z])", "-", name).lower().replace("_", "-")
+
+
+def registry(package: types.ModuleType) -> dict[str, Any]:
+    """Return everything that a method package exports, by its name on the command line."""
+    return {command_name(name): getattr(package, name) for name in package.__all__}
+
+
+def pick(flag: str, name: str, known: Mapping[str, Any]) -> Any:
+    """Return an entry by name.
+
+    Raises:
+        ValueError: if there is none; the message names the nearest and all others.
+    """
+    if name in known:
+        return known[name]
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise ValueError(f"{flag}: unknown {name!r}; {hint}known: {', '.join(known)}.")
+
+
+def build(kind: type, settings: Sequence[str]) -> Any:
+    """Make a method from ``field=value`` words.
+
+    Args:
+        kind: a dataclass whose fields are of type bool, int, float, str or Literal.
+        settings: each field at most once.
+
+    Raises:
+        ValueError: if a field is unknown, given twice, or its value does not fit.
+    """
+    hints = get_type_hints(kind)
+    known = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    listing = "; ".join(describe(kind)) or "none"
+    values: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        name = name.replace("-", "_")
+        if not equals:
+            raise ValueError(
+                f"--set takes field=value, got {setting!r}; fields of {kind.__name__}: {listing}."
+            )
+        if name not in known:
+            raise ValueError(f"--set: {kind.__name__} has no field {name!r}; its fields: {listing}.")
+        if name in values:
+            raise ValueError(f"--set: {name} is given twice; give it once.")
+        try:
+            values[name] = parse(known[name], text)
+        except ValueError as error:
+            raise ValueError(f"--set {name}: {error}; fields of {kind.__name__}: {listing}.") from error
+    return kind(**values)
+
+
+def describe(kind: type) -> list[str]:
+    """Return ``name: type = default`` for each field of a dataclass."""
+    hints = get_type_hints(kind)
+    return [
+        f"{field.name}: {_type_name(hints[field.name])}"
+        + ("" if field.default is dataclasses.MISSING else f" = {field.default}")
+        for field in dataclasses.fields(kind)
+    ]
+
+
+def parse(kind: Any, text: str) -> Any:
+    """Read a value of a type.
+
+    >>> parse(float, "1e-3"), parse(bool, "no"), parse(Literal["pivot", "factors"], "pivot")
+    (0.001, False, 'pivot')
+    """
+    if get_origin(kind) is Literal:
+        options = get_args(kind)
+        found = [option for option in options if str(option) == text]
+        if not found:
+            raise ValueError(f"must be one of {', '.join(map(str, options))}, got {text!r}")
+        return found[0]
+    if get_origin(kind) in (Union, types.UnionType):
+        if text.lower() == "none" and type(None) in get_args(kind):
+            return None
+        (inner,) = (option for option in get_args(kind) if option is not type(None))
+        return parse(inner, text)
+    if kind is bool:
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        if text.lower() not in words:
+            raise ValueError(f"must be true or false, got {text!r}")
+        return words[text.lower()]
+    if kind not in (int, float, str):
+        raise TypeError(f"a field of type {kind} cannot be set from the command line; use Python.")
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise ValueError(f"must be {_type_name(kind)}, got {text!r}") from error
+
+
+def where_option(pattern: str | None) -> Where | None:
+    """Turn ``--where`` into a predicate on layer names.
+
+    Raises:
+        ValueError: if it is not a regular expression.
+    """
+    if pattern is None:
+        return None
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"--where is not a regular expression: {error}, got {pattern!r}.") from error
+
+    def where(name: str, module: nn.Module) -> bool:
+        return compiled.search(name) is not None
+
+    return where
+
+
+def at_least(flag: str, value: int | None, least: int) -> None:
+    """Raise if a count is too small."""
+    if value is not None and value < least:
+        raise ValueError(f"{flag} must be at least {least}, got {value}.")
+
+
+def _type_name(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " | ".join(map(str, get_args(kind)))
+    return kind.__name__ if isinstance(kind, type) else str(kind)

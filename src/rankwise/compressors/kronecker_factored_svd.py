@@ -1,0 +1,51 @@
+"""Truncated SVD in the Kronecker-factored metric of the loss: the default."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..core.choices import Choices
+from ..core.methods import Compressor
+from ..core.statistics import InputGram, OutputGradGram, Statistic, Stats
+from ..linalg import Metric
+from .truncation import Gauge, check_damping, check_gauge, truncations
+
+
+@dataclass(frozen=True, kw_only=True)
+class KroneckerFactoredSvd(Compressor):
+    """Keep the r directions of W whose loss changes the model's loss most, 1/2 tr(S D C D').
+
+    C = E[x x'] is the second moment of the inputs and S = E[g g'] that of the gradients of the loss by the
+    outputs, as in K-FAC. The error is the second-order change of the loss in nats per token, so that layers can
+    be weighed against each other under one budget.
+
+    Args:
+        input_damping: multiple of mean(diag C) added to C's diagonal.
+        output_damping: multiple of mean(diag S) added to S's diagonal; larger, because gradients are noisier
+            and, in the last layers, have few directions.
+        gauge: how the result is stored: r rows and the others as combinations of them, or two factors.
+
+    References: the metric is that of Martens and Grosse, "Optimizing neural networks with Kronecker-factored
+        approximate curvature", 2015, arXiv 1503.05671. S = I gives :class:`WhitenedSvd`, C = S = I the plain SVD.
+    """
+
+    input_damping: float = 1e-6
+    output_damping: float = 1e-3
+    gauge: Gauge = "pivot"
+    needs: ClassVar[tuple[type[Statistic], ...]] = (InputGram, OutputGradGram)
+    comparable: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_gauge(self.gauge)
+        check_damping("input_damping", self.input_damping)
+        check_damping("output_damping", self.output_damping)
+
+    def choices(self, weight: Tensor, stats: Stats) -> Choices:
+        """Offer every rank; the error is the predicted loss change in nats per token."""
+
+        def metrics() -> tuple[Metric, Metric]:
+            outputs = Metric(stats[OutputGradGram].value(), self.output_damping)
+            return outputs, Metric(stats[InputGram].value(), self.input_damping)
+
+        return truncations(weight, metrics, self.gauge, scale=0.5)

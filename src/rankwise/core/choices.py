@@ -1,0 +1,83 @@
+"""The sizes a layer may take, and how an allocator sees them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..matrices import StructuredMatrix
+
+Unit = Literal["params", "bytes", "macs"]
+UNITS: tuple[Unit, ...] = get_args(Unit)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The structured matrices that may take the place of one weight, smallest first.
+
+    Args:
+        costs: for each unit, (k,) integers: stored numbers, stored bytes, multiply-adds of one input row.
+        errors: (k,) predicted damage.
+        total: predicted damage of putting zero in place of the weight.
+        build: makes choice i, in the dtype of the weight.
+        error_of: measures the damage of an (m, n) change of the weight, with the same formula as ``errors``.
+        spectrum: the singular values that the errors are sums of, largest first, where there are any.
+    """
+
+    costs: Mapping[Unit, Tensor]
+    errors: Tensor
+    total: float
+    build: Callable[[int], StructuredMatrix]
+    error_of: Callable[[Tensor], float]
+    spectrum: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The choices of one layer under a budget, cheapest first; the last one leaves the layer as it is.
+
+    Args:
+        costs: (k,) integers in the unit of the budget, increasing; the last is the dense layer's.
+        errors: (k,) damage; the last is 0.
+        index: (k - 1,) which entry of the :class:`Choices` each step is.
+        total: damage of zero in place of the weight.
+        spectrum: see :class:`Choices`.
+    """
+
+    costs: Tensor
+    errors: Tensor
+    index: Tensor
+    total: float
+    spectrum: Tensor | None = None
+
+    @classmethod
+    def of(cls, choices: Choices, unit: Unit, dense: int) -> "Ladder":
+        """Keep the choices that are cheaper than the dense layer, and add the dense layer."""
+        costs = choices.costs[unit]
+        index = (costs < dense).nonzero()[:, 0]
+        index = index[costs[index].argsort(stable=True)]
+        errors = torch.cat([choices.errors[index].double(), torch.zeros(1, dtype=torch.float64)])
+        costs = torch.cat([costs[index], torch.tensor([dense])])
+        return cls(costs, errors, index, choices.total, choices.spectrum)
+
+
+Allocator = Callable[[Mapping[str, Ladder], int], dict[str, int]]
+"""Spends a budget: for each layer the position on its ladder, with total cost at most the budget."""
+
+
+def check_budget(ladders: Mapping[str, Ladder], budget: int) -> None:
+    """Raise if even the smallest choice of every layer takes more than the budget."""
+    least = sum(int(ladder.costs[0]) for ladder in ladders.values())
+    if least > budget:
+        whole = sum(int(ladder.costs[-1]) for ladder in ladders.values())
+        raise ValueError(
+            f"the budget {budget} cannot be met: the smallest choices take {least} of {whole}; "
+            f"keep must be at least {least / whole:.4f}."
+        )
+
+
+def cost_of(ladders: Mapping[str, Ladder], picks: Mapping[str, int]) -> int:
+    """Return what the picked choices cost together."""
+    return sum(int(ladders[name].costs[i]) for name, i in picks.items())

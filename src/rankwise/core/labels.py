@@ -1,0 +1,75 @@
+"""Losses whose output gradients make the second moment S: which labels the model is held against.
+
+With labels drawn from the model's own distribution the second moment of the gradients is the true Fisher
+information; with the labels of the data it is the empirical one.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional
+
+Labels = Callable[[Any, Any, Generator], Tensor]
+"""(model output, batch, generator) -> loss, summed over tokens or samples."""
+
+
+def automatic(output: Any, batch: Any, generator: Generator) -> Tensor:
+    """Use :func:`sampled` where the output is logits, and :func:`gaussian` where it is features."""
+    logits = isinstance(output, Tensor) or "logits" in output
+    return (sampled if logits else gaussian)(output, batch, generator)
+
+
+def sampled(output: Any, batch: Any, generator: Generator) -> Tensor:
+    """Draw each label from the model's own distribution: the true Fisher information."""
+    logits = _unpadded(_logits(output), batch)
+    with torch.no_grad():
+        drawn = torch.multinomial(logits.cpu().softmax(-1), 1, generator=generator)[:, 0]
+    return functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
+
+
+def given(output: Any, batch: Any, generator: Generator) -> Tensor:
+    """Take the labels of the data: the next token, or ``labels`` where the batch names them.
+
+    For sequences sampled from the model itself these are also labels drawn from the model.
+    """
+    logits = _logits(output)
+    if isinstance(batch, Mapping) and "labels" in batch:
+        shift = logits.dim() == 3
+        target = batch["labels"][:, 1:] if shift else batch["labels"]
+        logits = logits[:, :-1] if shift else logits
+    elif logits.dim() == 3:
+        ids = batch["input_ids"] if isinstance(batch, Mapping) else batch if isinstance(batch, Tensor) else batch[0]
+        target, logits = ids[:, 1:], logits[:, :-1]
+        if isinstance(batch, Mapping) and batch.get("attention_mask") is not None:
+            target = target.masked_fill(~batch["attention_mask"][:, 1:].bool(), -100)
+    elif isinstance(batch, Sequence):
+        target = batch[1]
+    else:
+        raise ValueError("labels of the data were asked for, but a batch has none: give (inputs, labels).")
+    return functional.cross_entropy(
+        logits.flatten(0, -2), target.flatten().to(logits.device), ignore_index=-100, reduction="sum"
+    )
+
+
+def gaussian(output: Any, batch: Any, generator: Generator) -> Tensor:
+    """Hold features against themselves plus unit Gaussian noise: the Fisher information of a regression."""
+    features = output if isinstance(output, Tensor) else output[0]
+    rows = _unpadded(features.float(), batch)
+    return (rows * torch.randn(rows.shape, generator=generator).to(rows.device)).sum()
+
+
+def _logits(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output.float()
+    if "logits" not in output:
+        raise ValueError("the model's output has no logits; use the labels 'gaussian' for features.")
+    return output["logits"].float()
+
+
+def _unpadded(rows: Tensor, batch: Any) -> Tensor:
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if mask is not None and mask.shape == rows.shape[:-1]:
+        return rows[mask.bool().to(rows.device)]
+    return rows.flatten(0, -2)

@@ -1,0 +1,34 @@
+"""What a method is: a frozen dataclass with one function of tensors."""
+
+import abc
+from typing import ClassVar
+
+from torch import Tensor
+
+from .choices import Choices
+from .statistics import Statistic, Stats
+
+
+class Compressor(abc.ABC):
+    """Offers structured matrices of several sizes for one weight.
+
+    ``needs`` names the statistics it reads. ``comparable`` says that its errors mean the same in every
+    layer, so that an allocator may weigh one layer against another.
+    """
+
+    needs: ClassVar[tuple[type[Statistic], ...]] = ()
+    comparable: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def choices(self, weight: Tensor, stats: Stats) -> Choices:
+        """Return the choices for an (m, n) weight."""
+
+
+class Measure(abc.ABC):
+    """Says something about one weight in a few numbers."""
+
+    needs: ClassVar[tuple[type[Statistic], ...]] = ()
+
+    @abc.abstractmethod
+    def __call__(self, weight: Tensor, stats: Stats) -> dict[str, float | None]:
+        """Measure an (m, n) weight; a number that is not defined is None."""

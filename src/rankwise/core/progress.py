@@ -1,0 +1,24 @@
+"""A progress bar for long loops: shown on a terminal, silent in a pipe."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Yield the items and, if standard error is a terminal, show how far the loop is.
+
+    Args:
+        items: what to loop over.
+        description: a few words.
+        total: how many items there are, where ``len(items)`` does not tell.
+    """
+    if not sys.stderr.isatty():
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import track as bar
+
+    yield from bar(items, description, total=total, console=Console(stderr=True), transient=True)

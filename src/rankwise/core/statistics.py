@@ -1,0 +1,343 @@
+"""Running sums about the inputs and output gradients of layers, all filled by one pass over the data."""
+
+import abc
+import contextlib
+import time
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Generator, Tensor, nn
+
+from .errors import CalibrationError
+from .labels import Labels
+from .memory import peak_memory_bytes
+from .progress import track
+from .surgery import Site, View
+
+Batch = Tensor | Sequence[Any] | Mapping[str, Any]
+
+
+class Statistic(abc.ABC):
+    """A running sum about one layer, in float32, and how many rows went into it.
+
+    Args:
+        m: length of an output row.
+        n: length of an input row.
+        device: where the sum lives.
+    """
+
+    side: ClassVar[str]  # "input": rows of inputs alone; "output": gradients alone; "both"
+
+    def __init__(self, m: int, n: int, device: torch.device | str = "cpu") -> None:
+        self.sum = torch.zeros(self.sizes(m, n), device=device)
+        self.count = 0
+
+    @staticmethod
+    @abc.abstractmethod
+    def sizes(m: int, n: int) -> tuple[int, ...]:
+        """Shape of the sum."""
+
+    @abc.abstractmethod
+    def add(self, x: Tensor, grad: Tensor) -> None:
+        """Add the rows x (t, n) and grad (t, m), both float32; a side that is not used is empty."""
+
+    def update(self, x: Tensor | None, grad: Tensor | None = None) -> None:
+        """Add rows of inputs (t, n) and of output gradients (t, m)."""
+        given = [rows for rows in (x, grad) if rows is not None]
+        empty = self.sum.new_empty(0)
+        self.add(empty if x is None else x.float(), empty if grad is None else grad.float())
+        self.count += len(given[0])
+
+    def value(self) -> Tensor:
+        """Return the mean over the rows, in float64.
+
+        Raises:
+            CalibrationError: if there were none.
+        """
+        if self.count == 0:
+            raise CalibrationError("no calibration row reached this layer; give more or other data.")
+        return self.sum.double() / self.count
+
+
+Stats = Mapping[type[Statistic], Statistic]
+
+
+class _Gram(Statistic):
+    """A second moment; only the lower block triangle is summed."""
+
+    block: ClassVar[int] = 384
+
+    def _add(self, rows: Tensor) -> None:
+        for low in range(0, rows.shape[1], self.block):
+            high = min(low + self.block, rows.shape[1])
+            self.sum[low:high, :high].addmm_(rows[:, low:high].mT, rows[:, :high])
+
+    def value(self) -> Tensor:
+        """Return the symmetric second moment, in float64."""
+        lower = super().value().tril()
+        return lower + lower.tril(-1).mT
+
+
+class InputGram(_Gram):
+    """C = E[x x'], (n, n), not centred."""
+
+    side = "input"
+
+    @staticmethod
+    def sizes(m: int, n: int) -> tuple[int, ...]:
+        """(n, n)."""
+        return n, n
+
+    def add(self, x: Tensor, grad: Tensor) -> None:
+        """Add x' x."""
+        self._add(x)
+
+
+class OutputGradGram(_Gram):
+    """S = E[g g'], (m, m), with g the gradient of the summed loss by an output row."""
+
+    side = "output"
+
+    @staticmethod
+    def sizes(m: int, n: int) -> tuple[int, ...]:
+        """(m, m)."""
+        return m, m
+
+    def add(self, x: Tensor, grad: Tensor) -> None:
+        """Add g' g."""
+        self._add(grad)
+
+
+class InputMean(Statistic):
+    """E[x], (n,)."""
+
+    side = "input"
+
+    @staticmethod
+    def sizes(m: int, n: int) -> tuple[int, ...]:
+        """(n,)."""
+        return (n,)
+
+    def add(self, x: Tensor, grad: Tensor) -> None:
+        """Add the rows."""
+        self.sum += x.sum(0)
+
+
+class InputMagnitude(Statistic):
+    """E|x|, (n,), feature by feature."""
+
+    side = "input"
+
+    @staticmethod
+    def sizes(m: int, n: int) -> tuple[int, ...]:
+        """(n,)."""
+        return (n,)
+
+    def add(self, x: Tensor, grad: Tensor) -> None:
+        """Add the absolute rows."""
+        self.sum += x.abs().sum(0)
+
+
+class GradientWeightedInput(Statistic):
+    """E[|g|^2 x_j^2], (n,): the diagonal Fisher information of the weight, summed over outputs."""
+
+    side = "both"
+
+    @staticmethod
+    def sizes(m: int, n: int) -> tuple[int, ...]:
+        """(n,)."""
+        return (n,)
+
+    def add(self, x: Tensor, grad: Tensor) -> None:
+        """Add the squared inputs, weighted by the squared norm of the gradient."""
+        self.sum += grad.square().sum(1) @ x.square()
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What one pass over the data found.
+
+    Args:
+        layers: the statistics of each layer; layers with the same input share one object.
+        seconds: duration of the pass.
+        peak_memory_bytes: the largest memory of the process up to its end.
+    """
+
+    layers: Mapping[str, Stats]
+    seconds: float
+    peak_memory_bytes: int
+
+    def of(self, name: str, needs: Iterable[type[Statistic]]) -> Stats:
+        """Return what a method needs about a layer.
+
+        Raises:
+            CalibrationError: if the pass did not collect it.
+        """
+        have = self.layers.get(name, {})
+        for need in needs:
+            if need not in have:
+                raise CalibrationError(f"layer {name}: {need.__name__} was not collected; collect it for this method.")
+        return have
+
+
+class _Watch:
+    """Hooks that fill the statistics of the sites while the model runs."""
+
+    def __init__(self, sites: Mapping[str, Site], needs: Iterable[type[Statistic]]) -> None:
+        self.sites, self.needs = sites, tuple(dict.fromkeys(needs))
+        self.layers: dict[str, dict[type[Statistic], Statistic]] = {}
+        self.mask: Tensor | None = None
+        self.seen: dict[tuple[int, int, View], tuple[weakref.ref[Tensor], str]] = {}
+        self.leader: dict[str, str] = {}  # layer -> the first layer that saw the same input
+        self.gradients = any(need.side != "input" for need in self.needs)
+
+    def begin(self, mask: Tensor | None) -> None:
+        self.mask = mask
+        self.seen.clear()
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Flatten (..., k) to (t, k) without padding."""
+        if self.mask is not None and x.shape[:-1] == self.mask.shape:
+            return x[self.mask]
+        return x.flatten(0, -2)
+
+    def __call__(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        site = self.sites[name]
+        leader = self._leader(name, x)
+        x = x.detach()
+        if name not in self.layers:
+            m, n = site.weight.shape
+            shared = self.layers.get(leader, {})
+            self.layers[name] = {
+                need: shared[need] if need.side == "input" and leader != name else need(m, n, x.device)
+                for need in self.needs
+            }
+        stats = self.layers[name]
+        inputs = None
+        if leader == name or any(need.side == "both" for need in self.needs):
+            inputs = self.rows(site.view.inputs(x))
+            if not bool(inputs.isfinite().all()):
+                raise CalibrationError(f"layer {name}: its inputs are not finite; use float32, or look at the weights.")
+        for need, statistic in stats.items():
+            if need.side == "input" and leader == name:
+                statistic.update(inputs)
+        if not self.gradients:
+            return y
+        if not y.requires_grad:
+            y.requires_grad_()
+            self._on_gradient(name, y, inputs)
+            return y.clone()  # what follows may work in place, which a leaf does not allow
+        self._on_gradient(name, y, inputs)
+        return y
+
+    def _on_gradient(self, name: str, y: Tensor, inputs: Tensor | None) -> None:
+        def fill(gradient: Tensor) -> None:
+            rows = self.rows(self.sites[name].view.outputs(gradient))
+            if not bool(rows.isfinite().all()):
+                raise CalibrationError(f"layer {name}: its output gradients are not finite; use float32.")
+            for need, statistic in self.layers[name].items():
+                if need.side != "input":
+                    statistic.update(inputs if need.side == "both" else None, rows)
+
+        y.register_hook(fill)
+
+    def _leader(self, name: str, x: Tensor) -> str:
+        if len(self.sites[name].names) > 1:
+            return name  # one weight with several inputs
+        known = self.seen.get((id(x), x._version, self.sites[name].view))
+        found = known[1] if known is not None and known[0]() is x else name
+        if found == name:
+            self.seen[id(x), x._version, self.sites[name].view] = (weakref.ref(x), name)
+        if self.leader.setdefault(name, found) != found:
+            raise CalibrationError(f"layers {name} and {self.leader[name]} share inputs in some batches only.")
+        return found
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode without parameter gradients, and put everything back."""
+    training = {module: module.training for module in model.modules()}
+    gradients = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.eval().requires_grad_(False)
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        for parameter, flag in gradients.items():
+            parameter.requires_grad_(flag)
+
+
+def collect(
+    model: nn.Module,
+    sites: Mapping[str, Site],
+    needs: Iterable[type[Statistic]],
+    batches: Iterable[Batch],
+    *,
+    labels: Labels,
+    generator: Generator,
+    autocast: torch.dtype | None = None,
+    total: int | None = None,
+) -> Statistics:
+    """Run a model once over some data and fill the statistics of its layers.
+
+    Layers that see the same input tensor (query, key and value; gate and up) share one statistic of it. No
+    gradient of a parameter is computed: the backward pass carries only those of the activations.
+
+    Args:
+        model: any module; its mode and its parameters' flags are the same afterwards.
+        sites: the layers to watch, from :func:`rankwise.core.surgery.select`.
+        needs: the statistics to fill.
+        batches: what the model takes: a tensor, positional arguments, or keyword arguments. A keyword
+            ``attention_mask`` marks padding, which does not count.
+        labels: turns the model's output into the loss whose gradients are wanted, summed over tokens.
+        generator: source of the labels' randomness.
+        autocast: run the model in this type (for a float32 model on hardware that is faster in bfloat16).
+        total: number of batches, for the progress bar.
+
+    Raises:
+        CalibrationError: if there is no batch, if a layer is never reached, or if a number is not finite.
+    """
+    start, watch, count = time.perf_counter(), _Watch(sites, needs), 0
+    places = [(model.get_submodule(path), name) for name, site in sites.items() for path in site.names]
+    unique = {id(layer): (layer, name) for layer, name in places}.values()
+    handles = [
+        layer.register_forward_hook(lambda _, args, y, name=name: watch(name, args[0], y)) for layer, name in unique
+    ]
+    device = next(model.parameters()).device
+    cast = torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None)
+    try:
+        with _frozen(model), torch.set_grad_enabled(watch.gradients):
+            for batch in track(batches, "statistics", total):
+                arguments, options = _call(batch, device)
+                mask = options.get("attention_mask")
+                watch.begin(mask.bool() if mask is not None else None)
+                with cast:
+                    output = model(*arguments, **options)
+                if watch.gradients:
+                    labels(output, batch, generator).backward()
+                count += 1
+    finally:
+        for handle in handles:
+            handle.remove()
+    if count == 0:
+        raise CalibrationError("the calibration data is empty; give at least one batch.")
+    for name in sites:
+        for statistic in watch.layers.get(name, {None: None}).values():
+            if statistic is None or statistic.count == 0:
+                raise CalibrationError(f"layer {name} was never reached by the data; leave it out with 'where'.")
+    return Statistics(watch.layers, time.perf_counter() - start, peak_memory_bytes())
+
+
+def _call(batch: Batch, device: torch.device) -> tuple[list[Any], dict[str, Any]]:
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    if isinstance(batch, Tensor):
+        return [move(batch)], {}
+    if isinstance(batch, Mapping):
+        return [], {key: move(value) for key, value in batch.items()}
+    return [move(value) for value in batch], {}

@@ -1,0 +1,100 @@
+"""Statistics on disk: written once, and read again only for the model they are about."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from . import statistics as kinds
+from .errors import CalibrationError
+from .fingerprint import fingerprint
+from .statistics import Statistic, Statistics
+
+FORMAT = 1
+
+
+def save_statistics(statistics: Statistics, path: str | Path, model: nn.Module, about: str = "") -> None:
+    """Write statistics and the content hash of their model to one safetensors file.
+
+    Args:
+        statistics: what to write.
+        path: the file; it appears whole or not at all.
+        model: the model that they are about, unchanged.
+        about: what data they come from; a reader may ask for the same.
+    """
+    distinct = {id(s): s for stats in statistics.layers.values() for s in stats.values()}
+    number = {key: str(i) for i, key in enumerate(distinct)}
+    header = {
+        "format": FORMAT,
+        "model": fingerprint(model),
+        "about": about,
+        "seconds": statistics.seconds,
+        "peak_memory_bytes": statistics.peak_memory_bytes,
+        "counts": [s.count for s in distinct.values()],
+        "layers": {
+            name: {kind.__name__: number[id(s)] for kind, s in stats.items()}
+            for name, stats in statistics.layers.items()
+        },
+    }
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    tensors = {number[key]: s.sum.cpu().contiguous() for key, s in distinct.items()}
+    try:
+        save_file(tensors, temporary, metadata={"rankwise": json.dumps(header)})
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_statistics(path: str | Path, model: nn.Module, about: str | None = None) -> Statistics:
+    """Read statistics that were saved for this very model.
+
+    Raises:
+        CalibrationError: if the file is damaged, or is about another model or other data.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})["rankwise"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise CalibrationError(f"{path} is not a statistics file or is damaged ({error}); collect again.") from error
+    if header.get("format") != FORMAT:
+        raise CalibrationError(f"{path} has format {header.get('format')}, not {FORMAT}; collect again.")
+    if header["model"] != fingerprint(model):
+        raise CalibrationError(f"{path} is about another model or other weights; collect again.")
+    if about is not None and header["about"] != about:
+        raise CalibrationError(f"{path} is about other data ({header['about']!r}, not {about!r}); collect again.")
+    sums: dict[tuple[str, str], Statistic] = {}
+
+    def restore(kind_name: str, key: str) -> Statistic:
+        if (kind_name, key) not in sums:
+            statistic = _kind(kind_name).__new__(_kind(kind_name))
+            statistic.sum, statistic.count = tensors[key], header["counts"][int(key)]
+            sums[kind_name, key] = statistic
+        return sums[kind_name, key]
+
+    layers = {
+        name: {_kind(kind): restore(kind, key) for kind, key in stats.items()}
+        for name, stats in header["layers"].items()
+    }
+    return Statistics(layers, header["seconds"], header["peak_memory_bytes"])
+
+
+def _kind(name: str) -> type[Statistic]:
+    known: Iterable[type[Statistic]] = (
+        kinds.InputGram,
+        kinds.OutputGradGram,
+        kinds.InputMean,
+        kinds.InputMagnitude,
+        kinds.GradientWeightedInput,
+    )
+    found = {kind.__name__: kind for kind in known}
+    if name not in found:
+        raise CalibrationError(f"unknown statistic {name!r}; collect again with this version.")
+    return found[name]

@@ -1,0 +1,321 @@
+"""Which layers of a model are matrices, and how a structured matrix takes the place of one."""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, Self, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..matrices import StructuredMatrix
+
+Where = Callable[[str, nn.Module], bool]
+
+
+class View(abc.ABC):
+    """How a kind of layer is seen as an (m, n) matrix that maps rows of inputs to rows of outputs."""
+
+    @classmethod
+    @abc.abstractmethod
+    def of(cls, layer: nn.Module) -> Self | None:
+        """Return the view of a layer, or None if this view does not fit it."""
+
+    @abc.abstractmethod
+    def matrix(self, weight: Tensor) -> Tensor:
+        """See the layer's weight as (m, n)."""
+
+    @abc.abstractmethod
+    def inputs(self, x: Tensor) -> Tensor:
+        """See a batch of the layer's inputs as (..., n)."""
+
+    @abc.abstractmethod
+    def outputs(self, y: Tensor) -> Tensor:
+        """See a batch of the layer's outputs, or their gradients, as (..., m)."""
+
+    @abc.abstractmethod
+    def apply(self, matrix: StructuredMatrix, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute what the layer computes, with its weight replaced by ``matrix``."""
+
+    @abc.abstractmethod
+    def restore(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """Build the ordinary layer again from an (m, n) weight."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearView(View):
+    """``nn.Linear``: the weight is the matrix."""
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Self | None:
+        """Fit ``nn.Linear`` itself; subclasses may compute something else."""
+        return cls() if type(layer) is nn.Linear else None
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """(m, n) as it is."""
+        return weight
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """(..., n) as it is."""
+        return x
+
+    def outputs(self, y: Tensor) -> Tensor:
+        """(..., m) as it is."""
+        return y
+
+    def apply(self, matrix: StructuredMatrix, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Apply the matrix and add the bias."""
+        y = matrix(x)
+        return y if bias is None else y + bias
+
+    def restore(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """Build an ``nn.Linear``."""
+        m, n = weight.shape
+        return _filled(nn.Linear(n, m, bias=bias is not None, device="meta"), weight, bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class TransposedView(LinearView):
+    """transformers' ``Conv1D``: a linear layer that stores its weight as (n, m)."""
+
+    kind: type[nn.Module]
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Self | None:
+        """Fit ``transformers.pytorch_utils.Conv1D`` without importing it."""
+        name = f"{type(layer).__module__}.{type(layer).__qualname__}"
+        return cls(type(layer)) if name == "transformers.pytorch_utils.Conv1D" else None
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Transpose (n, m) to (m, n)."""
+        return weight.mT
+
+    def restore(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """Build a ``Conv1D``, which always has a bias."""
+        m, n = weight.shape
+        with torch.device("meta"):
+            layer = self.kind(m, n)
+        return _filled(layer, weight.mT.contiguous(), weight.new_zeros(m) if bias is None else bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv2dView(View):
+    """``nn.Conv2d`` without groups: the (m, channels * height * width) matrix applied to every patch."""
+
+    channels: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Self | None:
+        """Fit ``nn.Conv2d`` with one group and zero padding given in numbers."""
+        if type(layer) is not nn.Conv2d or layer.groups != 1 or layer.padding_mode != "zeros":
+            return None
+        if isinstance(layer.padding, str):
+            return None
+        pairs = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        kernel, stride, padding, dilation = ((int(p[0]), int(p[1])) for p in pairs)
+        return cls(layer.in_channels, kernel, stride, padding, dilation)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Flatten (m, channels, height, width) to (m, n)."""
+        return weight.flatten(1)
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """Cut (b, channels, H, W) into patches: (b, positions, n)."""
+        geometry = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        return functional.unfold(x, self.kernel, **geometry).mT
+
+    def outputs(self, y: Tensor) -> Tensor:
+        """See (b, m, H, W) as (b, positions, m)."""
+        return y.flatten(2).mT
+
+    def apply(self, matrix: StructuredMatrix, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Apply the matrix to every patch and fold the positions back into an image."""
+        batched = x if x.dim() == 4 else x[None]
+        y = matrix(self.inputs(batched)).mT
+        y = y.unflatten(2, self._positions(batched.shape[-2:]))
+        y = y if bias is None else y + bias[:, None, None]
+        return y if x.dim() == 4 else y[0]
+
+    def restore(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """Build an ``nn.Conv2d``."""
+        geometry = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        layer = nn.Conv2d(
+            self.channels, weight.shape[0], self.kernel, bias=bias is not None, device="meta", **geometry
+        )
+        return _filled(layer, weight.reshape(layer.weight.shape), bias)
+
+    def _positions(self, image: torch.Size) -> tuple[int, int]:
+        each = zip(image, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        height, width = ((i + 2 * p - d * (k - 1) - 1) // s + 1 for i, k, s, p, d in each)
+        return height, width
+
+
+VIEWS: tuple[type[View], ...] = (LinearView, TransposedView, Conv2dView)
+
+
+def view_of(layer: nn.Module) -> View | None:
+    """Return how a layer is seen as a matrix, or None if it is not one."""
+    return next((view for kind in VIEWS if (view := kind.of(layer)) is not None), None)
+
+
+class StructuredLinear(nn.Module):
+    """A linear layer, or a convolution seen as one, whose weight is a structured matrix.
+
+    Args:
+        matrix: takes the place of the (m, n) weight.
+        bias: (m,), or None.
+        view: how the layer's inputs and outputs are seen as rows.
+
+    An empty buffer stands under the name ``weight``: a checkpoint of this layer cannot be loaded
+    into an ordinary layer by mistake, since the sizes differ.
+
+    >>> import torch
+    >>> from rankwise.matrices import LowRank
+    >>> layer = StructuredLinear(LowRank(torch.ones(3, 1), torch.ones(1, 2)))
+    >>> layer(torch.ones(1, 2))
+    tensor([[2., 2., 2.]], grad_fn=<MmBackward0>)
+    """
+
+    def __init__(self, matrix: StructuredMatrix, bias: Tensor | None = None, view: View | None = None) -> None:
+        super().__init__()
+        if bias is not None and bias.shape != (matrix.shape[0],):
+            raise ValueError(f"bias must have shape ({matrix.shape[0]},), got {tuple(bias.shape)}.")
+        self.matrix = matrix
+        self.bias = None if bias is None else _parameter(bias)
+        self.view = view or LinearView()
+        like = next((t for t in matrix.state_dict().values() if t.is_floating_point()), None)
+        self.register_buffer("weight", torch.empty(0) if like is None else like.new_empty(0))
+
+    @property
+    def in_features(self) -> int:
+        """Length n of an input row."""
+        return self.matrix.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Length m of an output row."""
+        return self.matrix.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute what the replaced layer computed, with the structured weight."""
+        return self.view.apply(self.matrix, x, self.bias)
+
+    def dense(self) -> nn.Module:
+        """Return the ordinary layer with the matrix written out."""
+        return self.view.restore(self.matrix.dense().detach(), self.bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A weight matrix of a model and every place where it stands.
+
+    Args:
+        names: paths of the modules that hold this weight, the first one naming it in reports.
+        layer: the module at the first path.
+        view: how it is seen as a matrix.
+    """
+
+    names: tuple[str, ...]
+    layer: nn.Module
+    view: View
+
+    @property
+    def name(self) -> str:
+        """The path that reports use."""
+        return self.names[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The (m, n) weight, detached."""
+        return self.view.matrix(self.layer.get_parameter("weight").detach())
+
+
+@runtime_checkable
+class _HasHead(Protocol):
+    def get_output_embeddings(self) -> nn.Module | None: ...
+
+
+def select(model: nn.Module, where: Where | None = None) -> dict[str, Site]:
+    """Find the weight matrices of a model by the kind and shape of its modules.
+
+    Layers that share one weight are one site. A weight that is also an embedding table is never
+    selected, nor, by default, the output head that a transformers model names.
+
+    Args:
+        model: any module.
+        where: keeps a layer if it is true for (name, module); None keeps all but output heads.
+
+    Raises:
+        ValueError: if nothing is selected.
+    """
+    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    tied = {id(table) for table in tables}
+    head = model.get_output_embeddings() if isinstance(model, _HasHead) else None
+    keep = where or (lambda name, layer: layer is not head)
+    sites: dict[int, Site] = {}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        view = view_of(layer)
+        if view is None or id(layer.get_parameter("weight")) in tied or not keep(name, layer):
+            continue
+        key = id(layer.get_parameter("weight"))
+        known = sites.get(key)
+        sites[key] = Site((name,), layer, view) if known is None else dataclasses.replace(known, names=(*known.names, name))
+    if not sites:
+        kinds = ", ".join(kind.__name__.removesuffix("View") for kind in VIEWS)
+        raise ValueError(f"no layer was selected: the model has none of {kinds} that 'where' accepts.")
+    return {site.name: site for site in sites.values()}
+
+
+def replace(model: nn.Module, site: Site, matrix: StructuredMatrix) -> None:
+    """Put a structured matrix in all places of a site; biases stay where they are."""
+    for name in site.names:
+        old = model.get_submodule(name)
+        set_module(model, name, StructuredLinear(matrix, old.bias, site.view).train(old.training))
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """Turn every :class:`StructuredLinear` of a model back into an ordinary layer, in place.
+
+    Layers that share a matrix share the weight again.
+
+    Returns:
+        the same model; a layer given as the model itself is returned as a new one.
+    """
+    if isinstance(model, StructuredLinear):
+        return model.dense()
+    weights: dict[int, Any] = {}
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(layer, StructuredLinear):
+            plain = layer.dense().train(layer.training)
+            plain.weight = weights.setdefault(id(layer.matrix), plain.weight)
+            set_module(model, name, plain)
+    return model
+
+
+def structured(model: nn.Module) -> Mapping[str, StructuredLinear]:
+    """Return the structured layers of a model by name."""
+    found = model.named_modules(remove_duplicate=False)
+    return {name: layer for name, layer in found if isinstance(layer, StructuredLinear)}
+
+
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module at a dotted path."""
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+def _filled(layer: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    layer.weight = nn.Parameter(weight)
+    if bias is not None:
+        layer.bias = _parameter(bias)
+    return layer
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    """The parameter itself, so that sharing and flags last, or a new one."""
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)

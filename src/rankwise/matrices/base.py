@@ -1,0 +1,98 @@
+"""The one value that carries structure: an (m, n) matrix kept in factors."""
+
+import abc
+from collections.abc import Mapping
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+
+class StructuredMatrix(nn.Module, abc.ABC):
+    """An (m, n) matrix kept in factors; calling it applies it to the last axis.
+
+    Subclasses are final. Every tensor they store is a parameter or a persistent buffer, so that
+    ``state_dict`` and :meth:`spec` together hold the whole value.
+    """
+
+    shape: tuple[int, int]
+
+    @abc.abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the matrix: (..., n) -> (..., m), equal to ``x @ self.dense().mT``."""
+
+    @abc.abstractmethod
+    def dense(self) -> Tensor:
+        """Return the (m, n) matrix written out."""
+
+    @abc.abstractmethod
+    def spec(self) -> dict[str, Any]:
+        """Return kind and sizes as JSON data: with the ``state_dict``, enough to rebuild the matrix."""
+
+    @classmethod
+    @abc.abstractmethod
+    def empty(cls, spec: Mapping[str, Any], **where: Any) -> Self:
+        """Rebuild the matrix of a spec with uninitialised tensors.
+
+        Args:
+            spec: what :meth:`spec` returned.
+            where: ``dtype`` and ``device`` of the floating-point tensors.
+
+        Raises:
+            ValueError: if a size is missing, not an integer, or impossible.
+        """
+
+    @property
+    @abc.abstractmethod
+    def macs(self) -> int:
+        """Multiply-adds to apply the matrix to one vector."""
+
+    @property
+    def rank(self) -> int:
+        """The largest rank that the structure allows."""
+        return min(self.shape)
+
+    @property
+    def params(self) -> int:
+        """How many numbers are stored, indices included."""
+        return sum(t.numel() for t in self.state_dict().values())
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes the stored numbers take."""
+        return sum(t.numel() * t.element_size() for t in self.state_dict().values())
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Apply the transpose: (..., m) -> (..., n), equal to ``y @ self.dense()``."""
+        return y @ self.dense()
+
+    def extra_repr(self) -> str:
+        """Show the shape in ``print(model)``."""
+        return f"shape={self.shape}, rank={self.rank}"
+
+
+LARGEST = 2**28  # of a size; products of two and their bytes still fit in 64 bits
+
+
+def size(spec: Mapping[str, Any], name: str, *, largest: int = LARGEST) -> int:
+    """Read a positive integer from a spec, or say what is wrong with it."""
+    value = spec.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"spec of {spec.get('kind')} needs a positive integer {name!r}, got {value!r}.")
+    if value > largest:
+        raise ValueError(f"spec of {spec.get('kind')}: {name} must be <= {largest}, got {value}.")
+    return value
+
+
+def shape_of(spec: Mapping[str, Any]) -> tuple[int, int]:
+    """Read the (m, n) of a spec, or say what is wrong with it."""
+    value = spec.get("shape")
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise ValueError(f"spec of {spec.get('kind')} needs 'shape': [m, n], got {value!r}.")
+    sizes = dict(zip(("m", "n"), value, strict=True))
+    return size({"kind": spec.get("kind"), **sizes}, "m"), size({"kind": spec.get("kind"), **sizes}, "n")
+
+
+def check_2d(name: str, tensor: Tensor) -> None:
+    """Raise unless ``tensor`` is a floating-point matrix."""
+    if tensor.dim() != 2 or not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a 2-D floating-point tensor, got {tensor.dtype} {tuple(tensor.shape)}.")

@@ -1,0 +1,49 @@
+"""A matrix written out."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from .base import StructuredMatrix, check_2d, shape_of
+
+
+class Dense(StructuredMatrix):
+    """A matrix without structure, m n numbers.
+
+    Args:
+        weight: (m, n).
+
+    >>> import torch
+    >>> Dense(torch.eye(2))(torch.tensor([1.0, 2.0])).tolist()
+    [1.0, 2.0]
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        check_2d("weight", weight)
+        self.weight = nn.Parameter(weight)
+        self.shape = (weight.shape[0], weight.shape[1])
+
+    @property
+    def macs(self) -> int:
+        """One multiply-add a stored number."""
+        return self.weight.numel()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n) -> (..., m)."""
+        return x @ self.weight.mT
+
+    def dense(self) -> Tensor:
+        """(m, n)."""
+        return self.weight
+
+    def spec(self) -> dict[str, Any]:
+        """Kind and shape."""
+        return {"kind": "Dense", "shape": list(self.shape)}
+
+    @classmethod
+    def empty(cls, spec: Mapping[str, Any], **where: Any) -> Self:
+        """A weight of the spec's shape, not initialised."""
+        return cls(torch.empty(shape_of(spec), **where))

@@ -1,0 +1,44 @@
+"""One example of every exported kind of matrix; a kind without one fails the contract suite."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor
+
+from rankwise.matrices import (
+    Dense,
+    Diagonal,
+    LowRank,
+    Permutation,
+    PivotedLowRank,
+    Product,
+    Scaled,
+    StructuredMatrix,
+    Sum,
+)
+
+
+def draw(*sizes: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Standard normal numbers of one seed."""
+    return torch.randn(*sizes, generator=Generator().manual_seed(seed), dtype=dtype)
+
+
+def _sum() -> StructuredMatrix:
+    return Sum(Dense(draw(5, 4)), LowRank(draw(5, 2, seed=1), draw(2, 4, seed=2)))
+
+
+def _product() -> StructuredMatrix:
+    order = torch.tensor([3, 0, 4, 1, 2])
+    return Product(Permutation(order), Diagonal(draw(5)), PivotedLowRank.from_factors(draw(5, 2), draw(2, 4)))
+
+
+EXAMPLES: dict[str, Callable[[], StructuredMatrix]] = {
+    "Dense": lambda: Dense(draw(5, 4)),
+    "Diagonal": lambda: Diagonal(draw(5)),
+    "LowRank": lambda: LowRank(draw(5, 2), draw(2, 4)),
+    "Permutation": lambda: Permutation(torch.tensor([3, 0, 4, 1, 2])),
+    "PivotedLowRank": lambda: PivotedLowRank.from_factors(draw(5, 2), draw(2, 4)),
+    "Product": _product,
+    "Scaled": lambda: Scaled(_sum(), -0.3),
+    "Sum": _sum,
+}

@@ -1,0 +1,170 @@
+"""What every exported allocator promises."""
+
+import itertools
+from collections.abc import Mapping
+
+import pytest
+import torch
+from contracts.examples import draw
+from torch import Generator
+
+from rankwise import allocators
+from rankwise.compressors import PlainSvd
+from rankwise.core.choices import Allocator, Ladder, Unit, cost_of
+
+SHAPES = {"query": (24, 24), "key": (8, 24), "up": (40, 24), "down": (24, 40)}
+KEEPS = [0.25, 0.3, 0.5, 0.77, 0.9, 0.99, 1.0]
+
+
+@pytest.fixture(params=allocators.__all__)
+def allocate(request: pytest.FixtureRequest) -> Allocator:
+    return getattr(allocators, request.param)
+
+
+def real(gauge: str = "pivot", unit: Unit = "params") -> dict[str, Ladder]:
+    """Ladders of matrices with decaying spectra."""
+    ladders = {}
+    for seed, (name, (m, n)) in enumerate(SHAPES.items()):
+        weight = draw(m, n, seed=seed) * torch.linspace(0, -seed - 1, n).exp()
+        choices = PlainSvd(gauge=gauge).choices(weight, {})
+        ladders[name] = Ladder.of(choices, unit, m * n * (weight.element_size() if unit == "bytes" else 1))
+    return ladders
+
+
+def invented(seed: int, steps: int = 6, layers: int = 4, *, falling: bool = True) -> dict[str, Ladder]:
+    """Ladders of arbitrary costs and errors; a real one's errors fall."""
+    generator = Generator().manual_seed(seed)
+    ladders = {}
+    for i in range(layers):
+        costs = torch.randperm(40, generator=generator)[: steps + 1].sort().values + 1
+        errors = torch.rand(steps, generator=generator, dtype=torch.float64)
+        errors = errors.sort(descending=True).values if falling else errors
+        errors = torch.cat([errors, errors.new_zeros(1)])
+        ladders[f"layer {i}"] = Ladder(costs, errors, torch.arange(steps), 1.0, errors[:-1].flip(0))
+    return ladders
+
+
+def whole(ladders: Mapping[str, Ladder]) -> int:
+    return sum(int(ladder.costs[-1]) for ladder in ladders.values())
+
+
+def damage(ladders: Mapping[str, Ladder], picks: Mapping[str, int]) -> float:
+    return sum(float(ladders[name].errors[i]) for name, i in picks.items())
+
+
+@pytest.mark.parametrize("gauge", ["pivot", "factors"])
+@pytest.mark.parametrize("unit", ["params", "bytes", "macs"])
+@pytest.mark.parametrize("keep", KEEPS)
+def test_the_budget_is_kept(allocate: Allocator, keep: float, unit: Unit, gauge: str):
+    ladders = real(gauge, unit)
+    budget = int(keep * whole(ladders))
+    picks = allocate(ladders, budget)
+    assert list(picks) == list(ladders)
+    assert all(type(i) is int and 0 <= i < len(ladders[name].costs) for name, i in picks.items())
+    assert cost_of(ladders, picks) <= budget
+    assert picks == allocate(ladders, budget)
+
+
+def test_the_whole_budget_leaves_all_layers_dense(allocate: Allocator):
+    ladders = real()
+    picks = allocate(ladders, whole(ladders))
+    assert damage(ladders, picks) == 0
+
+
+def test_much_of_the_budget_is_spent(allocate: Allocator):
+    ladders = real()
+    assert cost_of(ladders, allocate(ladders, whole(ladders) // 2)) > 0.4 * whole(ladders)
+
+
+@pytest.mark.parametrize("unit", ["params", "bytes", "macs"])
+@pytest.mark.parametrize("gauge", ["pivot", "factors"])
+def test_no_choice_is_as_large_as_the_dense_layer(unit: Unit, gauge: str):
+    for ladder in real(gauge, unit).values():
+        assert bool((ladder.costs[:-1] < ladder.costs[-1]).all())
+        assert bool((ladder.costs.diff() > 0).all())
+        assert float(ladder.errors[-1]) == 0
+        assert len(ladder.index) == len(ladder.costs) - 1
+
+
+def test_a_budget_too_small_is_an_error(allocate: Allocator):
+    ladders = real()
+    least = sum(int(ladder.costs[0]) for ladder in ladders.values())
+    with pytest.raises(ValueError, match="cannot be met.*keep must be at least"):
+        allocate(ladders, least - 1)
+
+
+def test_the_smallest_budget_is_met_or_an_error(allocate: Allocator):
+    ladders = real()
+    least = sum(int(ladder.costs[0]) for ladder in ladders.values())
+    try:
+        picks = allocate(ladders, least)
+    except ValueError as error:
+        assert "keep" in str(error)  # noqa: PT017 (either outcome is right)
+        return
+    assert cost_of(ladders, picks) == least
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("seed", range(5))
+def test_invented_ladders(allocate: Allocator, seed: int, keep: float):
+    ladders = invented(seed)
+    budget = int(keep * whole(ladders))
+    try:
+        picks = allocate(ladders, budget)
+    except ValueError as error:
+        assert "keep" in str(error)  # noqa: PT017 (either outcome is right)
+        return
+    assert cost_of(ladders, picks) <= budget
+
+
+def test_one_layer(allocate: Allocator):
+    ladders = {"up": real()["up"]}
+    budget = whole(ladders) // 2
+    costs = ladders["up"].costs
+    assert allocate(ladders, budget) == {"up": int((costs <= budget).sum()) - 1}
+
+
+@pytest.mark.parametrize("falling", [True, False])
+@pytest.mark.parametrize("seed", range(40))
+def test_water_filling_is_optimal(seed: int, falling: bool):
+    ladders = invented(seed, falling=falling)
+    every = list(itertools.product(*(range(len(ladder.costs)) for ladder in ladders.values())))
+    figures = [(cost_of(ladders, p), damage(ladders, p)) for p in (dict(zip(ladders, e, strict=True)) for e in every)]
+    least = min(cost for cost, _ in figures)
+    for keep in (0.0, 0.1, 0.3, 0.5, 0.8):
+        budget = int(least + keep * (whole(ladders) - least))
+        best = min(error for cost, error in figures if cost <= budget)
+        picks = allocators.water_filling(ladders, budget)
+        assert cost_of(ladders, picks) <= budget
+        assert damage(ladders, picks) == pytest.approx(best, rel=1e-12)
+
+
+def test_water_filling_beats_the_others_and_improves_with_the_budget():
+    ladders = real()
+    before = float("inf")
+    for keep in KEEPS:
+        budget = int(keep * whole(ladders))
+        mine = damage(ladders, allocators.water_filling(ladders, budget))
+        for name in allocators.__all__:
+            assert mine <= damage(ladders, getattr(allocators, name)(ladders, budget)) + 1e-12
+        assert mine <= before
+        before = mine
+
+
+def test_water_filling_does_not_care_about_units_of_error():
+    ladders = real()
+    scaled = {k: Ladder(v.costs, v.errors * 1e-12, v.index, v.total * 1e-12) for k, v in ladders.items()}
+    budget = whole(ladders) // 2
+    assert allocators.water_filling(ladders, budget) == allocators.water_filling(scaled, budget)
+
+
+def test_water_filling_leaves_errors_of_zero_alone():
+    zero = {k: Ladder(v.costs, v.errors * 0, v.index, 0.0) for k, v in real().items()}
+    picks = allocators.water_filling(zero, whole(zero) // 2)
+    assert cost_of(zero, picks) <= whole(zero) // 2
+
+
+def test_spectrum_threshold_needs_a_spectrum():
+    ladders = {k: Ladder(v.costs, v.errors, v.index, v.total) for k, v in real().items()}
+    with pytest.raises(ValueError, match="singular values"):
+        allocators.spectrum_threshold(ladders, whole(ladders) // 2)

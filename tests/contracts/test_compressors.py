@@ -1,0 +1,134 @@
+"""What every exported method of compression promises, in both gauges."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from contracts.examples import draw
+from contracts.problems import correlated, fill, tokens, weights
+from torch import Tensor
+
+from rankwise import compressors
+from rankwise.core.choices import UNITS
+from rankwise.core.errors import CalibrationError
+from rankwise.core.methods import Compressor
+
+METHODS = [getattr(compressors, name)(gauge=gauge) for name in compressors.__all__ for gauge in ("pivot", "factors")]
+WEIGHTS = weights()
+DATA = list(tokens(1, 1))
+
+
+@pytest.fixture(params=METHODS, ids=lambda method: f"{type(method).__name__}-{method.gauge}")
+def method(request: pytest.FixtureRequest) -> Compressor:
+    return request.param
+
+
+def offer(method: Compressor, weight: Tensor, data: str = "many"):
+    return method.choices(weight, fill(method.needs, *tokens(*weight.shape)[data]))
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("shape", WEIGHTS)
+def test_errors_are_the_measured_ones_and_the_last_is_exact(method: Compressor, shape: str, data: str):
+    weight = WEIGHTS[shape]
+    if data == "dead input feature" and weight.shape[1] == 1:
+        pytest.skip("without a living feature the statistics are zero")
+    choices = offer(method, weight, data)
+    small = 1e-9 * choices.total + 1e-25
+    errors = choices.errors.tolist()
+    assert len(errors) == min(weight.shape)
+    assert all(low >= high for low, high in zip(errors, errors[1:], strict=False))
+    assert choices.total == pytest.approx(choices.error_of(weight), rel=1e-9, abs=small)
+    assert choices.total >= errors[0]
+    for i, error in enumerate(errors):
+        change = weight - choices.build(i).dense().detach()
+        assert choices.error_of(change) == pytest.approx(error, rel=1e-6, abs=small)
+    assert errors[-1] == 0
+    largest = choices.build(len(errors) - 1).dense().detach()
+    torch.testing.assert_close(largest, weight, rtol=0, atol=1e-7 * float(weight.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", ["square", "tall", "wide", "rank one"])
+def test_costs_are_what_is_stored(method: Compressor, shape: str, dtype: torch.dtype):
+    choices = offer(method, WEIGHTS[shape].to(dtype))
+    assert set(choices.costs) == set(UNITS)
+    for i in range(len(choices.errors)):
+        matrix = choices.build(i)
+        stored = {"params": matrix.params, "bytes": matrix.nbytes, "macs": matrix.macs}
+        assert {unit: int(cost[i]) for unit, cost in choices.costs.items()} == stored
+        assert all(t.dtype == dtype for t in matrix.state_dict().values() if t.is_floating_point())
+        assert matrix.shape == WEIGHTS[shape].shape
+        assert matrix.rank == i + 1
+
+
+def test_float32_is_as_good_as_its_digits(method: Compressor):
+    weight = WEIGHTS["square"].float()
+    choices = offer(method, weight)
+    for i, error in enumerate(choices.errors.tolist()):
+        change = weight - choices.build(i).dense().detach()
+        assert choices.error_of(change) == pytest.approx(error, rel=1e-4, abs=1e-8 * choices.total)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 50])
+@pytest.mark.parametrize("repeats", [1, 20])
+def test_fewer_tokens_than_features(method: Compressor, rows: int, repeats: int):
+    weight = draw(80, 64)
+    x, grad = (correlated(rows, size, size).repeat(repeats, 1) for size in (64, 80))
+    choices = method.choices(weight, fill(method.needs, x, grad))
+    for i in (0, 7, 40, 63):
+        change = weight - choices.build(i).dense().detach()
+        assert choices.error_of(change) == pytest.approx(float(choices.errors[i]), rel=1e-5, abs=1e-7 * choices.total)
+    torch.testing.assert_close(choices.build(63).dense().detach(), weight, rtol=0, atol=1e-6)
+
+
+def test_same_input_same_bits(method: Compressor):
+    one, two = (offer(method, WEIGHTS["tall"]) for _ in range(2))
+    assert torch.equal(one.errors, two.errors)
+    states = [choices.build(2).state_dict() for choices in (one, two)]
+    assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
+
+
+def test_the_weight_is_left_alone(method: Compressor):
+    weight = WEIGHTS["tall"].clone()
+    choices = offer(method, weight)
+    with torch.no_grad():
+        for tensor in choices.build(5).parameters():
+            tensor.fill_(torch.nan)
+    assert torch.equal(weight, WEIGHTS["tall"])
+    assert bool(choices.build(5).dense().isfinite().all())
+
+
+def test_statistics_without_rows_are_refused(method: Compressor):
+    if not method.needs:
+        pytest.skip("needs no statistics")
+    with pytest.raises(CalibrationError):
+        method.choices(WEIGHTS["tall"], {kind: kind(17, 6) for kind in method.needs})
+
+
+def test_statistics_that_are_zero_are_refused_or_do_no_harm(method: Compressor):
+    weight = WEIGHTS["tall"]
+    zero = fill(method.needs, torch.zeros(20, 6), torch.zeros(20, 17))
+    try:
+        choices = method.choices(weight, zero)
+    except ValueError as error:
+        assert "zero" in str(error)  # noqa: PT017 (either outcome is right)
+        return
+    torch.testing.assert_close(choices.build(5).dense().detach(), weight)
+
+
+def test_a_wrong_field_is_refused(method: Compressor):
+    fields = dataclasses.fields(method)
+    assert {field.name for field in fields} >= {"gauge"}
+    for field in fields:
+        for value in (-1.0, math.nan, math.inf) if field.type is float else ("triangular",):
+            with pytest.raises(ValueError, match=field.name):
+                dataclasses.replace(method, **{field.name: value})
+
+
+def test_a_method_is_a_frozen_value(method: Compressor):
+    assert method == dataclasses.replace(method)
+    assert hash(method) == hash(dataclasses.replace(method))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        method.gauge = "factors"
