@@ -69,7 +69,14 @@ def calibrate(
     batches = batches_of(data, window=window)
     chosen = labels or label_kinds.automatic
     return collect(
-        model, sites, needs, batches, labels=chosen, generator=generator, autocast=autocast, total=len(batches)
+        model,
+        sites,
+        needs,
+        batches,
+        labels=chosen,
+        generator=generator,
+        autocast=autocast,
+        total=len(batches),
     )
 
 

@@ -89,7 +89,7 @@ def test_no_choice_is_as_large_as_the_dense_layer(unit: Unit, gauge: str):
 def test_a_budget_too_small_is_an_error(allocate: Allocator):
     ladders = real()
     least = sum(int(ladder.costs[0]) for ladder in ladders.values())
-    with pytest.raises(ValueError, match="cannot be met.*keep must be at least"):
+    with pytest.raises(ValueError, match=r"cannot be met.*keep must be at least"):
         allocate(ladders, least - 1)
 
 
@@ -129,7 +129,9 @@ def test_one_layer(allocate: Allocator):
 def test_water_filling_is_optimal(seed: int, falling: bool):
     ladders = invented(seed, falling=falling)
     every = list(itertools.product(*(range(len(ladder.costs)) for ladder in ladders.values())))
-    figures = [(cost_of(ladders, p), damage(ladders, p)) for p in (dict(zip(ladders, e, strict=True)) for e in every)]
+    figures = [
+        (cost_of(ladders, p), damage(ladders, p)) for p in (dict(zip(ladders, e, strict=True)) for e in every)
+    ]
     least = min(cost for cost, _ in figures)
     for keep in (0.0, 0.1, 0.3, 0.5, 0.8):
         budget = int(least + keep * (whole(ladders) - least))

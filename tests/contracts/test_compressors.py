@@ -1,6 +1,7 @@
 """What every exported method of compression promises, in both gauges."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -14,7 +15,9 @@ from rankwise.core.choices import UNITS
 from rankwise.core.errors import CalibrationError
 from rankwise.core.methods import Compressor
 
-METHODS = [getattr(compressors, name)(gauge=gauge) for name in compressors.__all__ for gauge in ("pivot", "factors")]
+METHODS = [
+    getattr(compressors, name)(gauge=gauge) for name in compressors.__all__ for gauge in ("pivot", "factors")
+]
 WEIGHTS = weights()
 DATA = list(tokens(1, 1))
 
@@ -32,18 +35,20 @@ def offer(method: Compressor, weight: Tensor, data: str = "many"):
 @pytest.mark.parametrize("shape", WEIGHTS)
 def test_errors_are_the_measured_ones_and_the_last_is_exact(method: Compressor, shape: str, data: str):
     weight = WEIGHTS[shape]
+    if not method.needs and data != "many":
+        pytest.skip("needs no statistics")
     if data == "dead input feature" and weight.shape[1] == 1:
         pytest.skip("without a living feature the statistics are zero")
     choices = offer(method, weight, data)
     small = 1e-9 * choices.total + 1e-25
     errors = choices.errors.tolist()
     assert len(errors) == min(weight.shape)
-    assert all(low >= high for low, high in zip(errors, errors[1:], strict=False))
+    assert all(low >= high for low, high in itertools.pairwise(errors))
     assert choices.total == pytest.approx(choices.error_of(weight), rel=1e-9, abs=small)
     assert choices.total >= errors[0]
-    for i, error in enumerate(errors):
+    for i in {0, len(errors) // 2, len(errors) - 1}:
         change = weight - choices.build(i).dense().detach()
-        assert choices.error_of(change) == pytest.approx(error, rel=1e-6, abs=small)
+        assert choices.error_of(change) == pytest.approx(errors[i], rel=1e-6, abs=small)
     assert errors[-1] == 0
     largest = choices.build(len(errors) - 1).dense().detach()
     torch.testing.assert_close(largest, weight, rtol=0, atol=1e-7 * float(weight.abs().max()))
@@ -79,7 +84,9 @@ def test_fewer_tokens_than_features(method: Compressor, rows: int, repeats: int)
     choices = method.choices(weight, fill(method.needs, x, grad))
     for i in (0, 7, 40, 63):
         change = weight - choices.build(i).dense().detach()
-        assert choices.error_of(change) == pytest.approx(float(choices.errors[i]), rel=1e-5, abs=1e-7 * choices.total)
+        assert choices.error_of(change) == pytest.approx(
+            float(choices.errors[i]), rel=1e-5, abs=1e-7 * choices.total
+        )
     torch.testing.assert_close(choices.build(63).dense().detach(), weight, rtol=0, atol=1e-6)
 
 

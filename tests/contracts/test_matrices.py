@@ -42,7 +42,9 @@ def test_gradients_are_those_of_dense(matrix: StructuredMatrix):
     parameters = list(matrix.parameters())
 
     def gradients(value: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(value.square().sum(), [x, y, *parameters], allow_unused=True, materialize_grads=True)
+        return torch.autograd.grad(
+            value.square().sum(), [x, y, *parameters], allow_unused=True, materialize_grads=True
+        )
 
     structured = gradients(torch.cat([matrix(x), matrix.adjoint(y)], dim=-1))
     dense = matrix.dense().double()
@@ -53,7 +55,12 @@ def test_gradients_are_those_of_dense(matrix: StructuredMatrix):
 def test_spec_and_state_make_the_matrix_again(matrix: StructuredMatrix, device: str):
     spec = json.loads(json.dumps(matrix.spec(), allow_nan=False))
     again = from_spec(spec, dtype=torch.float64, device=device)
-    assert (type(again), again.shape, again.rank, again.macs) == (type(matrix), matrix.shape, matrix.rank, matrix.macs)
+    assert (type(again), again.shape, again.rank, again.macs) == (
+        type(matrix),
+        matrix.shape,
+        matrix.rank,
+        matrix.macs,
+    )
     assert again.spec() == matrix.spec()
     assert (again.params, again.nbytes) == (matrix.params, matrix.nbytes)
     again.load_state_dict(matrix.state_dict(), assign=device == "meta")
@@ -152,7 +159,10 @@ def test_nested_expressions_round_trip():
         ({"kind": "Permutation", "shape": [2, 2]}, "positive integer 'size'"),
         ({"kind": "Sum"}, "members"),
         ({"kind": "Sum", "members": []}, "at least one"),
-        ({"kind": "Sum", "members": [{"kind": "Diagonal", "size": 1}, {"kind": "Diagonal", "size": 2}]}, "one shape"),
+        (
+            {"kind": "Sum", "members": [{"kind": "Diagonal", "size": 1}, {"kind": "Diagonal", "size": 2}]},
+            "one shape",
+        ),
         ({"kind": "Product", "members": {"kind": "Diagonal"}}, "members"),
         ({"kind": "Product", "members": [{"kind": "Diagonal", "size": n} for n in (1, 2)]}, "disagree"),
         ({"kind": "Scaled", "scale": 2.0}, "mapping"),

@@ -19,7 +19,11 @@ def replace_all(model: nn.Module, rank: int | None = None) -> None:
         if rank is None:
             replace(model, site, Dense(site.weight.clone()))
         else:
-            replace(model, site, PivotedLowRank.from_factors(site.weight[:, :rank], torch.eye(rank, site.weight.shape[1])))
+            replace(
+                model,
+                site,
+                PivotedLowRank.from_factors(site.weight[:, :rank], torch.eye(rank, site.weight.shape[1])),
+            )
 
 
 CONVOLUTIONS = [
@@ -35,7 +39,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear, empty batch": (lambda: nn.Linear(5, 3), (0, 5)),
     "Conv1D": (lambda: Conv1D(3, 5), (2, 4, 5)),
     **{
-        f"conv2d {options}": (lambda options=options: nn.Conv2d(2, 4, **{"kernel_size": 3, **options}), (3, 2, 9, 8))
+        f"conv2d {options}": (
+            lambda options=options: nn.Conv2d(2, 4, **{"kernel_size": 3, **options}),
+            (3, 2, 9, 8),
+        )
         for options in CONVOLUTIONS
     },
     "conv2d, unbatched": (lambda: nn.Conv2d(2, 4, 3, padding=1), (2, 9, 8)),
@@ -59,7 +66,9 @@ def test_replaced_and_folded_layers_compute_the_same(layer_and_input: tuple[nn.M
     fold(model)
     assert type(model[0]) is type(layer)
     assert model[0].extra_repr() == layer.extra_repr()
-    assert {k: v.shape for k, v in model[0].state_dict().items()} == {k: v.shape for k, v in layer.state_dict().items()}
+    assert {k: v.shape for k, v in model[0].state_dict().items()} == {
+        k: v.shape for k, v in layer.state_dict().items()
+    }
     assert all(torch.equal(v, layer.state_dict()[k]) for k, v in model[0].state_dict().items())
     assert torch.equal(model(x), expected)
 
@@ -79,7 +88,9 @@ def test_gradients_pass_through_a_structured_layer(layer_and_input: tuple[nn.Mod
     layer, x = layer_and_input
     model = nn.Sequential(copy.deepcopy(layer))
     replace_all(model)
-    grads = [torch.autograd.grad(f(y := x.clone().requires_grad_()).square().sum(), y)[0] for f in (layer, model)]
+    grads = [
+        torch.autograd.grad(f(y := x.clone().requires_grad_()).square().sum(), y)[0] for f in (layer, model)
+    ]
     torch.testing.assert_close(*grads)
 
 

@@ -59,7 +59,9 @@ def _by_threshold(ladders: Mapping[str, Ladder], budget: int, pick: Pick) -> dic
     if cost_of(ladders, at(low)) <= budget:
         return at(low)
     if cost_of(ladders, at(high)) > budget:
-        raise ValueError(f"the budget {budget} cannot be met by a threshold; use another allocator, or keep more.")
+        raise ValueError(
+            f"the budget {budget} cannot be met by a threshold; use another allocator, or keep more."
+        )
     for _ in range(60):
         middle = (low + high) / 2
         if cost_of(ladders, at(middle)) > budget:

@@ -28,7 +28,9 @@ def water_filling(ladders: Mapping[str, Ladder], budget: int) -> dict[str, int]:
         return dense
     price = _price(ladders, budget)
     incumbent = _fill(ladders, budget, _answer(ladders, price))
-    bound = sum(float((ladder.errors + price * ladder.costs).min()) for ladder in ladders.values()) - price * budget
+    bound = (
+        sum(float((ladder.errors + price * ladder.costs).min()) for ladder in ladders.values()) - price * budget
+    )
     return _combine(ladders, budget, price, incumbent, _error(ladders, incumbent) - bound)
 
 

@@ -141,7 +141,8 @@ def cut(
         if first + len(tails[text.name]) > len(ids):
             raise ValueError(
                 f"--data and --eval overlap: {text.name} has {len(ids)} tokens, of which the first {first} "
-                f"calibrate and the last {len(tails[text.name])} evaluate; lower --calibration-tokens or --max-tokens."
+                f"calibrate and the last {len(tails[text.name])} evaluate; "
+                "lower --calibration-tokens or --max-tokens."
             )
     return heads, tails
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..core.files import write_text
 from ..core.report import Report
-from ..models import embedded_texts, read_text
+from ..models.texts import embedded_texts, read_text
 
 
 @dataclass(frozen=True)

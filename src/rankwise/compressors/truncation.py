@@ -50,7 +50,11 @@ def truncations(weight: Tensor, metrics: Metrics, gauge: Gauge, scale: float = 1
         return matrix.to(weight.dtype)
 
     return Choices(
-        costs={"params": floats + indices, "bytes": floats * weight.element_size() + 4 * indices, "macs": floats},
+        costs={
+            "params": floats + indices,
+            "bytes": floats * weight.element_size() + 4 * indices,
+            "macs": floats,
+        },
         errors=errors.cpu(),
         total=float(energy.sum()),
         build=build,

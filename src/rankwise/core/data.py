@@ -33,7 +33,12 @@ def batches_of(data: Tensor | Iterable[Batch], *, window: int = 512, tokens: int
     if data.numel() == 0:
         raise CalibrationError("the calibration text is empty; give at least a few tokens.")
     sequences = [data] if data.dim() == 1 else list(data)
-    pieces = [piece for sequence in sequences for piece in sequence.split(window) if len(piece) > 1 or len(sequence) == 1]
+    pieces = [
+        piece
+        for sequence in sequences
+        for piece in sequence.split(window)
+        if len(piece) > 1 or len(sequence) == 1
+    ]
     done: list[Batch] = []
     run: list[Tensor] = []
     for piece in pieces:
@@ -42,4 +47,3 @@ def batches_of(data: Tensor | Iterable[Batch], *, window: int = 512, tokens: int
             run = []
         run.append(piece)
     return [*done, torch.stack(run)]
-

@@ -97,6 +97,4 @@ def _show(value: Any) -> str:
 
 
 def _align(value: Any) -> str:
-    return (
-        "text" if isinstance(value, str) and len(value) > 40 else "" if isinstance(value, str) else "number"
-    )
+    return "text" if isinstance(value, str) and len(value) > 40 else "" if isinstance(value, str) else "number"

@@ -40,7 +40,9 @@ def given(output: Any, batch: Any, generator: Generator) -> Tensor:
         target = batch["labels"][:, 1:] if shift else batch["labels"]
         logits = logits[:, :-1] if shift else logits
     elif logits.dim() == 3:
-        ids = batch["input_ids"] if isinstance(batch, Mapping) else batch if isinstance(batch, Tensor) else batch[0]
+        ids = (
+            batch["input_ids"] if isinstance(batch, Mapping) else batch if isinstance(batch, Tensor) else batch[0]
+        )
         target, logits = ids[:, 1:], logits[:, :-1]
         if isinstance(batch, Mapping) and batch.get("attention_mask") is not None:
             target = target.masked_fill(~batch["attention_mask"][:, 1:].bool(), -100)

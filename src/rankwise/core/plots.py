@@ -177,9 +177,7 @@ def _panels(panels: Mapping[str, Draw], *, columns: int, legend: bool) -> "Figur
     if legend:
         handles, labels = figure.axes[0].get_legend_handles_labels()
         if 1 < len(labels) <= _MOST_KINDS:
-            figure.legend(
-                handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False
-            )
+            figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False)
     return figure
 
 

@@ -179,7 +179,9 @@ class Statistics:
         have = self.layers.get(name, {})
         for need in needs:
             if need not in have:
-                raise CalibrationError(f"layer {name}: {need.__name__} was not collected; collect it for this method.")
+                raise CalibrationError(
+                    f"layer {name}: {need.__name__} was not collected; collect it for this method."
+                )
         return have
 
 
@@ -220,7 +222,9 @@ class _Watch:
         if leader == name or any(need.side == "both" for need in self.needs):
             inputs = self.rows(site.view.inputs(x))
             if not bool(inputs.isfinite().all()):
-                raise CalibrationError(f"layer {name}: its inputs are not finite; use float32, or look at the weights.")
+                raise CalibrationError(
+                    f"layer {name}: its inputs are not finite; use float32, or look at the weights."
+                )
         for need, statistic in stats.items():
             if need.side == "input" and leader == name:
                 statistic.update(inputs)
@@ -305,7 +309,8 @@ def collect(
     places = [(model.get_submodule(path), name) for name, site in sites.items() for path in site.names]
     unique = {id(layer): (layer, name) for layer, name in places}.values()
     handles = [
-        layer.register_forward_hook(lambda _, args, y, name=name: watch(name, args[0], y)) for layer, name in unique
+        layer.register_forward_hook(lambda _, args, y, name=name: watch(name, args[0], y))
+        for layer, name in unique
     ]
     device = next(model.parameters()).device
     cast = torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None)

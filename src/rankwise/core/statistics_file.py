@@ -63,7 +63,9 @@ def load_statistics(path: str | Path, model: nn.Module, about: str | None = None
     except FileNotFoundError:
         raise
     except Exception as error:
-        raise CalibrationError(f"{path} is not a statistics file or is damaged ({error}); collect again.") from error
+        raise CalibrationError(
+            f"{path} is not a statistics file or is damaged ({error}); collect again."
+        ) from error
     if header.get("format") != FORMAT:
         raise CalibrationError(f"{path} has format {header.get('format')}, not {FORMAT}; collect again.")
     if header["model"] != fingerprint(model):

@@ -143,7 +143,7 @@ class Conv2dView(View):
 
     def restore(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """Build an ``nn.Conv2d``."""
-        geometry = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        geometry: dict[str, Any] = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
         layer = nn.Conv2d(
             self.channels, weight.shape[0], self.kernel, bias=bias is not None, device="meta", **geometry
         )
@@ -264,7 +264,11 @@ def select(model: nn.Module, where: Where | None = None) -> dict[str, Site]:
             continue
         key = id(layer.get_parameter("weight"))
         known = sites.get(key)
-        sites[key] = Site((name,), layer, view) if known is None else dataclasses.replace(known, names=(*known.names, name))
+        sites[key] = (
+            Site((name,), layer, view)
+            if known is None
+            else dataclasses.replace(known, names=(*known.names, name))
+        )
     if not sites:
         kinds = ", ".join(kind.__name__.removesuffix("View") for kind in VIEWS)
         raise ValueError(f"no layer was selected: the model has none of {kinds} that 'where' accepts.")
@@ -274,7 +278,7 @@ def select(model: nn.Module, where: Where | None = None) -> dict[str, Site]:
 def replace(model: nn.Module, site: Site, matrix: StructuredMatrix) -> None:
     """Put a structured matrix in all places of a site; biases stay where they are."""
     for name in site.names:
-        old = model.get_submodule(name)
+        old: Any = model.get_submodule(name)
         set_module(model, name, StructuredLinear(matrix, old.bias, site.view).train(old.training))
 
 

@@ -1,5 +1,7 @@
 """Positive semi-definite metrics on one side of a matrix, and the SVD measured in two of them."""
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -17,43 +19,38 @@ class Metric:
     Where these are so negative that the damping does not lift them, they count as zero before it is added.
 
     Raises:
-        ValueError: if the metric is zero or, after damping, not positive definite.
+        ValueError: when the root is first needed, if the metric is zero or, after damping, not positive definite.
     """
 
     def __init__(self, value: Tensor | None = None, damping: float = 0.0) -> None:
-        self.value = self.root = None
-        if value is None:
-            return
-        value = value.double()
-        diagonal = value if value.dim() == 1 else value.diagonal()
-        lift = damping * diagonal.mean()
+        self.value, self.damping = value, damping
+
+    @cached_property
+    def root(self) -> Tensor | None:
+        """R in float64, (n,) or (n, n), or None for the identity."""
+        if self.value is None:
+            return None
+        value = self.value.double()
         if value.dim() == 1:
-            self.value = value + lift
-            self.root = self.value.sqrt()
-            broken = not bool((self.value > 0).all())
+            root = (value + self.damping * value.mean()).sqrt()
+            broken = not bool((root > 0).all())
         else:
-            self.value = value + lift * torch.eye(len(value), dtype=value.dtype, device=value.device)
-            self.root, info = torch.linalg.cholesky_ex(self.value)
-            broken = bool(info > 0)
-            if broken and lift > 0 and bool(value.isfinite().all()):
-                self.root = _root_without_rounding(value, lift)
-                self.value = self.root @ self.root.mT
-                broken = not bool((self.root.diagonal() > 0).all())
-        if broken or not bool(self.value.isfinite().all()):
-            raise ValueError(f"the statistics are zero or singular, and damping {damping:g} does not repair that.")
-
-    def _scale(self, x: Tensor, factor: Tensor | None) -> Tensor:
-        if factor is None:
-            return x
-        return factor[:, None] * x if factor.dim() == 1 else factor @ x
-
-    def apply(self, x: Tensor) -> Tensor:
-        """Return M x for x of (n, k)."""
-        return self._scale(x, self.value)
+            lift = self.damping * value.diagonal().mean()
+            root, info = torch.linalg.cholesky_ex(value + lift * torch.eye(len(value)).to(value))
+            if info > 0 and lift > 0 and bool(value.isfinite().all()):
+                root = _root_without_rounding(value, lift)
+            broken = not bool((root.diagonal() > 0).all()) or (bool(info > 0) and not lift > 0)
+        if broken or not bool(root.isfinite().all()):
+            raise ValueError(
+                f"the statistics are zero or singular, and damping {self.damping:g} does not repair that."
+            )
+        return root
 
     def whiten(self, x: Tensor) -> Tensor:
-        """Return R' x, whose squared Frobenius norm is tr(x' M x)."""
-        return self._scale(x, None if self.root is None else self.root.mT if self.root.dim() == 2 else self.root)
+        """Return R' x for x of (n, k), whose squared Frobenius norm is tr(x' M x)."""
+        if self.root is None:
+            return x
+        return self.root[:, None] * x if self.root.dim() == 1 else self.root.mT @ x
 
     def unwhiten(self, x: Tensor) -> Tensor:
         """Return R'^-1 x."""
@@ -97,5 +94,4 @@ def truncated_factors(weight: Tensor, outputs: Metric, u: Tensor) -> tuple[Tenso
 
 def metric_norm(change: Tensor, outputs: Metric, inputs: Metric) -> float:
     """Return tr(S D C D') of an (m, n) change D, in float64."""
-    change = change.double()
-    return float((outputs.apply(change) * inputs.apply(change.mT).mT).sum())
+    return float(inputs.whiten(outputs.whiten(change.double()).mT).square().sum())

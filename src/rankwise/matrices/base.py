@@ -95,4 +95,6 @@ def shape_of(spec: Mapping[str, Any]) -> tuple[int, int]:
 def check_2d(name: str, tensor: Tensor) -> None:
     """Raise unless ``tensor`` is a floating-point matrix."""
     if tensor.dim() != 2 or not tensor.is_floating_point():
-        raise TypeError(f"{name} must be a 2-D floating-point tensor, got {tensor.dtype} {tuple(tensor.shape)}.")
+        raise TypeError(
+            f"{name} must be a 2-D floating-point tensor, got {tensor.dtype} {tuple(tensor.shape)}."
+        )

@@ -1,5 +1,6 @@
 """Sums, products and multiples of structured matrices are structured matrices."""
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any, Self, cast
@@ -114,9 +115,11 @@ class Product(_Expression):
 
     def __init__(self, *factors: StructuredMatrix) -> None:
         super().__init__(*factors)
-        for left, right in zip(factors, factors[1:], strict=False):
+        for left, right in itertools.pairwise(factors):
             if left.shape[1] != right.shape[0]:
-                raise ValueError(f"the factors of a Product disagree: {left.shape} cannot multiply {right.shape}.")
+                raise ValueError(
+                    f"the factors of a Product disagree: {left.shape} cannot multiply {right.shape}."
+                )
         self.shape = (factors[0].shape[0], factors[-1].shape[1])
 
     @property

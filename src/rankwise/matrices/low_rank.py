@@ -27,7 +27,9 @@ class LowRank(StructuredMatrix):
         check_2d("left", left)
         check_2d("right", right)
         if left.shape[1] != right.shape[0]:
-            raise ValueError(f"left (m, r) and right (r, n) disagree: {tuple(left.shape)}, {tuple(right.shape)}.")
+            raise ValueError(
+                f"left (m, r) and right (r, n) disagree: {tuple(left.shape)}, {tuple(right.shape)}."
+            )
         self.left, self.right = nn.Parameter(left), nn.Parameter(right)
         self.shape = (left.shape[0], right.shape[1])
 
@@ -88,8 +90,8 @@ class PivotedLowRank(StructuredMatrix):
         mix: (m - r, r), the other rows in terms of these.
         order: (m,) int32, where each row of the matrix stands in ``[rows; mix @ rows]``.
 
-    References: the interpolative decomposition (Cheng, Gimbutas, Martinsson, Rokhlin, 2005); as a way to store
-        compressed layers, PIFA, arXiv 2501.19090.
+    References: the interpolative decomposition (Cheng, Gimbutas, Martinsson, Rokhlin, 2005); as a way to
+        store compressed layers, PIFA, arXiv 2501.19090.
 
     >>> import torch
     >>> a, b = torch.randn(6, 2), torch.randn(2, 5)
@@ -105,7 +107,9 @@ class PivotedLowRank(StructuredMatrix):
         check_2d("rows", rows)
         check_2d("mix", mix)
         if mix.shape[1] != rows.shape[0]:
-            raise ValueError(f"rows (r, n) and mix (m - r, r) disagree: {tuple(rows.shape)}, {tuple(mix.shape)}.")
+            raise ValueError(
+                f"rows (r, n) and mix (m - r, r) disagree: {tuple(rows.shape)}, {tuple(mix.shape)}."
+            )
         m = rows.shape[0] + mix.shape[0]
         if order.shape != (m,):
             raise ValueError(f"order must have shape ({m},), got {tuple(order.shape)}.")

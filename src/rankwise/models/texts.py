@@ -13,8 +13,30 @@ from torch import Tensor
 
 _MODULES = (  # long-lived modules of the standard library; their order is the order of the text
     *("argparse", "bdb", "calendar", "cmd", "configparser", "copy", "csv", "difflib", "doctest", "fractions"),
-    *("ftplib", "getopt", "heapq", "imaplib", "inspect", "locale", "mailbox", "optparse", "pathlib", "pickle"),
-    *("plistlib", "pprint", "random", "shutil", "smtplib", "statistics", "string", "tarfile", "textwrap", "zipfile"),
+    *(
+        "ftplib",
+        "getopt",
+        "heapq",
+        "imaplib",
+        "inspect",
+        "locale",
+        "mailbox",
+        "optparse",
+        "pathlib",
+        "pickle",
+    ),
+    *(
+        "plistlib",
+        "pprint",
+        "random",
+        "shutil",
+        "smtplib",
+        "statistics",
+        "string",
+        "tarfile",
+        "textwrap",
+        "zipfile",
+    ),
 )
 _OPENERS: dict[str, Callable[..., IO[str]]] = {".xz": lzma.open, ".gz": gzip.open}
 

@@ -1,0 +1,72 @@
+"""What the benchmarks share: texts, the environment, and results that survive an interrupt."""
+
+import json
+import lzma
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import rankwise
+from rankwise.models import embedded_texts
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def environment() -> dict[str, Any]:
+    """Describe the machine and the versions that made a result."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "cpu": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "rankwise": rankwise.__version__,
+        "commit": commit.stdout.strip(),
+    }
+
+
+def texts(folder: str | None) -> dict[str, str]:
+    """Return the evaluation texts: the embedded ones and, where ``folder`` has them, wikitext2 valid and a C4 slice."""
+    found = {"topics": embedded_texts()["topics"]}
+    if folder:
+        found["wikitext2"] = read(Path(folder) / "wikitext2" / "wiki.valid.raw.xz")
+        found["c4"] = read(Path(folder) / "calib_mix" / "c4.utf8.xz")
+    return found
+
+
+def read(path: Path) -> str:
+    """Read an .xz text."""
+    with lzma.open(path, "rt", encoding="utf-8", errors="replace") as file:
+        return file.read()
+
+
+class Rows:
+    """Rows of a result that are on disk as soon as they are known; a second run goes on where the first stopped."""
+
+    def __init__(self, path: Path, command: str) -> None:
+        self.path, self.command, self.rows = path, command, []
+        if path.exists():
+            self.rows = json.loads(path.read_text())["rows"]
+
+    def has(self, **key: Any) -> bool:
+        """Whether a row with these values is there."""
+        return any(all(row.get(k) == v for k, v in key.items()) for row in self.rows)
+
+    def find(self, **key: Any) -> dict[str, Any]:
+        """Return the row with these values."""
+        return next(row for row in self.rows if all(row.get(k) == v for k, v in key.items()))
+
+    def add(self, **row: Any) -> None:
+        """Print a row and write all of them."""
+        self.rows.append(row)
+        print(json.dumps(row), flush=True)
+        temporary = self.path.with_suffix(".tmp")
+        content = {"command": self.command, "environment": environment(), "rows": self.rows}
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(temporary, self.path)

@@ -1,0 +1,192 @@
+"""Which method loses how much at which size: perplexity of SmolLM2-135M after compression.
+
+Every row is one compressed model: method, gauge, allocation, calibration data, keep; for each text the perplexity
+and the gap in nats to the dense model in the same run. Rows are written as they are made; a second run of the same
+command goes on. Texts: CPython's help topics and, with --data, wikitext2 valid and a C4 slice, each scored on its
+last tokens (wikitext2: the first), windows of 1024. No calibration set holds a token that is scored.
+
+    python benchmarks/compression_quality.py --data DATA --json benchmarks/results/compression_quality.json
+"""
+
+import argparse
+import itertools
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+from common import Rows, read, texts
+from torch import Tensor
+
+import rankwise
+from rankwise import allocators, compressors
+from rankwise.core import labels
+from rankwise.core.methods import Compressor
+from rankwise.core.surgery import select, set_module
+from rankwise.models import embedded_texts, sample
+from rankwise.models.texts import tokens as ids_of
+
+BASELINE = {"method": "WhitenedSvd", "gauge": "factors", "allocate": "uniform", "calibration": "topics"}
+BEST = {"method": "KroneckerFactoredSvd", "gauge": "pivot", "allocate": "water_filling"}
+METHODS = ("PlainSvd", "ActivationAwareSvd", "WhitenedSvd", "FisherSvd", "KroneckerFactoredSvd")
+MIX = {"topics": 0.25, "wiki": 0.33, "c4": 0.25, "python": 0.17}
+
+
+class Remember(Compressor):
+    """A method that decomposes a weight once and offers the same choices to every budget."""
+
+    def __init__(self, method):
+        self.method, self.needs, self.comparable, self.known = method, method.needs, method.comparable, {}
+
+    def choices(self, weight, stats):
+        key = weight.data_ptr()
+        if key not in self.known:
+            self.known[key] = self.method.choices(weight, stats)
+        return self.known[key]
+
+
+class Bench:
+    """One dense model, its texts, and the statistics of each calibration set."""
+
+    def __init__(self, options):
+        self.options = options
+        self.model, self.tokenizer = rankwise.load(options.model, dtype=torch.float32)
+        self.rows = Rows(Path(options.json), "python " + shlex.join(sys.argv))
+        self.texts = {}
+        for name, text in texts(options.data).items():
+            ids = ids_of(self.tokenizer, text)
+            n = options.eval_tokens
+            self.texts[name] = ids[:n] if name == "wikitext2" else ids[-n:]
+        self.statistics, self.remembered = {}, {}
+        self.dense = self.score(method="dense")
+
+    def score(self, **key):
+        """Evaluate the model as it stands and add the row, unless it is there."""
+        key |= {"eval_tokens": self.options.eval_tokens}
+        if not self.rows.has(**key):
+            start = time.perf_counter()
+            report = rankwise.evaluate(self.model, self.tokenizer, self.texts)
+            nats = {row["name"]: row["nats"] for row in report.rows}
+            dense = self.dense["nats"] if key["method"] != "dense" else nats
+            gap = {name: nats[name] - dense[name] for name in nats}
+            perplexity = {row["name"]: row["perplexity"] for row in report.rows}
+            key_only = dict(key)
+            self.rows.add(**key, **self.extra(), nats=nats, gap=gap, perplexity=perplexity,
+                          evaluation_seconds=time.perf_counter() - start)  # fmt: skip
+            return self.rows.find(**key_only)
+        return self.rows.find(**key)
+
+    def extra(self):
+        """What is known about the last compression."""
+        return getattr(self, "last", {})
+
+    def calibration_ids(self, name: str, count: int) -> Tensor:
+        """Return the first tokens of a calibration set."""
+        if name == "self":
+            return sample(self.model.to(torch.bfloat16), tokens=count)
+        folder = Path(self.options.data or ".") / "calib_mix"
+        sources = {
+            "topics": lambda: embedded_texts()["topics"],
+            "python": lambda: embedded_texts()["python"],
+            "wiki": lambda: read(folder / "wiki.utf8.xz"),
+            "c4": lambda: read(folder / "c4.utf8.xz"),
+        }
+        shares = MIX if name == "mix" else {name: 1.0}
+        parts = []
+        for source, share in shares.items():
+            ids = ids_of(self.tokenizer, sources[source]())
+            size = round(count * share)
+            if source in self.texts and size > len(ids) - len(self.texts[source]):
+                raise SystemExit(f"{size} calibration tokens of {source} would overlap with what is scored")
+            parts.append(ids[:size])
+        return torch.cat(parts)
+
+    def calibrate(self, name: str, count: int):
+        """Collect the statistics of all methods from one calibration set, once."""
+        if (name, count) not in self.statistics:
+            self.statistics.clear()
+            self.remembered.clear()
+            ids = self.calibration_ids(name, count)
+            self.model.float()
+            needs = [need for method in METHODS for need in getattr(compressors, method).needs]
+            chosen = labels.given if name == "self" else labels.sampled
+            cast = torch.bfloat16 if self.options.bfloat16 else None
+            self.statistics[name, count] = rankwise.calibrate(
+                self.model, needs, data=ids, labels=chosen, autocast=cast
+            )
+        return self.statistics[name, count]
+
+    def compressed(self, *, method, gauge, allocate, calibration, tokens, keep):
+        """Compress the model, score it, and put the dense layers back."""
+        key = dict(
+            method=method, gauge=gauge, allocate=allocate, calibration=calibration, tokens=tokens, keep=keep
+        )
+        if self.rows.has(**key, eval_tokens=self.options.eval_tokens):
+            return
+        statistics = self.calibrate(calibration, tokens)
+        if (method, gauge) not in self.remembered:
+            self.remembered[method, gauge] = Remember(getattr(compressors, method)(gauge=gauge))
+        before = {path: self.model.get_submodule(path) for s in select(self.model).values() for path in s.names}
+        report = rankwise.compress(
+            self.model, self.remembered[method, gauge], keep=keep, data=statistics,
+            allocate=getattr(allocators, allocate),
+        )  # fmt: skip
+        self.last = {
+            "kept": report.totals["keep"],
+            "seconds": report.totals["seconds"],
+            "left_dense": sum(row["kind"] == "Dense" for row in report.rows),
+            "predicted_error": sum(row["predicted_error"] for row in report.rows),
+        }
+        self.score(**key)
+        for path, layer in before.items():
+            set_module(self.model, path, layer)
+
+
+def bars(bench):
+    """The comparison that the project is judged by."""
+    for keep in (0.9, 0.8, 0.6):
+        bench.compressed(**BASELINE, tokens=24576, keep=keep)
+        bench.compressed(**BEST, calibration="topics", tokens=24576, keep=keep)
+    for keep in (0.9, 0.8):
+        bench.compressed(**BEST, calibration="self", tokens=24576, keep=keep)
+
+
+def grid(bench):
+    """Every method, gauge and allocation on one calibration set."""
+    for method, gauge in itertools.product(METHODS, ("factors", "pivot")):
+        for allocate, keep in itertools.product(("uniform", "water_filling"), bench.options.keep):
+            bench.compressed(
+                method=method, gauge=gauge, allocate=allocate, calibration="topics", tokens=24576, keep=keep
+            )
+
+
+def calibration(bench):
+    """The best method under several calibration sets and sizes."""
+    for name, count in itertools.product(("topics", "mix", "self"), bench.options.tokens):
+        for keep in (0.9, 0.8):
+            bench.compressed(**BEST, calibration=name, tokens=count, keep=keep)
+
+
+def main():
+    """Run the parts that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", required=True, help="the result; an existing one is continued")
+    parser.add_argument(
+        "--data", help="folder with wikitext2/ and calib_mix/; without it, topics alone are scored"
+    )
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--part", action="append", choices=("bars", "grid", "calibration"), help="default: all")
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6, 0.5], help="of the grid")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 24576, 65536])
+    parser.add_argument("--eval-tokens", type=int, default=16384)
+    parser.add_argument("--bfloat16", action="store_true", help="calibration passes in bfloat16")
+    bench = Bench(parser.parse_args())
+    parts = {"bars": bars, "grid": grid, "calibration": calibration}
+    for part in bench.options.part or parts:
+        parts[part](bench)
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()

@@ -1,0 +1,61 @@
+"""How fast a compressed model runs beside the dense one, in one interleaved run: prefill and decode tokens/s.
+
+The method is the default one, calibrated on few tokens: speed depends on the ranks alone. Each round runs every
+model once; medians over the rounds are reported, and their ratios to dense.
+
+    python benchmarks/speed.py --json benchmarks/results/speed.json
+"""
+
+import argparse
+import copy
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+from common import environment
+
+import rankwise
+from rankwise.compressors import KroneckerFactoredSvd
+from rankwise.models import embedded_texts, sizes, speed
+from rankwise.models.texts import tokens as ids_of
+
+
+def main():
+    """Compress copies of one model, and time them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", required=True)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.6])
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--prefill", type=int, default=512)
+    parser.add_argument("--decode", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    rows = []
+    dense, tokenizer = rankwise.load(options.model, dtype=torch.float32)
+    ids = ids_of(tokenizer, embedded_texts()["topics"], limit=4096)
+    method = KroneckerFactoredSvd()
+    statistics = rankwise.calibrate(dense, method.needs, data=ids[:2048])
+    models = {"dense": dense}
+    for keep in options.keep:
+        for gauge in ("pivot", "factors"):
+            name = f"{gauge} {keep}"
+            models[name] = copy.deepcopy(dense)
+            rankwise.compress(models[name], KroneckerFactoredSvd(gauge=gauge), keep=keep, data=statistics)
+    for dtype in options.dtype:
+        for model in models.values():
+            model.to(getattr(torch, dtype))
+        figures = speed(models, ids, prefill=options.prefill, decode=options.decode, repeats=options.rounds)
+        for name, found in figures.items():
+            ratio = {key.replace("tokens_per_s", "ratio"): found[key] / figures["dense"][key] for key in found}
+            macs = sizes(models[name])["macs_per_token"] / sizes(dense)["macs_per_token"]
+            rows.append({"model": name, "dtype": dtype, **found, **ratio, "macs_ratio": macs})
+            print(rows[-1], flush=True)
+    result = {"command": "python " + shlex.join(sys.argv), "environment": environment(), "rows": rows}
+    Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

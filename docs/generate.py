@@ -1,0 +1,79 @@
+"""Write docs/methods.md from the docstrings and fields of everything that the method packages export.
+
+Usage: python docs/generate.py
+"""
+
+import dataclasses
+import inspect
+import re
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+from rankwise import allocators, compressors, matrices, measures
+from rankwise.cli.options import command_name
+
+TARGET = Path(__file__).with_name("methods.md")
+SECTIONS: dict[str, tuple[types.ModuleType, str]] = {
+    "Compressors": (
+        compressors,
+        "`rankwise.compress(model, method, ...)` and `rankwise compress --method NAME`.",
+    ),
+    "Allocators": (
+        allocators,
+        "`rankwise.compress(..., allocate=...)` and `rankwise compress --allocate NAME`.",
+    ),
+    "Measures": (measures, "`rankwise.inspect(model)` and `rankwise inspect`."),
+    "Matrices": (matrices, "What a compressed layer holds, and what a saved model may contain."),
+}
+
+
+def generate() -> str:
+    """Return the text of docs/methods.md."""
+    blocks = ["# Methods", "Made by `docs/generate.py` from the docstrings; change those instead."]
+    for title, (package, use) in SECTIONS.items():
+        blocks += [f"## {title}", use]
+        for name in package.__all__:
+            blocks += entry(name, getattr(package, name), package)
+    return "\n\n".join(blocks) + "\n"
+
+
+def entry(name: str, value: object, package: types.ModuleType) -> Iterator[str]:
+    """Yield the paragraphs about one exported name."""
+    yield f"### {name}"
+    if package in (compressors, allocators):
+        yield f"On the command line: `{command_name(name)}`."
+    yield from paragraphs(inspect.getdoc(value) or "")
+    if inspect.isclass(value) and dataclasses.is_dataclass(value) and dataclasses.fields(value):
+        rows = [
+            f"| `{f.name}` | `{type_name(f.type)}` | `{f.default!r}` |" for f in dataclasses.fields(value)
+        ]
+        yield "\n".join(["| field | type | default |", "|---|---|---|", *rows])
+
+
+def paragraphs(doc: str) -> Iterator[str]:
+    """Yield a Google-style docstring as Markdown paragraphs."""
+    for block in re.split(r"\n\s*\n", doc):
+        first, _, rest = block.partition("\n")
+        if block.startswith(">>>"):
+            yield f"```python\n{block}\n```"
+        elif first in ("Args:", "Raises:", "Returns:"):
+            items = re.split(r"\n {4}(?=\S)", "\n" + rest)[1:]
+            yield "\n".join([first, "", *[f"- {plain(item)}" for item in items]])
+        else:
+            yield plain(block)
+
+
+def plain(text: str) -> str:
+    """Join lines, and turn cross-references into code."""
+    joined = " ".join(text.split())
+    return re.sub(r"``(.+?)``", r"`\1`", re.sub(r":\w+:`~?(.+?)`", r"`\1`", joined))
+
+
+def type_name(kind: object) -> str:
+    """Show a field's type as it is written."""
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+
+
+if __name__ == "__main__":
+    TARGET.write_text(generate(), encoding="utf-8")

@@ -1,0 +1,79 @@
+"""What the evaluation, the speed test and the sampler need of a causal language model."""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def check_causal(model: nn.Module, window: int, instead: str) -> Any:
+    """Return the model if it predicts next tokens within a window, else say what to do instead.
+
+    Raises:
+        ValueError: if it has no language-model head, or no positions for ``window`` tokens.
+    """
+    from transformers import PreTrainedModel
+
+    kind = type(model).__name__
+    if not isinstance(model, PreTrainedModel) or not model.can_generate() or model.config.is_encoder_decoder:
+        raise ValueError(f"{kind} is not a causal language model of transformers; {instead}.")
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and window > positions:
+        raise ValueError(
+            f"window {window} is longer than the {positions} positions of {kind}; give at most {positions}."
+        )
+    return model
+
+
+@contextlib.contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Turn dropout and gradients off, and dropout back on where it was."""
+    training = {module: module.training for model in models for module in model.modules()}
+    try:
+        for model in models:
+            model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
+def next_logits(model: Any, ids: Tensor, past: Any) -> Tensor:
+    """Feed (b, t) ids after the past, which grows by them; return the (b, k) logits of the next token."""
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    return model(input_ids=ids, past_key_values=past, use_cache=True, **last).logits[:, -1].float()
+
+
+def generate(model: nn.Module, tokenizer: Any, prompt: str, tokens: int = 40) -> str:
+    """Continue a prompt with the likeliest tokens, up to the end-of-text token.
+
+    Args:
+        model: a causal language model.
+        tokenizer: of transformers.
+        prompt: what to continue.
+        tokens: at most so many.
+
+    Returns:
+        the continuation alone.
+
+    Raises:
+        ValueError: if the model is not a causal language model, or the prompt is empty.
+    """
+    from transformers import DynamicCache
+
+    ids = torch.tensor([tokenizer(prompt, verbose=False)["input_ids"]], dtype=torch.long)
+    if ids.numel() == 0:
+        raise ValueError("prompt is empty; give a text to continue.")
+    causal = check_causal(model, ids.shape[1] + tokens, "only such models continue a text")
+    past, new, step = DynamicCache(config=causal.config), [], ids.to(causal.device)
+    with evaluating(causal):
+        while len(new) < tokens:
+            step = next_logits(causal, step, past).argmax(-1, keepdim=True)
+            new.append(int(step))
+            if new[-1] == tokenizer.eos_token_id:
+                break
+    return tokenizer.decode(new, skip_special_tokens=True)

@@ -1,0 +1,286 @@
+"""The command line on a tiny random language model: results, files, and one-line errors."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner, Result
+
+from rankwise import __version__, compressors
+from rankwise.cli import app
+from rankwise.quickstart import quickstart
+
+WORDS = [f"{a}{b}{c}" for a in "abcde" for b in "aeiou" for c in "nrst"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A Llama of two layers with a tokenizer of whole words, saved by plain transformers."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = ["<s>", "</s>", "<unk>", *WORDS]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=0,
+        eos_token_id=1,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+    )
+    path = tmp_path_factory.mktemp("tiny")
+    LlamaForCausalLM(config).save_pretrained(path)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """A text of 2000 words."""
+    generator = torch.Generator().manual_seed(1)
+    chosen = torch.randint(len(WORDS), (2000,), generator=generator).tolist()
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(WORDS[i] for i in chosen), encoding="utf-8")
+    return path
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def small(folder: Path, text: Path, *more: object) -> list[object]:
+    """The words of a quick ``compress``; later ones win."""
+    sizes = ["--calibration-tokens", 512, "--window", 64, "--max-tokens", 512, "--eval-window", 64]
+    return ["compress", folder, "--keep", 0.8, "--data", text, *sizes, *more]
+
+
+def refused(result: Result, *expected: str) -> None:
+    """Check for exit code 2 and one line ``error: ...`` that holds the words."""
+    assert result.exit_code == 2, result.output
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "Traceback" not in result.output
+    for word in expected:
+        assert word in last
+
+
+def test_version():
+    assert run("--version").stdout.strip() == f"rankwise {__version__}"
+
+
+def test_list_names_everything_with_fields():
+    shown = run("list").stdout
+    fields = ("gauge: pivot | factors = pivot", "input_damping: float = 1e-06")
+    for name in ("kronecker-factored-svd: ", "water-filling: ", "spectrum-tail: ", *fields):
+        assert name in shown
+
+
+def test_compress_writes_model_figures_and_report(folder, text, tmp_path):
+    out, figures = tmp_path / "out", tmp_path / "figures.json"
+    result = run(*small(folder, text, "--eval", f"words={text}", "--out", out, "--json", figures))
+    assert result.exit_code == 0, result.output
+    found = json.loads(figures.read_text())
+    assert set(found["keep"]) == {"params", "bytes", "macs"}
+    assert 0.7 < found["keep"]["params"] <= 0.8
+    assert set(found["perplexity"]["words"]) == {"dense", "compressed"}
+    assert all(value >= 0 for value in found["seconds"].values())
+    assert found["peak_memory_bytes"] > 0
+    keys = {"name", "kind", "rank", "params_before", "params_after", "predicted_error", "measured_error"}
+    assert len(found["layers"]) == 14
+    assert all(set(layer) == keys for layer in found["layers"])
+    assert found["file_bytes"] == pytest.approx(found["predicted_file_bytes"], rel=0.02)
+    assert "<svg" in (out / "report.html").read_text()
+    again = tmp_path / "again.json"
+    measured = ["--text", f"words={text}", "--window", 64, "--max-tokens", 512, "--json", again]
+    assert run("evaluate", out, *measured).exit_code == 0
+    (row,) = next(value for value in json.loads(again.read_text()).values() if isinstance(value, list))
+    assert row["perplexity"] == pytest.approx(found["perplexity"]["words"]["compressed"], rel=1e-5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again.json", "figures.json", "out"]
+
+
+def test_method_options_reach_the_method(folder, text, tmp_path):
+    figures = tmp_path / "figures.json"
+    words = ["--method", "kronecker-factored-svd", "--set", "input_damping=1e-4", "--gauge", "factors"]
+    words += ["--allocate", "uniform", "--of", "bytes", "--where", "q_proj", "--labels", "data"]
+    words += ["--json", figures]
+    result = run(*small(folder, text, *words))
+    assert result.exit_code == 0, result.output
+    found = json.loads(figures.read_text())
+    assert found["method"]["input_damping"] == 1e-4
+    assert found["method"]["gauge"] == "factors"
+    assert [layer["name"].rpartition(".")[2] for layer in found["layers"]] == ["q_proj"] * 2
+    assert found["keep"]["bytes"] <= 0.8
+
+
+def test_compress_without_data(folder, tmp_path):
+    figures = tmp_path / "figures.json"
+    words = ["--data", "self", "--calibration-tokens", 256, "--window", 64, "--json", figures]
+    result = run("compress", folder, "--keep", 0.7, *words)
+    assert result.exit_code == 0, result.output
+    assert json.loads(figures.read_text())["keep"]["params"] <= 0.7
+
+
+def test_inspect(folder, tmp_path):
+    figures, page = tmp_path / "figures.json", tmp_path / "page.html"
+    result = run("inspect", folder, "--json", figures, "--html", page)
+    assert result.exit_code == 0, result.output
+    layers = json.loads(figures.read_text())["layers"]
+    assert len(layers) == 14
+    assert {"name", "shape", "params", "stable_rank", "alpha", "effective_rank"} <= set(layers[0])
+    assert "<svg" in page.read_text()
+
+
+@pytest.mark.parametrize("keep", ["0", "-1", "1.5", "nan"])
+def test_bad_keep(folder, text, keep):
+    refused(run(*small(folder, text, "--keep", keep)), "--keep must be > 0 and <= 1")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--method", "kroneker-svd"], ["did you mean kronecker-factored-svd", "plain-svd"]),
+        (["--allocate", "waterfilling"], ["water-filling", "greedy"]),
+        (["--of", "flops"], ["params, bytes, macs"]),
+        (["--set", "damping=1"], ["no field 'damping'", "input_damping: float", "gauge: pivot | factors"]),
+        (["--set", "input_damping=lots"], ["must be float, got 'lots'"]),
+        (["--set", "input_damping=-1"], ["input_damping"]),
+        (["--set", "input_damping"], ["field=value"]),
+        (["--set", "gauge=pivot", "--gauge", "factors"], ["given twice"]),
+        (["--gauge", "round"], ["pivot, factors"]),
+        (["--labels", "mine"], ["sampled, data"]),
+        (["--dtype", "int8"], ["bfloat16"]),
+        (["--where", "("], ["regular expression"]),
+        (["--where", "nothing_like_it"], ["no layer was selected"]),
+        (["--window", "1"], ["--window must be at least 2"]),
+        (["--calibration-tokens", "0"], ["--calibration-tokens must be at least 1"]),
+        (["--data", "self"], ["cannot be combined"]),
+        (["--data", "missing.txt"], ["missing.txt", "does not exist"]),
+        (["--eval", "words"], ["NAME=FILE", "topics"]),
+        (["--eval", "words=missing.txt"], ["missing.txt", "does not exist"]),
+        (["--json", "missing/figures.json"], ["--json", "does not exist"]),
+        (["--out", "missing/out"], ["--out", "does not exist"]),
+        (["--html", "."], ["is a folder"]),
+        (["--keep", "0.0001"], ["keep must be at least"]),
+    ],
+)
+def test_bad_options(folder, text, tmp_path, monkeypatch, words, expected):
+    monkeypatch.chdir(tmp_path)
+    refused(run(*small(folder, text, "--out", "model", *words)), *expected)
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_folder(text, tmp_path):
+    refused(run(*small(tmp_path / "nowhere", text)), "nowhere")
+
+
+def test_existing_output_is_kept(folder, text, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    refused(run(*small(folder, text, "--out", tmp_path)), "exists already")
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_empty_texts(folder, text, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text(" \n")
+    refused(run(*small(folder, empty)), "empty")
+    refused(run(*small(folder, text, "--eval", f"nothing={empty}")), "empty")
+
+
+def test_calibration_and_evaluation_must_not_overlap(folder, text):
+    words = ["--eval", f"words={text}", "--calibration-tokens", 1500, "--max-tokens", 501]
+    refused(run(*small(folder, text, *words)), "overlap", "2000")
+
+
+def copied(folder: Path, to: Path) -> Path:
+    to.mkdir()
+    for file in folder.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    return to / "model.safetensors"
+
+
+def test_truncated_weights(folder, text, tmp_path):
+    weights = copied(folder, tmp_path / "cut")
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    refused(run(*small(tmp_path / "cut", text, "--out", tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_nan_weight(folder, text, tmp_path):
+    weights = copied(folder, tmp_path / "nan")
+    tensors = load_file(weights)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    out = tmp_path / "out"
+    refused(run(*small(tmp_path / "nan", text, "--out", out)), "model.layers.1.mlp.up_proj", "NaN")
+    refused(run("inspect", tmp_path / "nan"), "model.layers.1.mlp.up_proj")
+    assert not out.exists()
+
+
+def test_wrong_spec(folder, text, tmp_path):
+    out = tmp_path / "out"
+    assert run(*small(folder, text, "--out", out)).exit_code == 0
+    config = json.loads((out / "config.json").read_text())
+    written = json.dumps(config["quantization_config"])
+    assert '"rank": ' in written
+    number = written.split('"rank": ')[1].split(",")[0].split("}")[0]
+    config["quantization_config"] = json.loads(written.replace(f'"rank": {number}', '"rank": 3'))
+    (out / "config.json").write_text(json.dumps(config))
+    refused(run("evaluate", out, "--text", f"words={text}"))
+
+
+def test_interrupt_leaves_nothing(folder, text, tmp_path, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compressors.KroneckerFactoredSvd, "choices", interrupted)
+    result = run(*small(folder, text, "--out", tmp_path / "out", "--json", tmp_path / "figures.json"))
+    assert result.exit_code == 130
+    assert result.stderr.strip().splitlines()[-1].startswith("interrupted")
+    assert not list(tmp_path.iterdir())
+
+
+def test_debug_shows_the_error(folder, text):
+    result = run("--debug", *small(folder, text, "--keep", 2))
+    assert isinstance(result.exception, ValueError)
+
+
+def test_quickstart_goes_on_where_it_stopped(folder, tmp_path):
+    told: list[str] = []
+    out = tmp_path / "quick"
+    first = quickstart(out, smoke=True, source=str(folder), progress=told.append)
+    assert {"keep-0.9", "keep-0.8", "report.html", "inspect.html", "cache"} == {p.name for p in out.iterdir()}
+    assert set(first.totals["models"]) == {"dense", "keep-0.9", "keep-0.8"}
+    assert max(first.totals["largest difference of a logit after reloading"].values()) < 1e-5
+    assert not any("earlier run" in line for line in told)
+    told.clear()
+    (out / "cache" / "keep-0.8.json").unlink()
+    (out / "keep-0.8").rename(out / "cache" / "keep-0.8")
+    second = quickstart(out, smoke=True, source=str(folder), progress=told.append)
+    assert sum("earlier run" in line for line in told) == 6
+    assert second.totals["models"] == {
+        **first.totals["models"],
+        "keep-0.8": second.totals["models"]["keep-0.8"],
+    }
+    report = json.loads(second.to_json())
+    assert [layer["rank"] for layer in report["layers"]] == [layer["rank"] for layer in first.rows]
+
+
+def test_quickstart_does_not_remove_what_it_did_not_make(folder, tmp_path):
+    mine = tmp_path / "keep-0.9" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(ValueError, match="not made by an earlier quickstart"):
+        quickstart(tmp_path, smoke=True, source=str(folder))
+    assert mine.exists()

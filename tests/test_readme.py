@@ -1,0 +1,75 @@
+"""The README's code runs, on a tiny random model in place of the real one and with fewer tokens."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+MODEL = "smollm2-135m"
+FEWER = {
+    "compress": ["--calibration-tokens", "512", "--max-tokens", "1024"],
+    "evaluate": ["--max-tokens", "1024"],
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder to run in, with a Llama of two layers whose tokens are bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate(["<s>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=0,
+        eos_token_id=0,
+        initializer_range=0.3,
+    )
+    folder = tmp_path_factory.mktemp("readme")
+    LlamaForCausalLM(config).save_pretrained(folder / MODEL)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>")
+    fast.save_pretrained(folder / MODEL)
+    return folder
+
+
+def test_python_blocks_run(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.chdir(place)
+    assert len(blocks("python")) >= 3
+    for code in blocks("python"):
+        code = code.replace(f'"{MODEL}"', f'"./{MODEL}"').replace("keep=0.8)", "keep=0.8, tokens=512)")
+        exec(compile(code, "README.md", "exec"), {})
+    assert (place / "smollm2-small" / "config.json").is_file()
+    assert (place / "report.html").stat().st_size > 1000
+    assert "PivotedLowRank" in capsys.readouterr().out
+
+
+def test_command_lines_run(place: Path, monkeypatch: pytest.MonkeyPatch):
+    from rankwise.cli import app
+
+    monkeypatch.chdir(place)
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("rankwise ")]
+    assert len(lines) >= 5
+    for line in lines:
+        words = [f"./{word}" if word == MODEL else word for word in shlex.split(line)[1:]]
+        result = CliRunner().invoke(app, [*words, *FEWER.get(words[0], [])])
+        assert result.exit_code == 0, f"{line}\n{result.output}"
+    for name in ("spectra.json", "small.json", "small/config.json", "small/report.html"):
+        assert (place / name).is_file()
