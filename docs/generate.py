@@ -45,9 +45,7 @@ def entry(name: str, value: object, package: types.ModuleType) -> Iterator[str]:
         yield f"On the command line: `{command_name(name)}`."
     yield from paragraphs(inspect.getdoc(value) or "")
     if inspect.isclass(value) and dataclasses.is_dataclass(value) and dataclasses.fields(value):
-        rows = [
-            f"| `{f.name}` | `{type_name(f.type)}` | `{f.default!r}` |" for f in dataclasses.fields(value)
-        ]
+        rows = [f"| `{f.name}` | `{type_name(f.type)}` | `{f.default!r}` |" for f in dataclasses.fields(value)]
         yield "\n".join(["| field | type | default |", "|---|---|---|", *rows])
 
 

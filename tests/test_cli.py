@@ -8,11 +8,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
-from rankwise import __version__, compressors
+from rankwise import Report, __version__, compressors
 from rankwise.cli import app
 from rankwise.quickstart import quickstart
 
 WORDS = [f"{a}{b}{c}" for a in "abcde" for b in "aeiou" for c in "nrst"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Keep sampled sequences out of the user's cache."""
+    monkeypatch.setenv("RANKWISE_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +38,7 @@ def folder(tmp_path_factory) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=2048,
         bos_token_id=0,
         eos_token_id=1,
         tie_word_embeddings=True,
@@ -284,3 +290,16 @@ def test_quickstart_does_not_remove_what_it_did_not_make(folder, tmp_path):
     with pytest.raises(ValueError, match="not made by an earlier quickstart"):
         quickstart(tmp_path, smoke=True, source=str(folder))
     assert mine.exists()
+
+
+def test_quickstart_ends_with_a_table(tmp_path, monkeypatch):
+    rows = {"dense": {"file_bytes": 5_000_000, "perplexity topics": 9.5, "prefill_tokens_per_s": 1234.5}}
+
+    def made(out: Path, *, smoke: bool) -> Report:
+        assert (out, smoke) == (tmp_path, True)
+        return Report("Quickstart", totals={"models": rows | {"keep-0.9": rows["dense"]}})
+
+    monkeypatch.setattr("rankwise.quickstart.quickstart", made)
+    shown = run("quickstart", "--smoke", "--out", tmp_path).stdout
+    for word in ("keep-0.9", "MB", "prefill tokens/s", "1,234.50"):
+        assert word in shown

@@ -48,9 +48,7 @@ def test_imports_point_one_way(path: Path):
             other = name.split(".")[1] if name.startswith("rankwise.") else None
             downward = other == mine or LEVEL.get(other, -1) < LEVEL[mine]
             if other in LEVEL and not downward:
-                pytest.fail(
-                    f"{path.relative_to(ROOT)}:{statement.lineno} imports {name}, which is not below it"
-                )
+                pytest.fail(f"{path.relative_to(ROOT)}:{statement.lineno} imports {name}, which is not below it")
 
 
 @pytest.mark.parametrize("path", [f for f in FILES if package_of(f) in LIGHT], ids=lambda path: path.name)

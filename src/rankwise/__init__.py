@@ -1,15 +1,12 @@
 """Inspect, compress, adapt, train and merge neural networks through the structure of their matrices."""
 
-from typing import TYPE_CHECKING, Any
-
-from . import allocators, compressors, matrices
-from .api import calibrate, compress, inspect
+from . import allocators, compressors, matrices, measures
+from .api import calibrate, compress, fold, inspect
 from .core.errors import CalibrationError
 from .core.report import Report
-from .core.surgery import StructuredLinear, fold
-
-if TYPE_CHECKING:
-    from .models import evaluate, load, save
+from .core.surgery import StructuredLinear
+from .models import evaluate, load, save
+from .models.quantizer import register_when_ready
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,14 +22,8 @@ __all__ = [
     "inspect",
     "load",
     "matrices",
+    "measures",
     "save",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import what needs transformers only when it is used."""
-    if name in ("evaluate", "load", "save"):
-        from . import models
-
-        return getattr(models, name)
-    raise AttributeError(f"module 'rankwise' has no attribute {name!r}")
+register_when_ready()

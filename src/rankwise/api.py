@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from . import measures as known_measures
 from .allocators import uniform, water_filling
 from .core import labels as label_kinds
 from .core.choices import UNITS, Allocator, Choices, Ladder, Unit, cost_of
@@ -19,8 +20,11 @@ from .core.methods import Compressor, Measure
 from .core.progress import track
 from .core.report import Report
 from .core.statistics import Batch, Statistic, Statistics, collect
-from .core.surgery import Site, Where, replace, select
+from .core.surgery import Site, StructuredLinear, Where, replace, select, structured
+from .core.surgery import fold as fold_layers
 from .matrices import StructuredMatrix
+from .measures.spectral import SpectralMeasure, singular_values
+from .models import sample
 
 Data = Literal["self"] | Tensor | Iterable[Batch] | Statistics
 
@@ -62,8 +66,6 @@ def calibrate(
     if isinstance(data, str):
         if data != "self":
             raise ValueError(f"data must be 'self', token ids or batches, got {data!r}; tokenize a text first.")
-        from .models import sample
-
         data = sample(model, tokens=tokens, window=window, seed=seed)
         labels = labels or label_kinds.given
     batches = batches_of(data, window=window)
@@ -196,20 +198,36 @@ def inspect(model: nn.Module, measures: Sequence[Measure] | None = None, *, wher
     Raises:
         ValueError: if no layer is selected or a weight is not finite.
     """
-    from . import measures as known
-
-    chosen = measures or [kind() for kind in map(known.__dict__.get, known.__all__) if not kind.needs]
+    chosen = measures or [getattr(known_measures, name)() for name in known_measures.__all__]
     sites = select(model, where)
     check_weights(sites)
     rows, curves = [], {}
     for name, site in track(sites.items(), "inspect"):
-        row = {"name": name, "shape": list(site.weight.shape), "params": site.weight.numel()}
+        weight = site.weight
+        values = singular_values(weight)
+        row = {"name": name, "shape": list(weight.shape), "params": weight.numel()}
         for measure in chosen:
-            row |= measure(site.weight, {})
+            spectral = isinstance(measure, SpectralMeasure)
+            row |= measure.of_spectrum(values, tuple(weight.shape)) if spectral else measure(weight, {})
         rows.append(row)
-        curves[name] = torch.linalg.svdvals(site.weight.double()).tolist()
+        curves[name] = values.tolist()
     totals = {"params": sum(row["params"] for row in rows), "layers_measured": len(rows)}
     return Report(f"{len(rows)} weight matrices", rows, "layers", totals, curves)
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """Turn every structured layer of a model back into an ordinary one, in place; returns the model.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if not isinstance(model, StructuredLinear) and not structured(model):
+        raise ValueError("the model has no structured layer to fold.")
+    folded = fold_layers(model)
+    config = getattr(folded, "config", None)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config  # pyright: ignore[reportOptionalMemberAccess]
+    return folded
 
 
 def check_weights(sites: Mapping[str, Site]) -> None:
@@ -250,7 +268,7 @@ def _choices(name: str, site: Site, method: Compressor, statistics: Statistics) 
     try:
         return method.choices(site.weight, statistics.of(name, method.needs))
     except ValueError as error:
-        raise CalibrationError(f"layer {name}: {error}") from error
+        raise CalibrationError(f"layer {name}: {error} Or leave the layer out with 'where'.") from error
 
 
 def _row(name: str, site: Site, matrix: StructuredMatrix | None, choices: Choices, predicted: float) -> dict:

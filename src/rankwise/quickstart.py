@@ -22,6 +22,7 @@ from .core.fingerprint import fingerprint
 from .core.report import Report
 from .core.statistics import Statistics
 from .core.statistics_file import load_statistics, save_statistics
+from .models.texts import tokens
 
 KEEPS = (0.9, 0.8)
 PROMPT = "The capital of France is"
@@ -87,7 +88,7 @@ class _Run:
         self.cache.mkdir(parents=True, exist_ok=True)
         self.start = time.perf_counter()
         self.say(f"loading {source}")
-        self.dense, self.tokenizer = models.load(source, dtype=torch.float32)
+        self.dense, self.tokenizer = models.load(source)
         self.statistics: Statistics | None = None
         self.about = f"{fingerprint(self.dense)} {scale}"
 
@@ -112,13 +113,11 @@ class _Run:
         """Do all steps."""
         layers = self.step("inspect", "inspecting the weights of the dense model", self._inspect)
         ids = {
-            name: models.tokens(self.tokenizer, text, limit=self.scale.evaluation, last=True)
+            name: tokens(self.tokenizer, text, limit=self.scale.evaluation, last=True)
             for name, text in models.embedded_texts().items()
         }
         perplexity = {
-            "dense": self.step(
-                "dense", "evaluating the dense model", lambda: self._perplexity(self.dense, ids)
-            )
+            "dense": self.step("dense", "evaluating the dense model", lambda: self._perplexity(self.dense, ids))
         }
         made = {f"keep-{keep:g}": self._compressed(keep, ids) for keep in KEEPS}
         perplexity |= {name: figures["perplexity"] for name, figures in made.items()}
@@ -128,13 +127,13 @@ class _Run:
             networks[name] = models.load(self.out / name)[0]
         speed = self.step("speed", "measuring speed", lambda: self._speed(networks, ids["topics"]))
         samples = self.step("samples", "writing a sentence with each model", lambda: self._samples(networks))
-        size = {"dense": models.predicted_bytes(self.dense)}
+        size = {"dense": models.sizes(self.dense)["bytes"]}
         size |= {name: figures["file_bytes"] for name, figures in made.items()}
         rows = {
             name: {
                 "file_bytes": size[name],
                 **{f"perplexity {text}": value for text, value in perplexity[name].items()},
-                **{f"{what} tokens/s": value for what, value in speed[name].items()},
+                **speed[name],
             }
             for name in networks
         }
@@ -186,9 +185,7 @@ class _Run:
         name = f"keep-{keep:g}"
         folder, staged, known = self.out / name, self.cache / name, self.cache / f"{name}.json"
         if folder.exists() and not known.is_file():
-            raise ValueError(
-                f"{folder} was not made by an earlier quickstart; remove it or give another folder."
-            )
+            raise ValueError(f"{folder} was not made by an earlier quickstart; remove it or give another folder.")
 
         def make() -> dict[str, Any]:
             for old in (staged, folder):
@@ -218,16 +215,13 @@ class _Run:
     def _difference(self, model: Any, folder: Path, ids: Tensor) -> float:
         from transformers import AutoModelForCausalLM
 
-        other = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        other = AutoModelForCausalLM.from_pretrained(folder).eval()
         with torch.no_grad():
             return float((model.eval()(ids[None]).logits - other(ids[None]).logits).abs().max())
 
     def _speed(self, networks: Mapping[str, Any], ids: Tensor) -> dict[str, Any]:
         scale = self.scale
-        report = models.speed(
-            networks, ids, prefill=scale.prefill, decode=scale.decode, repeats=scale.repeats
-        )
-        return {row["name"]: {what: row[what] for what in ("prefill", "decode")} for row in report.rows}
+        return models.speed(networks, ids, prefill=scale.prefill, decode=scale.decode, repeats=scale.repeats)
 
     def _samples(self, networks: Mapping[str, Any]) -> dict[str, str]:
         return {

@@ -88,9 +88,7 @@ def test_gradients_pass_through_a_structured_layer(layer_and_input: tuple[nn.Mod
     layer, x = layer_and_input
     model = nn.Sequential(copy.deepcopy(layer))
     replace_all(model)
-    grads = [
-        torch.autograd.grad(f(y := x.clone().requires_grad_()).square().sum(), y)[0] for f in (layer, model)
-    ]
+    grads = [torch.autograd.grad(f(y := x.clone().requires_grad_()).square().sum(), y)[0] for f in (layer, model)]
     torch.testing.assert_close(*grads)
 
 

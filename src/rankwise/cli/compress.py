@@ -13,6 +13,7 @@ from ..core.choices import UNITS, Unit
 from ..core.data import batches_of
 from ..core.labels import Labels
 from ..core.report import Report
+from ..models.texts import tokens
 from .app import app, say
 from .files import Text, check_file, check_folder, data_texts, named_texts, write_report
 from .options import at_least, build, pick, registry, where_option
@@ -29,9 +30,7 @@ def compress(
     allocate: Annotated[
         str | None, typer.Option(help="See `rankwise list`; default: what suits the method.")
     ] = None,
-    gauge: Annotated[
-        str | None, typer.Option(help="How low-rank matrices are stored: pivot or factors.")
-    ] = None,
+    gauge: Annotated[str | None, typer.Option(help="How low-rank matrices are stored: pivot or factors.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="field=value of the method.")] = None,
     data: Annotated[
         list[str] | None, typer.Option(help="self (the default), text files, topics or python.")
@@ -49,9 +48,7 @@ def compress(
     seed: Annotated[int, typer.Option(help="For sampled sequences and labels.")] = 0,
     out: Annotated[Path | None, typer.Option(help="New folder for the compressed model.")] = None,
     json: Annotated[Path | None, typer.Option(help="File for the figures.")] = None,
-    html: Annotated[
-        Path | None, typer.Option(help="File for the report; default: report.html in --out.")
-    ] = None,
+    html: Annotated[Path | None, typer.Option(help="File for the report; default: report.html in --out.")] = None,
 ) -> None:
     """Compress a model to a budget, evaluate it before and after, and save it."""
     if not 0 < keep <= 1:
@@ -88,6 +85,7 @@ def compress(
     limit = calibration_tokens // max(len(calibration), 1)
     heads, tails = cut(tokenizer, calibration, evaluation, limit, max_tokens)
     batches = [batch for ids in heads for batch in batches_of(ids, window=window)]
+    sizes = {"dense": models.sizes(network)}
     dense = _perplexities(network, tokenizer, tails, eval_window, "the dense model")
     say(f"compressing with {method} to keep {keep:g} of the {unit}")
     report = api.compress(
@@ -107,6 +105,7 @@ def compress(
     totals: dict[str, Any] = {
         **report.totals,
         "perplexity": {name: {"dense": dense[name], "compressed": after[name]} for name in tails},
+        "sizes": sizes | {"compressed": models.sizes(network)},
         "predicted_file_bytes": models.predicted_bytes(network),
     }
     if out is not None:
@@ -126,16 +125,14 @@ def cut(
     Raises:
         ValueError: if they would overlap in a text that is used for both.
     """
-    from .. import models
-
     heads, taken = [], {}
     for text in calibration:
-        ids = models.tokens(tokenizer, text.content, limit=limit, name=text.name)
+        ids = tokens(tokenizer, text.content, limit=limit, name=text.name)
         heads.append(ids)
         taken[text.origin] = len(ids)
     tails = {}
     for text in evaluation:
-        ids = models.tokens(tokenizer, text.content, name=text.name)
+        ids = tokens(tokenizer, text.content, name=text.name)
         tails[text.name] = ids[-max_tokens:]
         first = taken.get(text.origin, 0)
         if first + len(tails[text.name]) > len(ids):

@@ -40,10 +40,8 @@ def evaluate(
     if dense is not None:
         say(f"loading {dense}")
         other, _ = models.load(dense, dtype=precision)
-    ids = {
-        t.name: models.tokens(tokenizer, t.content, limit=max_tokens, last=True, name=t.name) for t in texts
-    }
-    say(f"evaluating on {', '.join(ids)}")
-    report = models.evaluate(network, tokenizer, ids, window=window, dense=other)
+    contents = {text.name: text.content for text in texts}
+    say(f"evaluating on {', '.join(contents)}")
+    report = models.evaluate(network, tokenizer, contents, window=window, dense=other, max_tokens=max_tokens)
     write_report(report, json, html)
     typer.echo(report.table())

@@ -34,9 +34,7 @@ def named_texts(flag: str, words: Sequence[str]) -> list[Text]:
             text = Text(word, f"embedded {word}", embedded[word])
         else:
             known = ", ".join(embedded_texts())
-            raise ValueError(
-                f"{flag} takes NAME=FILE or the name of an embedded text ({known}), got {word!r}."
-            )
+            raise ValueError(f"{flag} takes NAME=FILE or the name of an embedded text ({known}), got {word!r}.")
         if text.name in found:
             raise ValueError(f"{flag}: the name {text.name!r} is given twice; give each text its own name.")
         found[text.name] = _filled(flag, text)

@@ -57,9 +57,7 @@ def build(kind: type, settings: Sequence[str]) -> Any:
         name, equals, text = setting.partition("=")
         name = name.replace("-", "_")
         if not equals:
-            raise ValueError(
-                f"--set takes field=value, got {setting!r}; fields of {kind.__name__}: {listing}."
-            )
+            raise ValueError(f"--set takes field=value, got {setting!r}; fields of {kind.__name__}: {listing}.")
         if name not in known:
             raise ValueError(f"--set: {kind.__name__} has no field {name!r}; its fields: {listing}.")
         if name in values:

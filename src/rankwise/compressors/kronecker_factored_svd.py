@@ -21,6 +21,8 @@ class KroneckerFactoredSvd(Compressor):
     be weighed against each other under one budget.
 
     Args:
+        input_shrinkage: how far C moves towards its own diagonal, in [0, 1). A calibration text shows only some of
+            the correlations between features; this keeps the others from being taken for granted.
         input_damping: multiple of mean(diag C) added to C's diagonal.
         output_damping: multiple of mean(diag S) added to S's diagonal; larger, because gradients are noisier
             and, in the last layers, have few directions.
@@ -30,6 +32,7 @@ class KroneckerFactoredSvd(Compressor):
         approximate curvature", 2015, arXiv 1503.05671. S = I gives :class:`WhitenedSvd`, C = S = I the plain SVD.
     """
 
+    input_shrinkage: float = 0.0
     input_damping: float = 1e-6
     output_damping: float = 1e-3
     gauge: Gauge = "pivot"
@@ -38,6 +41,8 @@ class KroneckerFactoredSvd(Compressor):
 
     def __post_init__(self) -> None:
         check_gauge(self.gauge)
+        if not 0 <= self.input_shrinkage < 1:
+            raise ValueError(f"input_shrinkage must be >= 0 and < 1, got {self.input_shrinkage}.")
         check_damping("input_damping", self.input_damping)
         check_damping("output_damping", self.output_damping)
 
@@ -46,6 +51,8 @@ class KroneckerFactoredSvd(Compressor):
 
         def metrics() -> tuple[Metric, Metric]:
             outputs = Metric(stats[OutputGradGram].value(), self.output_damping)
-            return outputs, Metric(stats[InputGram].value(), self.input_damping)
+            moment = stats[InputGram].value()
+            shrunk = moment.lerp(moment.diagonal().diag(), self.input_shrinkage)
+            return outputs, Metric(shrunk, self.input_damping)
 
         return truncations(weight, metrics, self.gauge, scale=0.5)

@@ -1,7 +1,12 @@
-"""Text files that appear whole or not at all."""
+"""Where files are kept, and text files that appear whole or not at all."""
 
 import os
 from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Return where models and samples are kept: ``RANKWISE_CACHE``, or ``~/.cache/rankwise``."""
+    return Path(os.environ.get("RANKWISE_CACHE", "~/.cache/rankwise")).expanduser()
 
 
 def write_text(path: Path, text: str) -> None:

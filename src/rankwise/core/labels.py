@@ -11,6 +11,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
+from ..linalg import draw_categorical
+
 Labels = Callable[[Any, Any, Generator], Tensor]
 """(model output, batch, generator) -> loss, summed over tokens or samples."""
 
@@ -25,8 +27,9 @@ def sampled(output: Any, batch: Any, generator: Generator) -> Tensor:
     """Draw each label from the model's own distribution: the true Fisher information."""
     logits = _unpadded(_logits(output), batch)
     with torch.no_grad():
-        drawn = torch.multinomial(logits.cpu().softmax(-1), 1, generator=generator)[:, 0]
-    return functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
+        uniform = torch.rand(len(logits), 1, generator=generator).to(logits.device)
+        drawn = draw_categorical(logits, uniform)[:, 0]
+    return functional.cross_entropy(logits, drawn, reduction="sum")
 
 
 def given(output: Any, batch: Any, generator: Generator) -> Tensor:

@@ -18,7 +18,9 @@ def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
-        raise OSError("the peak memory of a process cannot be read on Windows; run rankwise on Linux or macOS.")
+        import psutil  # accelerate brings it
+
+        return psutil.Process().memory_info().peak_wset
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

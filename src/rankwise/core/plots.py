@@ -111,7 +111,9 @@ def _map(values: Mapping[str, float | None], most: float | None = None) -> Draw:
         axes.invert_yaxis()
         axes.set_xlabel("depth")
         axes.grid(visible=False)
-        axes.figure.colorbar(mesh, ax=axes, pad=0.02)
+        bar: Any = axes.figure.colorbar(mesh, ax=axes, pad=0.02)
+        bar.solids.set_rasterized(False)
+        bar.solids.set_edgecolor("face")
 
     return draw
 

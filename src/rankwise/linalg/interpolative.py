@@ -34,8 +34,11 @@ def interpolative_rows(tall: Tensor, *, bound: float = 1.1) -> tuple[Tensor, Ten
     if m < r:
         raise ValueError(f"needs at least as many rows as columns, got {tuple(tall.shape)}.")
     basis = torch.linalg.qr(tall.double())[0]  # (m, r), orthonormal also where tall is deficient
-    permutation, lower, _ = torch.linalg.lu(basis)
-    rows = permutation.argmax(dim=0)  # row rows[i] of tall is row i of lower
+    lower, exchanges = torch.linalg.lu_factor(basis)
+    order = list(range(m))  # row order[i] of tall is row i of lower
+    for i, j in enumerate(exchanges.tolist()):
+        order[i], order[j - 1] = order[j - 1], order[i]
+    rows = torch.tensor(order, device=tall.device)
     mix = torch.linalg.solve_triangular(lower[:r], lower[r:], upper=False, left=False, unitriangular=True)
     while mix.numel():
         worst = int(mix.abs().argmax())
@@ -48,7 +51,7 @@ def interpolative_rows(tall: Tensor, *, bound: float = 1.1) -> tuple[Tensor, Ten
         change[j] -= 1
         column = mix[:, j].clone()
         column[i] += 1
-        mix -= column[:, None] * (change / pivot)
+        mix.addr_(column, change / pivot, alpha=-1)
         rows[j], rows[r + i] = rows[r + i].clone(), rows[j].clone()
     kept, kept_order = rows[:r].sort()
     others, others_order = rows[r:].sort()

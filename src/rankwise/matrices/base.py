@@ -4,6 +4,7 @@ import abc
 from collections.abc import Mapping
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 
@@ -65,6 +66,9 @@ class StructuredMatrix(nn.Module, abc.ABC):
         """Apply the transpose: (..., m) -> (..., n), equal to ``y @ self.dense()``."""
         return y @ self.dense()
 
+    def check(self) -> None:
+        """Raise ValueError if stored numbers are impossible, such as an order that is no permutation."""
+
     def extra_repr(self) -> str:
         """Show the shape in ``print(model)``."""
         return f"shape={self.shape}, rank={self.rank}"
@@ -95,6 +99,16 @@ def shape_of(spec: Mapping[str, Any]) -> tuple[int, int]:
 def check_2d(name: str, tensor: Tensor) -> None:
     """Raise unless ``tensor`` is a floating-point matrix."""
     if tensor.dim() != 2 or not tensor.is_floating_point():
-        raise TypeError(
-            f"{name} must be a 2-D floating-point tensor, got {tensor.dtype} {tuple(tensor.shape)}."
-        )
+        raise TypeError(f"{name} must be a 2-D floating-point tensor, got {tensor.dtype} {tuple(tensor.shape)}.")
+
+
+def check_rank(rank: int, m: int, n: int) -> None:
+    """Raise unless an (m, n) matrix can have the rank."""
+    if not 1 <= rank <= min(m, n):
+        raise ValueError(f"the rank of an ({m}, {n}) matrix is in 1 ... {min(m, n)}, got {rank}.")
+
+
+def check_permutation(order: Tensor) -> None:
+    """Raise unless ``order`` (k,) holds 0 ... k - 1 once each."""
+    if not torch.equal(order.long().sort().values, torch.arange(len(order), device=order.device)):
+        raise ValueError(f"order must hold each of 0 ... {len(order) - 1} once; the tensor is damaged.")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..linalg import interpolative_rows
-from .base import StructuredMatrix, check_2d, shape_of, size
+from .base import StructuredMatrix, check_2d, check_permutation, check_rank, shape_of, size
 
 
 class LowRank(StructuredMatrix):
@@ -27,9 +27,8 @@ class LowRank(StructuredMatrix):
         check_2d("left", left)
         check_2d("right", right)
         if left.shape[1] != right.shape[0]:
-            raise ValueError(
-                f"left (m, r) and right (r, n) disagree: {tuple(left.shape)}, {tuple(right.shape)}."
-            )
+            raise ValueError(f"left (m, r) and right (r, n) disagree: {tuple(left.shape)}, {tuple(right.shape)}.")
+        check_rank(left.shape[1], left.shape[0], right.shape[1])
         self.left, self.right = nn.Parameter(left), nn.Parameter(right)
         self.shape = (left.shape[0], right.shape[1])
 
@@ -107,10 +106,9 @@ class PivotedLowRank(StructuredMatrix):
         check_2d("rows", rows)
         check_2d("mix", mix)
         if mix.shape[1] != rows.shape[0]:
-            raise ValueError(
-                f"rows (r, n) and mix (m - r, r) disagree: {tuple(rows.shape)}, {tuple(mix.shape)}."
-            )
+            raise ValueError(f"rows (r, n) and mix (m - r, r) disagree: {tuple(rows.shape)}, {tuple(mix.shape)}.")
         m = rows.shape[0] + mix.shape[0]
+        check_rank(rows.shape[0], m, rows.shape[1])
         if order.shape != (m,):
             raise ValueError(f"order must have shape ({m},), got {tuple(order.shape)}.")
         self.rows, self.mix = nn.Parameter(rows), nn.Parameter(mix)
@@ -153,6 +151,10 @@ class PivotedLowRank(StructuredMatrix):
         sorted_y = y.index_select(-1, self.order.argsort())
         kept, others = sorted_y.split([self.rank, self.shape[0] - self.rank], dim=-1)
         return (kept + others @ self.mix) @ self.rows
+
+    def check(self) -> None:
+        """Raise unless the order is a permutation."""
+        check_permutation(self.order)
 
     def spec(self) -> dict[str, Any]:
         """Kind, shape and rank."""

@@ -56,9 +56,7 @@ def tail_fit(eigenvalues: Tensor, smallest: int = 10) -> tuple[float, int] | Non
     """
     logs = eigenvalues.log().sort().values
     count = len(logs)
-    sizes = torch.arange(
-        count, 0, -1, dtype=torch.float64, device=logs.device
-    )  # length of the tail from i on
+    sizes = torch.arange(count, 0, -1, dtype=torch.float64, device=logs.device)  # length of the tail from i on
     sums = logs.flip(0).cumsum(0).flip(0) - sizes * logs
     usable = (sizes >= smallest) & (logs[-1:] - logs > _SPAN)
     starts = usable.nonzero()[:, 0]

@@ -1,7 +1,23 @@
+"""Models in and out, and what they are measured with."""
+
 from .causal import generate
 from .evaluate import evaluate, sizes
+from .load import load
 from .sampling import sample
+from .save import predicted_bytes, save
 from .speed import speed
-from .texts import embedded_texts, read_text
+from .texts import embedded_texts, read_text, tokens
 
-__all__ = ["embedded_texts", "evaluate", "generate", "read_text", "sample", "sizes", "speed"]
+__all__ = [
+    "embedded_texts",
+    "evaluate",
+    "generate",
+    "load",
+    "predicted_bytes",
+    "read_text",
+    "sample",
+    "save",
+    "sizes",
+    "speed",
+    "tokens",
+]

@@ -12,8 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..core.files import cache_folder
 from ..core.fingerprint import fingerprint
 from ..core.progress import track
+from ..linalg import draw_categorical
 from .causal import check_causal, evaluating, next_logits
 
 VERSION = 1  # of the algorithm below: a change that alters samples makes old files useless
@@ -79,7 +81,7 @@ def sample(
             return known
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(causal.get_input_embeddings().num_embeddings, (count,), generator=generator)
-    draws = torch.rand(count, window - 1, generator=generator, dtype=torch.float64)
+    draws = torch.rand(count, window - 1, generator=generator)
     with evaluating(causal), torch.autocast(causal.device.type, torch.bfloat16, enabled=autocast):
         parts = [
             _sequences(
@@ -110,34 +112,12 @@ def _sequences(model: Any, starts: Tensor, draws: Tensor, temperature: float, de
     with Float32Attention() if in_float32 else contextlib.nullcontext():
         for t in track(range(steps), description):
             logits = next_logits(model, ids[-1], past)
-            ids.append(pick(logits / temperature, draws[:, t : t + 1]))
+            ids.append(draw_categorical(logits / temperature, draws[:, t : t + 1]))
     return torch.cat(ids, dim=1).cpu()
 
 
-def pick(logits: Tensor, draw: Tensor) -> Tensor:
-    """Draw from softmax distributions by inverting their cumulative sums, 20 times as fast as ``multinomial``.
-
-    Args:
-        logits: (b, k).
-        draw: (b, 1) uniform in [0, 1), float64.
-
-    Returns:
-        (b, 1) indices.
-
-    Raises:
-        ValueError: if a logit is not finite.
-    """
-    below = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-    total = below[:, -1:]
-    if not bool(total.isfinite().all()):
-        raise ValueError(
-            "the model's logits are not finite, so nothing can be sampled; check its weights, or use float32."
-        )
-    return torch.searchsorted(below, draw * total, right=True).clamp_max(logits.shape[-1] - 1)
-
-
 def _path(model: Any, arguments: dict[str, Any]) -> Path:
-    folder = Path(os.environ.get("RANKWISE_CACHE", "~/.cache/rankwise")).expanduser() / "samples"
+    folder = cache_folder() / "samples"
     config = {
         k: v for k, v in model.config.to_dict().items() if k not in ("transformers_version", "_name_or_path")
     }

@@ -1,0 +1,170 @@
+"""Load a model by folder, hub id, GGUF file or embedded name."""
+
+import contextlib
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .embedded import EMBEDDED, embedded_folder
+from .gguf import from_gguf
+from .quantizer import register_when_ready
+
+_TOKENIZERS = ("tokenizer*", "vocab.*", "spiece.model", "sentencepiece*", "*.tiktoken")
+
+
+def load(
+    source: str | Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> tuple[Any, Any]:
+    """Load a model and its tokenizer, compressed or not.
+
+    Args:
+        source: an embedded model (``smollm2-135m``, ``minilm-l6``), a folder, a ``.gguf`` file, or a hub id
+            (``organisation/name``), tried in this order.
+        dtype: of the weights; None keeps those of the checkpoint (float32 for a GGUF file).
+        trust_remote_code: run code that comes with a hub model. Weights are never unpickled.
+
+    Returns:
+        the model in evaluation mode, of the class that the checkpoint names, and the tokenizer, or None if
+        there is none.
+
+    Raises:
+        TypeError: if ``dtype`` is no floating-point ``torch.dtype``.
+        ValueError: if there is no such model, or its files are damaged or incomplete.
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}.")
+    folder = _find(source, trust_remote_code)
+    if folder.is_file():
+        return from_gguf(folder, dtype or torch.float32)
+    _check_files(folder)
+    register_when_ready()
+    try:
+        with _quiet():
+            return _model(folder, dtype, trust_remote_code), _tokenizer(folder, trust_remote_code)
+    except Exception as error:  # what transformers raises is of any kind and many lines
+        raise ValueError(f"{source} cannot be loaded: {_one_line(error)}") from error
+
+
+def _find(source: str | Path, trust: bool) -> Path:
+    """Return the folder or the GGUF file that a source stands for."""
+    name, path = str(source), Path(source).expanduser()
+    if name in EMBEDDED:
+        return embedded_folder(name)
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    accepted = f"give a folder, a .gguf file, a hub id (organisation/name), or one of {', '.join(EMBEDDED)}"
+    if path.is_file():
+        raise ValueError(f"{name} is a file that cannot be read as a model; {accepted}.")
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) or path.suffix == ".gguf":
+        raise ValueError(f"{name} does not exist; {accepted}.")
+    return _from_hub(name, trust)
+
+
+def _from_hub(name: str, trust: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = [
+        "*.safetensors",
+        "*.json",
+        "*.txt",
+        "*.model",
+        "*.jinja",
+        "*.tiktoken",
+        *(["*.py"] if trust else []),
+    ]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name} does not exist here, and could not be had from the hub: {_one_line(error)}"
+        ) from error
+
+
+def _check_files(folder: Path) -> None:
+    """Say what is wrong with a folder in better words than transformers."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json; give a folder that save_pretrained or rankwise wrote.")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        pickled = next(folder.glob("*.bin"), None)
+        other = "" if pickled is None else f", and {pickled.name} is not unpickled; convert it to safetensors"
+        raise ValueError(f"{folder} has no file of safetensors{other}.")
+    for file in weights:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or cut short ({error}); get it again.") from error
+
+
+def _model(folder: Path, dtype: torch.dtype | None, trust: bool) -> Any:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    model, found = _kind(config).from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype or "auto",
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # they are an error below, with their names
+        output_loading_info=True,
+        **({"trust_remote_code": True} if trust else {}),
+    )
+    if found["mismatched_keys"]:
+        name, stored, wanted = min(found["mismatched_keys"])
+        raise ValueError(f"{name} is {tuple(stored)} in the checkpoint, but {tuple(wanted)} in the model.")
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise ValueError(
+            f"{missing[0]} is not in the checkpoint, as {len(missing)} of the model's tensors in all."
+        )
+    if found["unexpected_keys"]:
+        unread = sorted(found["unexpected_keys"])
+        warnings.warn(
+            f"{len(unread)} tensors of {folder} are not used: {', '.join(unread[:3])} ...", stacklevel=3
+        )
+    return model.eval()
+
+
+def _kind(config: Any) -> Any:
+    """Return the class that a config names, or the automatic one that fits best."""
+    import transformers
+    from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+    name = (config.architectures or [""])[0]
+    named = getattr(transformers, name, None)
+    if isinstance(named, type) and issubclass(named, PreTrainedModel):
+        return named
+    return AutoModelForCausalLM if name.endswith(("ForCausalLM", "LMHeadModel")) else AutoModel
+
+
+def _tokenizer(folder: Path, trust: bool) -> Any:
+    """Return the tokenizer, or None if there are no files of one; transformers would then make an empty one."""
+    from transformers import AutoTokenizer
+
+    if not any(next(folder.glob(pattern), None) for pattern in _TOKENIZERS):
+        return None
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from printing what becomes an error or a warning here."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]} ..."

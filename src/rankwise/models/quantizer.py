@@ -1,0 +1,160 @@
+"""How plain transformers loads a compressed folder: structured layers take the place of the named ones.
+
+The part that knows transformers' classes is in ``hf_quantizer``. ``import rankwise`` has it imported right
+after transformers' own quantizers are, and no earlier, because these take seconds to import.
+"""
+
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.surgery import StructuredLinear, set_module, structured, view_of
+from ..matrices import StructuredMatrix, from_spec
+
+METHOD = "rankwise"
+FORMAT = 1
+TRIGGER = "transformers.quantizers.auto"
+
+
+def describe(model: nn.Module) -> list[dict[str, Any]]:
+    """List the structured matrices of a model as data: ``{"names": [layer, ...], "spec": {...}}`` each.
+
+    Layers that share a matrix stand in one entry; its tensors are stored under the first name.
+    """
+    groups: dict[int, dict[str, Any]] = {}
+    for name, layer in structured(model).items():
+        entry = groups.setdefault(id(layer.matrix), {"names": [], "spec": layer.matrix.spec()})
+        entry["names"].append(name)
+    return list(groups.values())
+
+
+def install(model: nn.Module, groups: Any, dtype: torch.dtype, prefix: str = "") -> dict[str, str]:
+    """Replace layers of a model by structured ones without values, ready to be loaded.
+
+    Args:
+        model: whose layers have their original shapes; it may be on the meta device.
+        groups: what :func:`describe` returned; data from a file is fine, it is checked.
+        dtype: of the floating-point tensors of the matrices.
+        prefix: of names in a model with a head, which its body alone lacks, such as ``model.``.
+
+    Returns:
+        for each layer that will share a matrix, and has none yet, the layer that has it.
+
+    Raises:
+        ValueError: if a layer does not exist, is no matrix, is named twice, or has another shape than its spec.
+    """
+    layers = dict(model.named_modules(remove_duplicate=False))
+    sharing: dict[str, str] = {}
+    for names, spec in _entries(groups):
+        owner = None
+        for written in names:
+            spellings = (written, written.removeprefix(prefix), prefix + written)
+            name = next((spelling for spelling in spellings if spelling in layers), None)
+            if name is None:
+                raise ValueError(
+                    f"layer {written} is in the config, but {type(model).__name__} does not have it."
+                )
+            new = layers[name] = _structured(name, layers[name], spec, dtype)
+            set_module(model, name, new)
+            if owner is None:
+                owner = name
+            else:
+                del new.matrix
+                sharing[name] = owner
+    return sharing
+
+
+def finish(model: nn.Module, sharing: Mapping[str, str]) -> None:
+    """Check the tensors that were loaded into the layers of :func:`install`, and share matrices again.
+
+    Raises:
+        ValueError: if a tensor was not in the checkpoint, or holds what its matrix cannot use.
+    """
+    for name, layer in structured(model).items():
+        if name not in sharing:
+            _check_tensors(f"{name}.matrix", layer.matrix)
+    for name, owner in sharing.items():
+        model.get_submodule(name).matrix = model.get_submodule(owner).matrix
+
+
+def register_when_ready() -> None:
+    """Register with transformers now if its quantizers are imported, otherwise as soon as they are."""
+    if TRIGGER in sys.modules:
+        from . import hf_quantizer  # noqa: F401 (importing it registers it)
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds one module, as Python would, and calls :func:`register_when_ready` after its first import."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != TRIGGER:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            loader = spec.loader
+
+            def run(module: ModuleType) -> None:
+                del loader.exec_module  # the class's own from here on
+                loader.exec_module(module)
+                sys.meta_path.remove(self)
+                register_when_ready()
+
+            loader.exec_module = run
+        return spec
+
+
+def _entries(groups: Any) -> Iterator[tuple[list[str], Any]]:
+    if not isinstance(groups, list):
+        raise ValueError(f"matrices in the config must be a list of names and specs, got {str(groups)[:80]!r}.")
+    for group in groups:
+        names = group.get("names") if isinstance(group, Mapping) else None
+        if not names or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"matrices in the config holds a damaged entry {str(group)[:80]!r}.")
+        yield names, group.get("spec")
+
+
+def _structured(name: str, layer: nn.Module, spec: Any, dtype: torch.dtype) -> StructuredLinear:
+    """Build the structured layer of a spec; the bias of the old one stays."""
+    if isinstance(layer, StructuredLinear):
+        raise ValueError(f"layer {name} is named twice in the config.")
+    view = view_of(layer)
+    if view is None:
+        raise ValueError(f"layer {name} is in the config, but a {type(layer).__name__} holds no matrix.")
+    try:
+        matrix = from_spec(spec, dtype=dtype, device="meta")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"layer {name}: {error}") from error
+    shape = tuple(view.matrix(layer.get_parameter("weight")).shape)
+    if matrix.shape != shape:
+        raise ValueError(f"layer {name} is {shape}, but its spec in the config is {tuple(matrix.shape)}.")
+    bias: Any = layer.bias
+    return StructuredLinear(matrix, bias, view).train(layer.training)
+
+
+def _check_tensors(path: str, matrix: StructuredMatrix) -> None:
+    wanted = {
+        name: t.is_floating_point() for name, t in from_spec(matrix.spec(), device="meta").state_dict().items()
+    }
+    for name, tensor in matrix.state_dict(keep_vars=True).items():
+        if tensor.is_meta:  # kept on disk
+            continue
+        if not getattr(tensor, "_is_hf_initialized", False):  # transformers' mark of what it read
+            raise ValueError(f"{path}.{name} is not in the checkpoint; it is incomplete.")
+        if tensor.is_floating_point() != wanted[name]:
+            raise ValueError(f"{path}.{name} is stored as {tensor.dtype}; the checkpoint is damaged.")
+    for part, module in matrix.named_modules():
+        if isinstance(module, StructuredMatrix) and not any(t.is_meta for t in module.state_dict().values()):
+            try:
+                module.check()
+            except ValueError as error:
+                raise ValueError(f"{f'{path}.{part}'.rstrip('.')}: {error}") from error

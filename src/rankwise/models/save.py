@@ -1,0 +1,166 @@
+"""Write a model so that plain transformers loads it again."""
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ..core.surgery import structured
+from .quantizer import FORMAT, METHOD, describe
+
+
+def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
+    """Write a model, compressed or not, and read it back before it gets its name.
+
+    The folder holds safetensors, ``config.json`` with the specs of the structured matrices under
+    ``quantization_config``, and the tokenizer. After ``import rankwise``,
+    ``AutoModelForCausalLM.from_pretrained(folder)`` loads it; without the import it fails, because under the
+    name of each replaced weight stands an empty tensor.
+
+    Tensors that transformers ties, and matrices that layers share, are written once and shared again when
+    loaded. Other tensors that stand in several places are written as often.
+
+    Args:
+        model: of transformers; it is not changed.
+        folder: a new or empty one. An interrupted call leaves nothing under this name.
+        tokenizer: of transformers, saved beside the model.
+
+    Returns:
+        the folder.
+
+    Raises:
+        TypeError: if the model is not one of transformers.
+        ValueError: if the folder holds something already, or what was written does not read back the same.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model must be one of transformers, got {type(model).__name__}; of other modules save the "
+            "state_dict and the matrix.spec() of each StructuredLinear."
+        )
+    folder = Path(os.path.abspath(folder))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already; remove it or give another path.")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    own = model.config
+    try:
+        model.config = _described(model)
+        tensors = _tensors(model)
+        model.save_pretrained(temporary, state_dict=dict(tensors), save_original_format=False)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        _verify(tensors, temporary)
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
+    finally:
+        model.config = own
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def predicted_bytes(model: nn.Module) -> int:
+    """Predict the size of the safetensors file that :func:`save` writes, header included.
+
+    >>> from torch import nn
+    >>> predicted_bytes(nn.Linear(2, 2))
+    184
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    ordered = sorted(  # as safetensors lays them out
+        _tensors(model).items(),
+        key=lambda item: (-item[1].element_size(), not item[1].is_floating_point(), item[0]),
+    )
+    for name, tensor in ordered:
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        kind = "BF16" if tensor.dtype == torch.bfloat16 else "F32"  # most names have three letters
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    length = len(json.dumps(header, separators=(",", ":")).encode())
+    return 8 + -(-length // 8) * 8 + end
+
+
+def _described(model: Any) -> Any:
+    """Return a copy of a model's config with the specs of its structured matrices, or without old ones."""
+    from .. import __version__
+
+    config = copy.deepcopy(model.config)
+    before = getattr(config, "quantization_config", None)
+    method = before.get("quant_method") if isinstance(before, dict) else getattr(before, "quant_method", METHOD)
+    groups = describe(model)
+    if groups and method != METHOD:
+        raise ValueError(f"the model is quantised by {method}; structured layers cannot be saved beside that.")
+    if before is not None and method == METHOD:
+        del config.quantization_config
+    if groups:
+        written = {"quant_method": METHOD, "version": FORMAT, "rankwise_version": __version__, "matrices": groups}
+        config.quantization_config = written
+    return config
+
+
+def _tensors(model: Any) -> dict[str, Tensor]:
+    """Return what the file of a model holds: all tensors by the names that they have in it."""
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import revert_weight_conversion
+
+    state = dict(model.state_dict())
+    owners: set[int] = set()
+    for name, layer in structured(model).items():
+        if id(layer.matrix) in owners:
+            state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.matrix.")}
+        owners.add(id(layer.matrix))
+    if isinstance(model, PreTrainedModel):
+        for name, source in model.all_tied_weights_keys.items():
+            if name in state and source in state and _place(state[name]) == _place(state[source]):
+                del state[name]
+        for name in model._keys_to_ignore_on_save or ():
+            state.pop(name, None)
+        state = revert_weight_conversion(model, state)
+    return _apart(state)
+
+
+def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors that stand under a second name, which safetensors does not allow."""
+    seen: set[Any] = set()
+    apart = {}
+    for name, tensor in state.items():
+        place = _place(tensor)
+        apart[name] = tensor.clone() if tensor.numel() and place in seen else tensor
+        seen.add(place)
+    return apart
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape
+
+
+def _verify(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Raise unless the files of a folder hold these tensors, bit by bit, and no others."""
+    found = set()
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (no mapping)
+                found.add(name)
+                if name not in tensors or not _same(opened.get_tensor(name), tensors[name]):
+                    raise ValueError(f"{name} in {file} does not read back as it was written; is the disk sound?")
+    missing = sorted(tensors.keys() - found)
+    if missing:
+        raise ValueError(f"{missing[0]} was not written to {folder}, as {len(missing)} in all; is the disk full?")
+
+
+def _same(written: Tensor, own: Tensor) -> bool:
+    if written.dtype != own.dtype or written.shape != own.shape:
+        return False
+    return torch.equal(_bits(written), _bits(own.detach().cpu()))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
