@@ -32,7 +32,7 @@ def environment() -> dict[str, Any]:
 
 
 def texts(folder: str | None) -> dict[str, str]:
-    """Return the evaluation texts: the embedded ones and, where ``folder`` has them, wikitext2 valid and a C4 slice."""
+    """Return the evaluation texts: CPython's topics and, from ``folder``, wikitext2 valid and a C4 slice."""
     found = {"topics": embedded_texts()["topics"]}
     if folder:
         found["wikitext2"] = read(Path(folder) / "wikitext2" / "wiki.valid.raw.xz")
@@ -47,7 +47,7 @@ def read(path: Path) -> str:
 
 
 class Rows:
-    """Rows of a result that are on disk as soon as they are known; a second run goes on where the first stopped."""
+    """Rows of a result, on disk as soon as they are known; a second run goes on where the first stopped."""
 
     def __init__(self, path: Path, command: str) -> None:
         self.path, self.command, self.rows = path, command, []

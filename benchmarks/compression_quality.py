@@ -1,11 +1,12 @@
 """Which method loses how much at which size: perplexity of SmolLM2-135M after compression.
 
 Every row is one compressed model: method, gauge, allocation, calibration data, keep; for each text the perplexity
-and the gap in nats to the dense model in the same run. Rows are written as they are made; a second run of the same
-command goes on. Texts: CPython's help topics and, with --data, wikitext2 valid and a C4 slice, each scored on its
-last tokens (wikitext2: the first), windows of 1024. No calibration set holds a token that is scored.
+and the gap in nats to the dense model in the same run. Rows are written as they are made; a second run of the
+same command goes on. Texts: CPython's help topics and, with --data, wikitext2 valid and a C4 slice, each scored
+on its last tokens (wikitext2: the first), windows of 1024. No calibration set holds a token that is scored.
 
-    python benchmarks/compression_quality.py --data DATA --json benchmarks/results/compression_quality.json
+    python benchmarks/compression_quality.py --data DATA \
+        --json benchmarks/results/compression_quality.json
 """
 
 import argparse

@@ -8,14 +8,13 @@ problems, 4k tokens each, at one keep. Every row is one setting; the gap is in n
 
 import argparse
 import itertools
-import lzma
 import shlex
 import sys
 import zipfile
 from pathlib import Path
 
 import torch
-from common import Rows
+from common import Rows, read
 
 import rankwise
 from rankwise.compressors import KroneckerFactoredSvd
@@ -41,8 +40,8 @@ def main():
         names = sorted(name for name in archive.namelist() if name.endswith(".txt"))
         reviews = "\n".join(archive.read(name).decode("utf-8", "replace") for name in names[::20])
     plain = {
-        "shakespeare": lzma.open(data / "tinyshakespeare" / "input.txt.xz", "rt").read(),
-        "gsm8k": lzma.open(data / "gsm8k" / "train.jsonl.xz", "rt").read(),
+        "shakespeare": read(data / "tinyshakespeare" / "input.txt.xz"),
+        "gsm8k": read(data / "gsm8k" / "train.jsonl.xz"),
     }
     ids = ids_of(tokenizer, reviews)
     scored = {"reviews": ids[-n:], **{name: ids_of(tokenizer, text)[:n] for name, text in plain.items()}}

@@ -46,7 +46,7 @@ def weight(request: pytest.FixtureRequest) -> Tensor:
 def test_identity_gradients_give_whitened_svd(weight: Tensor, gauge: str):
     m, n = weight.shape
     stats = metric(gram(n, 1), torch.eye(m))
-    method = KroneckerFactoredSvd(output_damping=0.0, gauge=gauge)
+    method = KroneckerFactoredSvd(input_shrinkage=0.0, output_damping=0.0, gauge=gauge)
     assert_same(method.choices(weight, stats), WhitenedSvd(gauge=gauge).choices(weight, stats), 0.5)
 
 
@@ -56,7 +56,7 @@ def test_identity_statistics_give_plain_svd(weight: Tensor, gauge: str):
     stats = metric(torch.eye(n), torch.eye(m))
     plain = PlainSvd(gauge=gauge).choices(weight, {})
     assert_same(WhitenedSvd(damping=0.0, gauge=gauge).choices(weight, stats), plain)
-    both = KroneckerFactoredSvd(input_damping=0.0, output_damping=0.0, gauge=gauge)
+    both = KroneckerFactoredSvd(input_shrinkage=0.0, input_damping=0.0, output_damping=0.0, gauge=gauge)
     assert_same(both.choices(weight, stats), plain, 0.5)
     magnitude = {InputMagnitude: exactly(InputMagnitude, torch.ones(n))}
     assert_same(ActivationAwareSvd(floor=1e-16, gauge=gauge).choices(weight, magnitude), plain)
@@ -82,7 +82,7 @@ def test_diagonal_moments_give_the_diagonal_methods(weight: Tensor):
 def test_a_transposed_problem_has_the_transposed_answer(weight: Tensor):
     m, n = weight.shape
     inputs, outputs = gram(n, 1), gram(m, 2)
-    method = KroneckerFactoredSvd(input_damping=0.0, output_damping=0.0, gauge="factors")
+    method = KroneckerFactoredSvd(input_shrinkage=0.0, input_damping=0.0, output_damping=0.0, gauge="factors")
     one = method.choices(weight, metric(inputs, outputs))
     two = method.choices(weight.mT, metric(outputs, inputs))
     torch.testing.assert_close(one.errors, two.errors, rtol=1e-8, atol=1e-10 * one.total)
@@ -111,7 +111,9 @@ def test_the_metric_is_the_loss_change_of_a_quadratic_model():
     weight, change = draw(5, 4), 0.1 * draw(5, 4, seed=1)
     x, grad = correlated(100_000, 4, 1), correlated(100_000, 5, 3)
     stats = metric(x.mT @ x / len(x), grad.mT @ grad / len(grad))
-    choices = KroneckerFactoredSvd(input_damping=0.0, output_damping=0.0).choices(weight, stats)
+    choices = KroneckerFactoredSvd(input_shrinkage=0.0, input_damping=0.0, output_damping=0.0).choices(
+        weight, stats
+    )
     sampled = 0.5 * ((x @ change.mT) * grad).sum(1).square().mean()
     assert choices.error_of(change) == pytest.approx(float(sampled), rel=0.05)
 

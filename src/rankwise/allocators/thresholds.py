@@ -35,8 +35,8 @@ def spectrum_threshold(ladders: Mapping[str, Ladder], budget: int) -> dict[str, 
 def relative_error(ladders: Mapping[str, Ladder], budget: int) -> dict[str, int]:
     """Give every layer the smallest choice whose share of lost energy is below one threshold.
 
-    This is how a principal-component analysis of layer outputs is cut (LoRD, from atomic feature mimicking). LoRD's
-    paper sweeps one rank for each type of layer instead, by perplexity, and does not publish the ranks.
+    This is how a principal-component analysis of layer outputs is cut (LoRD, from atomic feature mimicking).
+    LoRD's paper sweeps one rank for each type of layer instead, by perplexity, and does not publish the ranks.
 
     References: Kaushal, Vaidhya, Rish, "LORD: Low rank decomposition of monolingual code LLMs for one-shot
         compression", 2023, arXiv 2309.14021.

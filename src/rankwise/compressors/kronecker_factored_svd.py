@@ -21,8 +21,8 @@ class KroneckerFactoredSvd(Compressor):
     be weighed against each other under one budget.
 
     Args:
-        input_shrinkage: how far C moves towards its own diagonal, in [0, 1). A calibration text shows only some of
-            the correlations between features; this keeps the others from being taken for granted.
+        input_shrinkage: how far C moves towards its own diagonal, in [0, 1). A calibration text shows only some
+            of the directions that inputs take; this keeps the others from counting as free.
         input_damping: multiple of mean(diag C) added to C's diagonal.
         output_damping: multiple of mean(diag S) added to S's diagonal; larger, because gradients are noisier
             and, in the last layers, have few directions.
@@ -32,9 +32,9 @@ class KroneckerFactoredSvd(Compressor):
         approximate curvature", 2015, arXiv 1503.05671. S = I gives :class:`WhitenedSvd`, C = S = I the plain SVD.
     """
 
-    input_shrinkage: float = 0.0
+    input_shrinkage: float = 0.05  # with the damping of S chosen in benchmarks/damping.py
     input_damping: float = 1e-6
-    output_damping: float = 1e-3
+    output_damping: float = 0.05
     gauge: Gauge = "pivot"
     needs: ClassVar[tuple[type[Statistic], ...]] = (InputGram, OutputGradGram)
     comparable: ClassVar[bool] = True
