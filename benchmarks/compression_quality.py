@@ -14,6 +14,7 @@ import itertools
 import shlex
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,11 +35,20 @@ METHODS = ("PlainSvd", "ActivationAwareSvd", "WhitenedSvd", "FisherSvd", "Kronec
 MIX = {"topics": 0.25, "wiki": 0.33, "c4": 0.25, "python": 0.17}
 
 
+@dataclass(frozen=True)
 class Remember(Compressor):
     """A method that decomposes a weight once and offers the same choices to every budget."""
 
-    def __init__(self, method):
-        self.method, self.needs, self.comparable, self.known = method, method.needs, method.comparable, {}
+    method: Compressor
+    known: dict = field(default_factory=dict)
+
+    @property
+    def needs(self):
+        return self.method.needs
+
+    @property
+    def comparable(self):
+        return self.method.comparable
 
     def choices(self, weight, stats):
         key = weight.data_ptr()

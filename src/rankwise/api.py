@@ -176,8 +176,9 @@ def compress(
         unit: sum(dense[n][unit] if x is None else matrix_costs(x)[unit] for n, x in matrices.items())
         for unit in UNITS
     }
+    settings = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}  # pyright: ignore[reportArgumentType]
     totals = {
-        "method": {"name": type(method).__name__, **dataclasses.asdict(method)},  # pyright: ignore[reportArgumentType]
+        "method": {"name": type(method).__name__, **settings},
         "keep": {unit: after[unit] / before[unit] for unit in UNITS},
         "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes(),
@@ -204,11 +205,11 @@ def inspect(model: nn.Module, measures: Sequence[Measure] | None = None, *, wher
     rows, curves = [], {}
     for name, site in track(sites.items(), "inspect"):
         weight = site.weight
-        values = singular_values(weight)
-        row = {"name": name, "shape": list(weight.shape), "params": weight.numel()}
+        values, (m, n) = singular_values(weight), weight.shape
+        row = {"name": name, "shape": [m, n], "params": weight.numel()}
         for measure in chosen:
             spectral = isinstance(measure, SpectralMeasure)
-            row |= measure.of_spectrum(values, tuple(weight.shape)) if spectral else measure(weight, {})
+            row |= measure.of_spectrum(values, (m, n)) if spectral else measure(weight, {})
         rows.append(row)
         curves[name] = values.tolist()
     totals = {"params": sum(row["params"] for row in rows), "layers_measured": len(rows)}

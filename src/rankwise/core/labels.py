@@ -59,9 +59,13 @@ def given(output: Any, batch: Any, generator: Generator) -> Tensor:
 
 
 def gaussian(output: Any, batch: Any, generator: Generator) -> Tensor:
-    """Hold features against themselves plus unit Gaussian noise: the Fisher information of a regression."""
-    features = output if isinstance(output, Tensor) else output[0]
-    rows = _unpadded(features.float(), batch)
+    """Hold features against themselves plus unit Gaussian noise: the Fisher information of a regression.
+
+    All floating-point tensors of the output count, such as an encoder's hidden states and its pooled ones.
+    """
+    outputs = [output] if isinstance(output, Tensor) else list(output.values())
+    features = [each for each in outputs if isinstance(each, Tensor) and each.is_floating_point()]
+    rows = torch.cat([_unpadded(each.float(), batch).flatten() for each in features])
     return (rows * torch.randn(rows.shape, generator=generator).to(rows.device)).sum()
 
 

@@ -4,7 +4,7 @@ import abc
 import contextlib
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -308,10 +308,11 @@ def collect(
     start, watch, count = time.perf_counter(), _Watch(sites, needs), 0
     places = [(model.get_submodule(path), name) for name, site in sites.items() for path in site.names]
     unique = {id(layer): (layer, name) for layer, name in places}.values()
-    handles = [
-        layer.register_forward_hook(lambda _, args, y, name=name: watch(name, args[0], y))
-        for layer, name in unique
-    ]
+
+    def hook(name: str) -> Callable[[nn.Module, Any, Any], Tensor]:
+        return lambda _, inputs, y: watch(name, inputs[0], y)
+
+    handles = [layer.register_forward_hook(hook(name)) for layer, name in unique]
     device = next(model.parameters()).device
     cast = torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None)
     try:
@@ -331,9 +332,10 @@ def collect(
     if count == 0:
         raise CalibrationError("the calibration data is empty; give at least one batch.")
     for name in sites:
-        for statistic in watch.layers.get(name, {None: None}).values():
-            if statistic is None or statistic.count == 0:
-                raise CalibrationError(f"layer {name} was never reached by the data; leave it out with 'where'.")
+        if name not in watch.layers:
+            raise CalibrationError(f"layer {name} was never reached by the data; leave it out with 'where'.")
+        if not all(statistic.count for statistic in watch.layers[name].values()):
+            raise CalibrationError(f"the loss does not depend on layer {name}; leave it out with 'where'.")
     return Statistics(watch.layers, time.perf_counter() - start, peak_memory_bytes())
 
 

@@ -1,0 +1,183 @@
+"""Statistics against what autograd and plain sums say, and their file."""
+
+import pytest
+import torch
+from torch import Generator, Tensor, nn
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+from rankwise import CalibrationError
+from rankwise.core import labels
+from rankwise.core.statistics import (
+    GradientWeightedInput,
+    InputGram,
+    InputMagnitude,
+    InputMean,
+    OutputGradGram,
+    Statistics,
+    collect,
+)
+from rankwise.core.statistics_file import load_statistics, save_statistics
+from rankwise.core.surgery import select
+
+ALL = (InputGram, OutputGradGram, InputMean, InputMagnitude, GradientWeightedInput)
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+def run(model: nn.Module, batches, needs=ALL, loss=labels.sampled, seed: int = 0) -> Statistics:
+    generator = Generator().manual_seed(seed)
+    return collect(model, select(model), needs, batches, labels=loss, generator=generator)
+
+
+def oracle(model: nn.Module, name: str, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs (t, n) and output gradients (t, m) of one layer under the loss of the next tokens."""
+    seen = {}
+    layer = model.get_submodule(name)
+
+    def hook(_, args, output):
+        seen["x"] = args[0].detach().flatten(0, 1)
+        output.retain_grad()
+        seen["y"] = output
+
+    handle = layer.register_forward_hook(hook)
+    logits = model(ids).logits
+    nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
+    handle.remove()
+    return seen["x"].double(), seen["y"].grad.flatten(0, 1).double()
+
+
+def test_they_equal_autograd():
+    model, ids = llama(), torch.randint(0, 64, (3, 20), generator=Generator().manual_seed(1))
+    found = run(model, [ids[:2], ids[2:]], loss=labels.given)
+    for name in found.layers:
+        x, g = oracle(model, name, ids)
+        expected = {
+            InputGram: x.mT @ x / len(x),
+            OutputGradGram: g.mT @ g / len(g),
+            InputMean: x.mean(0),
+            InputMagnitude: x.abs().mean(0),
+            GradientWeightedInput: (g.square().sum(1)[:, None] * x.square()).mean(0),
+        }
+        for kind, value in expected.items():
+            scale = float(value.abs().max())
+            close = {"rtol": 1e-4, "atol": 1e-5 * scale}
+            torch.testing.assert_close(found.layers[name][kind].value(), value, **close, msg=f"{name} {kind}")
+
+
+def test_layers_with_the_same_input_share_one_statistic():
+    found = run(llama(), [torch.randint(0, 64, (2, 16))], (InputGram,)).layers
+    distinct = {id(stats[InputGram]) for stats in found.values()}
+    assert len(found) == 14
+    assert len(distinct) == 8  # qkv, o, gate and up, down in each of two blocks
+    block = "model.layers.0."
+    query, key, output = (found[f"{block}self_attn.{x}_proj"][InputGram] for x in "qko")
+    assert query is key
+    assert query is not output
+    assert query.count == 32
+
+
+def test_no_gradient_of_a_parameter_is_kept_and_the_model_is_as_before():
+    model = llama().train()
+    model.model.norm.weight.requires_grad_(False)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    run(model, [torch.randint(0, 64, (1, 8))])
+    assert all(p.grad is None for p in model.parameters())
+    assert flags == {name: p.requires_grad for name, p in model.named_parameters()}
+    assert model.training
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_padding_does_not_count():
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
+    )
+    model, ids = BertModel(config), torch.randint(0, 64, (2, 10))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    other = torch.where(mask.bool(), ids, 7)
+    batches = [{"input_ids": x, "attention_mask": mask} for x in (ids, other)]
+    one, two = (run(model, [batch], (InputGram, OutputGradGram), labels.automatic) for batch in batches)
+    for name, stats in one.layers.items():
+        assert stats[InputGram].count == (2 if "pooler" in name else 16)
+        for kind, statistic in stats.items():
+            torch.testing.assert_close(statistic.value(), two.layers[name][kind].value())
+
+
+def test_sampled_labels_have_the_expected_second_moment():
+    """For logits z = y the gradient is p - onehot, whose second moment is diag(p) - p p'."""
+    layer = nn.Linear(1, 5, bias=False)
+    found = run(nn.Sequential(layer), [torch.ones(200_000, 1)], (OutputGradGram,))
+    p = layer.weight[:, 0].detach().double().softmax(0)
+    expected = p.diag() - p[:, None] * p
+    torch.testing.assert_close(found.layers["0"][OutputGradGram].value(), expected, rtol=0, atol=3e-3)
+
+
+def test_gaussian_labels_have_unit_gradients():
+    found = run(nn.Sequential(nn.Linear(3, 4)), [torch.ones(50_000, 3)], (OutputGradGram,), labels.gaussian)
+    torch.testing.assert_close(
+        found.layers["0"][OutputGradGram].value(), torch.eye(4).double(), rtol=0, atol=3e-2
+    )
+
+
+def test_a_layer_that_works_in_place_afterwards_is_no_problem():
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(3 * 16, 4))
+    found = run(net, [torch.randn(5, 2, 6, 6)], ALL)
+    assert found.layers["0"][InputGram].count == 5 * 16
+    assert found.layers["0"][OutputGradGram].value().shape == (3, 3)
+
+
+def test_what_is_not_finite_is_named():
+    model = llama()
+    model.model.layers[1].input_layernorm.weight.data.fill_(torch.inf)
+    with pytest.raises(CalibrationError, match=r"layers\.1\.self_attn\.q_proj: its inputs are not finite"):
+        run(model, [torch.randint(0, 64, (1, 8))])
+
+
+def test_no_data_and_unreached_layers_are_errors():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.used(x)
+
+    with pytest.raises(CalibrationError, match="empty"):
+        run(Half(), [])
+    with pytest.raises(CalibrationError, match="unused was never reached"):
+        run(Half(), [torch.ones(2, 3)])
+
+
+def test_the_file_is_read_for_its_own_model_only(tmp_path):
+    model, path = llama(), tmp_path / "statistics.safetensors"
+    found = run(model, [torch.randint(0, 64, (2, 16))])
+    save_statistics(found, path, model, about="noise")
+    again = load_statistics(path, model, "noise")
+    assert again.layers.keys() == found.layers.keys()
+    for name, stats in found.layers.items():
+        for kind, statistic in stats.items():
+            assert torch.equal(again.layers[name][kind].value(), statistic.value())
+    q, k = (again.layers[f"model.layers.0.self_attn.{x}_proj"][InputGram] for x in "qk")
+    assert q is k
+    with pytest.raises(CalibrationError, match="other data"):
+        load_statistics(path, model, "music")
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    with pytest.raises(CalibrationError, match="another model"):
+        load_statistics(path, model)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(CalibrationError, match="damaged"):
+        load_statistics(path, model)
