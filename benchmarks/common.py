@@ -4,7 +4,9 @@ import json
 import lzma
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,15 @@ def environment() -> dict[str, Any]:
     }
 
 
+def command() -> str:
+    """Return the command line of this run, without the place of the data."""
+    words = list(sys.argv)
+    for i, word in enumerate(words[:-1]):
+        if word == "--data":
+            words[i + 1] = "DATA"
+    return "python " + shlex.join(words)
+
+
 def texts(folder: str | None) -> dict[str, str]:
     """Return the evaluation texts: CPython's topics and, from ``folder``, wikitext2 valid and a C4 slice."""
     found = {"topics": embedded_texts()["topics"]}
@@ -49,8 +60,8 @@ def read(path: Path) -> str:
 class Rows:
     """Rows of a result, on disk as soon as they are known; a second run goes on where the first stopped."""
 
-    def __init__(self, path: Path, command: str) -> None:
-        self.path, self.command, self.rows = path, command, []
+    def __init__(self, path: Path) -> None:
+        self.path, self.rows = path, []
         if path.exists():
             self.rows = json.loads(path.read_text())["rows"]
 
@@ -67,6 +78,6 @@ class Rows:
         self.rows.append(row)
         print(json.dumps(row), flush=True)
         temporary = self.path.with_suffix(".tmp")
-        content = {"command": self.command, "environment": environment(), "rows": self.rows}
+        content = {"command": command(), "environment": environment(), "rows": self.rows}
         temporary.write_text(json.dumps(content, indent=1) + "\n")
         os.replace(temporary, self.path)

@@ -11,8 +11,6 @@ on its last tokens (wikitext2: the first), windows of 1024. No calibration set h
 
 import argparse
 import itertools
-import shlex
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +61,7 @@ class Bench:
     def __init__(self, options):
         self.options = options
         self.model, self.tokenizer = rankwise.load(options.model, dtype=torch.float32)
-        self.rows = Rows(Path(options.json), "python " + shlex.join(sys.argv))
+        self.rows = Rows(Path(options.json))
         self.texts = {}
         for name, text in texts(options.data).items():
             ids = ids_of(self.tokenizer, text)

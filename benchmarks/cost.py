@@ -1,7 +1,7 @@
 """What compressing costs beside what the text costs: plain forward and backward passes over the same tokens.
 
-Both run in turns on the same pieces of text, so that they suffer the same disturbances. Reported: seconds for plain
-forward-backward passes (all parameters' gradients, labels of the text), for the statistics of the default method,
+Both run in turns on the same pieces of text, so that they suffer the same disturbances. Reported: seconds for
+plain forward-backward passes (gradients of all parameters, labels of the text), for the statistics of the method,
 and for factorisation, allocation and the new matrices at keep 0.8.
 
     python benchmarks/cost.py --json benchmarks/results/cost.json
@@ -9,13 +9,11 @@ and for factorisation, allocation and the new matrices at keep 0.8.
 
 import argparse
 import json
-import shlex
-import sys
 import time
 from pathlib import Path
 
 import torch
-from common import environment
+from common import command, environment
 from torch import nn
 
 import rankwise
@@ -65,7 +63,7 @@ def main():
         "peak_memory_bytes": report.totals["peak_memory_bytes"],
     }
     print(json.dumps(figures, indent=1))
-    result = {"command": "python " + shlex.join(sys.argv), "environment": environment(), **figures}
+    result = {"command": command(), "environment": environment(), **figures}
     Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
 
 

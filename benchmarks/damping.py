@@ -8,8 +8,6 @@ problems, 4k tokens each, at one keep. Every row is one setting; the gap is in n
 
 import argparse
 import itertools
-import shlex
-import sys
 import zipfile
 from pathlib import Path
 
@@ -45,7 +43,7 @@ def main():
     }
     ids = ids_of(tokenizer, reviews)
     scored = {"reviews": ids[-n:], **{name: ids_of(tokenizer, text)[:n] for name, text in plain.items()}}
-    rows = Rows(Path(options.json), "python " + shlex.join(sys.argv))
+    rows = Rows(Path(options.json))
 
     def nats():
         return {row["name"]: row["nats"] for row in rankwise.evaluate(model, tokenizer, scored).rows}

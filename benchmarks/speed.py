@@ -9,12 +9,10 @@ model once; medians over the rounds are reported, and their ratios to dense.
 import argparse
 import copy
 import json
-import shlex
-import sys
 from pathlib import Path
 
 import torch
-from common import environment
+from common import command, environment
 
 import rankwise
 from rankwise.compressors import KroneckerFactoredSvd
@@ -53,7 +51,7 @@ def main():
             macs = sizes(models[name])["macs_per_token"] / sizes(dense)["macs_per_token"]
             rows.append({"model": name, "dtype": dtype, **found, **ratio, "macs_ratio": macs})
             print(rows[-1], flush=True)
-    result = {"command": "python " + shlex.join(sys.argv), "environment": environment(), "rows": rows}
+    result = {"command": command(), "environment": environment(), "rows": rows}
     Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -10,13 +10,16 @@ ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 
 
-def test_methods_page_is_up_to_date():
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+@pytest.mark.parametrize("name", ["methods", "results"])
+def test_generated_pages_are_up_to_date(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.TARGET.read_text(encoding="utf-8") == module.generate(), "run: python docs/generate.py"
+    assert (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") == module.page(), (
+        f"run: python docs/{name}.py"
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -140,7 +140,8 @@ class PivotedLowRank(StructuredMatrix):
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) -> (..., m): the kept outputs, then the others from them."""
         kept = x @ self.rows.mT
-        return torch.cat([kept, kept @ self.mix.mT], dim=-1).index_select(-1, self.order)
+        both = torch.cat([kept, kept @ self.mix.mT], dim=-1)
+        return both.gather(-1, self.order.long().expand_as(both))  # index_select is slow in bfloat16
 
     def dense(self) -> Tensor:
         """(m, n)."""

@@ -1,6 +1,6 @@
 """Write docs/methods.md from the docstrings and fields of everything that the method packages export.
 
-Usage: python docs/generate.py
+Usage: python docs/methods.py
 """
 
 import dataclasses
@@ -28,9 +28,9 @@ SECTIONS: dict[str, tuple[types.ModuleType, str]] = {
 }
 
 
-def generate() -> str:
+def page() -> str:
     """Return the text of docs/methods.md."""
-    blocks = ["# Methods", "Made by `docs/generate.py` from the docstrings; change those instead."]
+    blocks = ["# Methods", "Made by `docs/methods.py` from the docstrings; change those instead."]
     for title, (package, use) in SECTIONS.items():
         blocks += [f"## {title}", use]
         for name in package.__all__:
@@ -74,4 +74,4 @@ def type_name(kind: object) -> str:
 
 
 if __name__ == "__main__":
-    TARGET.write_text(generate(), encoding="utf-8")
+    TARGET.write_text(page(), encoding="utf-8")
