@@ -27,9 +27,10 @@ def quality() -> list[str]:
     names = list(dense["perplexity"])
     lines = _head("Quality: perplexity after compression, training-free", found)
     lines += [
-        f"SmolLM2-135M-Instruct (from 4-bit weights), float32, all decoder matrices; {dense['eval_tokens']} tokens of",
-        "each text in windows of 1024. The gap is that to the dense model in nats per token; the last column divides",
-        "it by that of `WhitenedSvd` with factors and uniform ranks (SVD-LLM's whitening), same keep and data.",
+        "SmolLM2-135M-Instruct (from 4-bit weights), float32, all decoder matrices, windows of 1024,",
+        f"{dense['eval_tokens']} tokens scored of each text. The gap is to the dense model, in nats per token;",
+        "the last column divides it by that of `WhitenedSvd` with factors and uniform ranks (SVD-LLM's",
+        "whitening), with the same keep and data.",
         "",
     ]
     rows = [["dense", "", "", "", "", *(f"{dense['perplexity'][n]:.2f}" for n in names), ""]]
