@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+START, END = "<!-- results -->", "<!-- end of results -->"
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -55,6 +56,30 @@ def quality() -> list[str]:
         rows.append([*cells, *scores, ratio])
     head = ["method", "gauge", "allocation", "calibration", "keep", *(f"{n} (gap)" for n in names), "gap ratio"]
     return lines + table(head, rows)
+
+
+def summary() -> str:
+    """Return the table that README shows: the best method beside whitening."""
+    found = load("compression_quality")
+    if found is None:
+        return ""
+    dense = next(row for row in found["rows"] if row["method"] == "dense")
+    names = list(dense["perplexity"])
+    shown = [
+        ("whitened SVD, factors, uniform", {"method": "WhitenedSvd", "gauge": "factors", "allocate": "uniform"}),
+        ("rankwise default", {"method": "KroneckerFactoredSvd", "gauge": "pivot", "allocate": "water_filling"}),
+    ]
+    rows = [["dense", "1.0", "", *(f"{dense['perplexity'][n]:.2f}" for n in names)]]
+    for calibration, keep in (("topics", 0.9), ("topics", 0.8), ("topics", 0.6), ("self", 0.9), ("self", 0.8)):
+        for title, wanted in shown:
+            key = wanted | {"calibration": calibration, "tokens": 24576, "keep": keep}
+            key |= {"eval_tokens": dense["eval_tokens"]}
+            rows.extend(
+                [title, str(keep), calibration, *(f"{row['perplexity'][n]:.2f}" for n in names)]
+                for row in found["rows"]
+                if all(row.get(k) == v for k, v in key.items())
+            )
+    return "\n".join(table(["", "keep", "calibrated on", *names], rows))
 
 
 def damping() -> list[str]:
@@ -139,5 +164,13 @@ def page() -> str:
     return "\n".join([*lines, *quality(), *damping(), *speed(), *cost()]).rstrip() + "\n"
 
 
+def readme() -> str:
+    """Return README with the table in its place."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    before, rest = text.split(START)
+    return before + START + "\n" + summary() + END + rest.split(END)[1]
+
+
 if __name__ == "__main__":
+    (ROOT / "README.md").write_text(readme(), encoding="utf-8")
     (ROOT / "docs" / "results.md").write_text(page(), encoding="utf-8")

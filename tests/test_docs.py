@@ -3,6 +3,7 @@
 import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,16 +11,25 @@ ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 
 
-@pytest.mark.parametrize("name", ["methods", "results"])
-def test_generated_pages_are_up_to_date(name: str):
+def script(name: str) -> Any:
     spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") == module.page(), (
+    return module
+
+
+@pytest.mark.parametrize("name", ["methods", "results"])
+def test_generated_pages_are_up_to_date(name: str):
+    assert (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") == script(name).page(), (
         f"run: python docs/{name}.py"
     )
+
+
+def test_the_numbers_in_readme_are_those_of_the_results():
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == script("results").readme()
+    assert "| rankwise default | 0.8 |" in script("results").readme()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

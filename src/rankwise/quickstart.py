@@ -40,7 +40,7 @@ class _Scale:
     sample: int
 
 
-FULL = _Scale(calibration=24576, evaluation=8192, prefill=1024, decode=32, repeats=3, sample=40)
+FULL = _Scale(calibration=16384, evaluation=6144, prefill=512, decode=32, repeats=3, sample=40)
 SMOKE = _Scale(calibration=1024, evaluation=1024, prefill=128, decode=4, repeats=1, sample=8)
 
 
