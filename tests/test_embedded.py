@@ -33,6 +33,7 @@ def statistics(smollm: tuple, ids: Tensor) -> Statistics:
     return rankwise.calibrate(smollm[0], KroneckerFactoredSvd.needs, data=ids)
 
 
+@torch.no_grad()
 def test_pivoting_loses_nothing_on_trained_weights(smollm: tuple, statistics: Statistics):
     """To 1e-5 in float32, with small coefficients, r (m + n - r) numbers, and fewer multiply-adds."""
     method, sites = WhitenedSvd(gauge="factors"), select(smollm[0])
