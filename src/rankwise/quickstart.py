@@ -220,8 +220,14 @@ class _Run:
             return float((model.eval()(ids[None]).logits - other(ids[None]).logits).abs().max())
 
     def _speed(self, networks: Mapping[str, Any], ids: Tensor) -> dict[str, Any]:
-        scale = self.scale
-        return models.speed(networks, ids, prefill=scale.prefill, decode=scale.decode, repeats=scale.repeats)
+        scale, found = self.scale, {}
+        for name, network in networks.items():  # in pairs: see benchmarks/speed.py
+            if network is not self.dense:
+                pair = {"dense": self.dense, name: network}
+                found |= models.speed(
+                    pair, ids, prefill=scale.prefill, decode=scale.decode, repeats=scale.repeats
+                )
+        return found
 
     def _samples(self, networks: Mapping[str, Any]) -> dict[str, str]:
         return {
