@@ -1,8 +1,8 @@
 """How fast a compressed model runs beside the dense one, in one interleaved run: prefill and decode tokens/s.
 
 The method is the default one, calibrated on few tokens: speed depends on the ranks alone. Dense and one
-compressed model take turns; medians over the rounds are reported, and their ratios. (More than two models at a time
-would overflow oneDNN's cache of compiled shapes in bfloat16, which one model alone does not.)
+compressed model take turns; medians over the rounds are reported, and their ratios. (More than two models
+at a time would overflow oneDNN's cache of compiled shapes in bfloat16, which one model alone does not.)
 
     python benchmarks/speed.py --json benchmarks/results/speed.json
 """
