@@ -11,7 +11,6 @@ on its last tokens (wikitext2: the first), windows of 1024. No calibration set h
 
 import argparse
 import itertools
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,25 +69,22 @@ class Bench:
         self.statistics, self.remembered = {}, {}
         self.dense = self.score(method="dense")
 
-    def score(self, **key):
-        """Evaluate the model as it stands and add the row, unless it is there."""
+    def score(self, about=None, **key):
+        """Evaluate the model as it stands and add the row with what is known about it, unless it is there."""
         key |= {"eval_tokens": self.options.eval_tokens}
         if not self.rows.has(**key):
-            start = time.perf_counter()
             report = rankwise.evaluate(self.model, self.tokenizer, self.texts)
             nats = {row["name"]: row["nats"] for row in report.rows}
-            dense = self.dense["nats"] if key["method"] != "dense" else nats
-            gap = {name: nats[name] - dense[name] for name in nats}
-            perplexity = {row["name"]: row["perplexity"] for row in report.rows}
-            key_only = dict(key)
-            self.rows.add(**key, **self.extra(), nats=nats, gap=gap, perplexity=perplexity,
-                          evaluation_seconds=time.perf_counter() - start)  # fmt: skip
-            return self.rows.find(**key_only)
+            dense = nats if key["method"] == "dense" else self.dense["nats"]
+            self.rows.add(
+                **key,
+                **(about or {}),
+                nats=nats,
+                gap={name: nats[name] - dense[name] for name in nats},
+                perplexity={row["name"]: row["perplexity"] for row in report.rows},
+                evaluation_seconds=report.totals["seconds"],
+            )
         return self.rows.find(**key)
-
-    def extra(self):
-        """What is known about the last compression."""
-        return getattr(self, "last", {})
 
     def calibration_ids(self, name: str, count: int) -> Tensor:
         """Return the first tokens of a calibration set."""
@@ -141,13 +137,13 @@ class Bench:
             self.model, self.remembered[method, gauge], keep=keep, data=statistics,
             allocate=getattr(allocators, allocate),
         )  # fmt: skip
-        self.last = {
+        about = {
             "kept": report.totals["keep"],
-            "seconds": report.totals["seconds"],
+            "seconds": report.totals["seconds"],  # a method's first row holds its decompositions
             "left_dense": sum(row["kind"] == "Dense" for row in report.rows),
             "predicted_error": sum(row["predicted_error"] for row in report.rows),
         }
-        self.score(**key)
+        self.score(about, **key)
         for path, layer in before.items():
             set_module(self.model, path, layer)
 

@@ -216,6 +216,16 @@ def test_fold_needs_something_to_fold():
         rankwise.fold(llama())
 
 
+def test_fold_forgets_the_specs_but_not_the_config_of_another_method(tmp_path):
+    model = llama()
+    rankwise.compress(model, PlainSvd(), keep=0.7)
+    loaded, _ = rankwise.load(rankwise.save(model, tmp_path / "small"))
+    assert loaded.config.quantization_config.quant_method == "rankwise"
+    assert getattr(rankwise.fold(loaded).config, "quantization_config", None) is None
+    model.config.quantization_config = {"quant_method": "other"}
+    assert rankwise.fold(model).config.quantization_config == {"quant_method": "other"}
+
+
 def test_inspect_measures_every_layer():
     report = rankwise.inspect(llama())
     assert len(report.rows) == 14

@@ -24,7 +24,7 @@ from .core.surgery import Site, StructuredLinear, Where, replace, select, struct
 from .core.surgery import fold as fold_layers
 from .matrices import StructuredMatrix
 from .measures.spectral import SpectralMeasure, singular_values
-from .models import sample
+from .models import forget, sample
 
 Data = Literal["self"] | Tensor | Iterable[Batch] | Statistics
 
@@ -225,9 +225,7 @@ def fold(model: nn.Module) -> nn.Module:
     if not isinstance(model, StructuredLinear) and not structured(model):
         raise ValueError("the model has no structured layer to fold.")
     folded = fold_layers(model)
-    config = getattr(folded, "config", None)
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config  # pyright: ignore[reportOptionalMemberAccess]
+    forget(folded)
     return folded
 
 

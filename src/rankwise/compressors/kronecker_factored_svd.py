@@ -32,7 +32,7 @@ class KroneckerFactoredSvd(Compressor):
         approximate curvature", 2015, arXiv 1503.05671. S = I gives :class:`WhitenedSvd`, C = S = I the plain SVD.
     """
 
-    input_shrinkage: float = 0.05  # with the damping of S chosen in benchmarks/damping.py
+    input_shrinkage: float = 0.05  # benchmarks/damping.py shows what this and the damping of S do
     input_damping: float = 1e-6
     output_damping: float = 0.05
     gauge: Gauge = "pivot"

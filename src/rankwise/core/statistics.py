@@ -218,8 +218,8 @@ class _Watch:
                 for need in self.needs
             }
         stats = self.layers[name]
-        inputs = None
-        if leader == name or any(need.side == "both" for need in self.needs):
+        inputs, both = None, any(need.side == "both" for need in self.needs)
+        if leader == name or both:
             inputs = self.rows(site.view.inputs(x))
             if not bool(inputs.isfinite().all()):
                 raise CalibrationError(
@@ -230,14 +230,13 @@ class _Watch:
                 statistic.update(inputs)
         if not self.gradients:
             return y
-        if not y.requires_grad:
-            y.requires_grad_()
-            self._on_gradient(name, y, inputs)
-            return y.clone()  # what follows may work in place, which a leaf does not allow
-        self._on_gradient(name, y, inputs)
-        return y
+        leaf = not y.requires_grad
+        self._on_gradient(name, y.requires_grad_() if leaf else y, inputs if both else None)
+        return y.clone() if leaf else y  # what follows may work in place, which a leaf does not allow
 
     def _on_gradient(self, name: str, y: Tensor, inputs: Tensor | None) -> None:
+        """Have the gradient of y counted when it comes; ``inputs`` are kept until then."""
+
         def fill(gradient: Tensor) -> None:
             rows = self.rows(self.sites[name].view.outputs(gradient))
             if not bool(rows.isfinite().all()):

@@ -5,7 +5,9 @@ from torch import Tensor
 
 
 def draw_categorical(logits: Tensor, draw: Tensor) -> Tensor:
-    """Draw from softmax distributions by inverting their cumulative sums, many times as fast as ``multinomial``.
+    """Draw from softmax distributions by inverting their cumulative sums.
+
+    It needs one random number a row, where ``torch.multinomial`` draws one for every entry.
 
     Args:
         logits: (b, k).

@@ -4,13 +4,14 @@ from .causal import generate
 from .evaluate import evaluate, sizes
 from .load import load
 from .sampling import sample
-from .save import predicted_bytes, save
+from .save import forget, predicted_bytes, save
 from .speed import speed
 from .texts import embedded_texts, read_text, tokens
 
 __all__ = [
     "embedded_texts",
     "evaluate",
+    "forget",
     "generate",
     "load",
     "predicted_bytes",

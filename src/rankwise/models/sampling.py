@@ -46,7 +46,7 @@ def sample(
         seed: of all draws.
         temperature: divides the logits; 1 is the model's own distribution.
         batch: how many sequences run together; their keys and values must fit in memory.
-        autocast: compute in bfloat16, twice as fast on CPUs that have instructions for it. A
+        autocast: compute in bfloat16, faster on CPUs that have instructions for it. A
             model in bfloat16 already is as fast without.
         cache: keep the result in the folder ``samples`` of the user's cache (``RANKWISE_CACHE``, else
             ``~/.cache/rankwise``), and take it from there the next time.

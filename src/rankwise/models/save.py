@@ -88,17 +88,28 @@ def predicted_bytes(model: nn.Module) -> int:
     return 8 + -(-length // 8) * 8 + end
 
 
+def forget(model: nn.Module) -> None:
+    """Remove the specs of structured matrices from the config of a model that has been folded."""
+    config: Any = getattr(model, "config", None)
+    if _method(config) == METHOD:
+        del config.quantization_config
+
+
+def _method(config: Any) -> str | None:
+    """Return the name of the quantisation method that a config holds, if any."""
+    found = getattr(config, "quantization_config", None)
+    return found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+
+
 def _described(model: Any) -> Any:
     """Return a copy of a model's config with the specs of its structured matrices, or without old ones."""
     from .. import __version__
 
     config = copy.deepcopy(model.config)
-    before = getattr(config, "quantization_config", None)
-    method = before.get("quant_method") if isinstance(before, dict) else getattr(before, "quant_method", METHOD)
-    groups = describe(model)
-    if groups and method != METHOD:
+    groups, method = describe(model), _method(config)
+    if groups and method not in (None, METHOD):
         raise ValueError(f"the model is quantised by {method}; structured layers cannot be saved beside that.")
-    if before is not None and method == METHOD:
+    if method == METHOD:
         del config.quantization_config
     if groups:
         written = {"quant_method": METHOD, "version": FORMAT, "rankwise_version": __version__, "matrices": groups}
