@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
+from tiny import llama
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
 )
 
@@ -21,12 +21,6 @@ from rankwise.core.surgery import StructuredLinear, structured
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 METHODS = [getattr(rankwise.compressors, name) for name in rankwise.compressors.__all__]
-
-
-def llama(**changes) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
-    return LlamaForCausalLM(LlamaConfig(**{**SMALL, **heads, **changes})).eval()
 
 
 def ids(tokens: int = 512) -> Tensor:

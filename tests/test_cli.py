@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import llama
 from typer.testing import CliRunner, Result
 
 from rankwise import Report, __version__, compressors
@@ -25,27 +26,14 @@ def cache(tmp_path_factory, monkeypatch):
 def folder(tmp_path_factory) -> Path:
     """A Llama of two layers with a tokenizer of whole words, saved by plain transformers."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     words = ["<s>", "</s>", "<unk>", *WORDS]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        bos_token_id=0,
-        eos_token_id=1,
-        tie_word_embeddings=True,
-        initializer_range=0.3,
-    )
     path = tmp_path_factory.mktemp("tiny")
-    LlamaForCausalLM(config).save_pretrained(path)
+    ends = {"bos_token_id": 0, "eos_token_id": 1}
+    llama(vocab_size=len(words), initializer_range=0.3, **ends).save_pretrained(path)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(path)

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
+from tiny import llama
 from typer.testing import CliRunner
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -24,27 +24,16 @@ def blocks(language: str) -> list[str]:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder to run in, with a Llama of two layers whose tokens are bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: i for i, letter in enumerate(["<s>", *letters])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=0,
-        eos_token_id=0,
-        initializer_range=0.3,
-    )
     folder = tmp_path_factory.mktemp("readme")
-    LlamaForCausalLM(config).save_pretrained(folder / MODEL)
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    llama(vocab_size=len(vocabulary), initializer_range=0.3, **ends).save_pretrained(folder / MODEL)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>")
     fast.save_pretrained(folder / MODEL)
     return folder

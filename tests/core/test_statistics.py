@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from tiny import llama
 from torch import Generator, Tensor, nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel
 
 from rankwise import CalibrationError
 from rankwise.core import labels
@@ -20,20 +21,6 @@ from rankwise.core.statistics_file import load_statistics, save_statistics
 from rankwise.core.surgery import select
 
 ALL = (InputGram, OutputGradGram, InputMean, InputMagnitude, GradientWeightedInput)
-
-
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config)
 
 
 def run(model: nn.Module, batches, needs=ALL, loss=labels.sampled, seed: int = 0) -> Statistics:
