@@ -170,3 +170,12 @@ def test_spectrum_threshold_needs_a_spectrum():
     ladders = {k: Ladder(v.costs, v.errors, v.index, v.total) for k, v in real().items()}
     with pytest.raises(ValueError, match="singular values"):
         allocators.spectrum_threshold(ladders, whole(ladders) // 2)
+
+
+def test_spectrum_threshold_keeps_what_is_above_it():
+    weight = torch.diag(torch.tensor([8.0, 7.0, 6.0, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4], dtype=torch.float64))
+    for multiple, rank in ((1, 3), (2, 4), (4, 4)):
+        choices = PlainSvd(rank_multiple=multiple).choices(weight, {})
+        ladders = {"one": Ladder.of(choices, "macs", weight.numel())}
+        picks = allocators.spectrum_threshold(ladders, rank * (20 - rank))
+        assert choices.build(int(ladders["one"].index[picks["one"]])).rank == rank

@@ -90,6 +90,18 @@ def test_fewer_tokens_than_features(method: Compressor, rows: int, repeats: int)
     torch.testing.assert_close(choices.build(63).dense().detach(), weight, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("multiple", [4, 17, 100])
+def test_ranks_are_multiples(method: Compressor, multiple: int):
+    weight = WEIGHTS["square"]
+    every, some = offer(method, weight), offer(dataclasses.replace(method, rank_multiple=multiple), weight)  # pyright: ignore[reportCallIssue]
+    step = min(multiple, min(weight.shape))  # a small layer offers its full rank alone
+    ranks = list(range(step, min(weight.shape) + 1, step))
+    assert [some.build(i).rank for i in range(len(some.errors))] == ranks
+    index = torch.tensor(ranks) - 1
+    assert torch.equal(some.errors, every.errors[index])
+    assert all(torch.equal(some.costs[unit], every.costs[unit][index]) for unit in UNITS)
+
+
 def test_same_input_same_bits(method: Compressor):
     one, two = (offer(method, WEIGHTS["tall"]) for _ in range(2))
     assert torch.equal(one.errors, two.errors)
@@ -127,9 +139,10 @@ def test_statistics_that_are_zero_are_refused_or_do_no_harm(method: Compressor):
 
 def test_a_wrong_field_is_refused(method: Compressor):
     fields = dataclasses.fields(method)
-    assert {field.name for field in fields} >= {"gauge"}
+    assert {field.name for field in fields} >= {"gauge", "rank_multiple"}
+    wrong = {float: (-1.0, math.nan, math.inf), int: (0, -1)}
     for field in fields:
-        for value in (-1.0, math.nan, math.inf) if field.type is float else ("triangular",):
+        for value in wrong.get(field.type, ("triangular",)):  # pyright: ignore[reportArgumentType]
             with pytest.raises(ValueError, match=field.name):
                 dataclasses.replace(method, **{field.name: value})
 

@@ -155,6 +155,8 @@ def test_nested_expressions_round_trip():
         ({"kind": "LowRank", "shape": [3, 2]}, "rank"),
         ({"kind": "LowRank", "shape": [3, 2], "rank": 3}, "rank must be <="),
         ({"kind": "PivotedLowRank", "shape": [3, 2], "rank": "1"}, "positive integer 'rank'"),
+        ({"kind": "PivotedLowRank", "shape": [3, 2], "rank": 1}, "side"),
+        ({"kind": "PivotedLowRank", "shape": [3, 2], "rank": 1, "side": ["rows"]}, "side"),
         ({"kind": "Diagonal", "size": None}, "positive integer 'size'"),
         ({"kind": "Permutation", "shape": [2, 2]}, "positive integer 'size'"),
         ({"kind": "Sum"}, "members"),

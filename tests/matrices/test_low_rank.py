@@ -32,6 +32,16 @@ def test_equals_low_rank_in_float32(m: int, n: int, r: int, condition: float):
     assert bool((pivoted.mix.abs() <= 1.1 + 1e-6).all())
     x = torch.randn(5, n, generator=Generator().manual_seed(1))
     torch.testing.assert_close(pivoted(x), factors(x), rtol=0, atol=1e-5 * norm * float(x.norm()))
+    y = torch.randn(5, m, generator=Generator().manual_seed(2))
+    torch.testing.assert_close(pivoted.adjoint(y), factors.adjoint(y), rtol=0, atol=1e-5 * norm * float(y.norm()))
+
+
+def test_the_shorter_side_is_pivoted():
+    assert [PivotedLowRank.from_factors(*decaying(m, 5, 2, 2.0)).side for m in (4, 5, 6)] == [
+        "rows",
+        "columns",
+        "columns",
+    ]
 
 
 @pytest.mark.parametrize(("m", "n", "r"), SHAPES)
@@ -41,7 +51,7 @@ def test_stores_the_degrees_of_freedom(m: int, n: int, r: int):
     assert numbers == matrix.macs == r * (m + n - r)
     assert matrix.macs < LowRank.from_factors(*decaying(m, n, r, 10.0)).macs
     assert matrix.order.dtype == torch.int32
-    assert matrix.params == numbers + m
+    assert matrix.params == numbers + min(m, n)
     for kind in (LowRank, PivotedLowRank):
         floats, indices = kind.stored(m, n, torch.tensor([r]))
         assert int(floats + indices) == kind.from_factors(*decaying(m, n, r, 10.0)).params
@@ -66,7 +76,7 @@ def test_every_matrix_of_rank_r(m: int, n: int, seed: int, decades: float, data:
     left, right = decaying(m, n, r, 10**decades, seed)
     matrix = PivotedLowRank.from_factors(left, right)
     torch.testing.assert_close(matrix.dense(), left @ right, rtol=0, atol=1e-12)
-    assert sorted(matrix.order.tolist()) == list(range(m))
+    assert sorted(matrix.order.tolist()) == list(range(min(m, n)))
     assert bool((matrix.mix.abs() <= 1.1 + 1e-12).all())
 
 
@@ -94,6 +104,8 @@ def test_bad_arguments():
         PivotedLowRank(torch.ones(2, 3), torch.ones(1, 1), torch.arange(3))
     with pytest.raises(ValueError, match="order"):
         PivotedLowRank(torch.ones(1, 3), torch.ones(1, 1), torch.arange(3))
+    with pytest.raises(ValueError, match="side"):
+        PivotedLowRank(torch.ones(1, 3), torch.ones(1, 1), torch.arange(2), "both")  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="left"):
         LowRank(torch.ones(3), torch.ones(1, 3))
     with pytest.raises(ValueError, match="rows"):

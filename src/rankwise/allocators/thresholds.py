@@ -7,6 +7,7 @@ import torch
 from ..core.choices import Ladder, check_budget, cost_of
 
 Pick = Callable[[Ladder, float], int]
+ROUNDING = 1e-12  # of the total error: two ways to sum the same squares differ by less
 
 
 def spectrum_threshold(ladders: Mapping[str, Ladder], budget: int) -> dict[str, int]:
@@ -27,7 +28,8 @@ def spectrum_threshold(ladders: Mapping[str, Ladder], budget: int) -> dict[str, 
         s = ladder.spectrum
         scaled = (s - s[-1]) / (s[0] - s[-1]).clamp_min(torch.finfo(s.dtype).tiny)
         rank = max(int((scaled >= threshold).sum()), 1)
-        return min(rank - 1, len(ladder.costs) - 1)
+        left_out = float(s[rank:].square().sum()) + ROUNDING * ladder.total
+        return int((ladder.errors > left_out).sum())  # the smallest choice of at least this rank
 
     return _by_threshold(ladders, budget, pick)
 

@@ -3,17 +3,13 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from ..core.choices import Choices
-from ..core.methods import Compressor
 from ..core.statistics import InputGram, OutputGradGram, Statistic, Stats
 from ..linalg import Metric
-from .truncation import Gauge, check_damping, check_gauge, truncations
+from .truncation import TruncatedSvd, check_damping
 
 
 @dataclass(frozen=True, kw_only=True)
-class KroneckerFactoredSvd(Compressor):
+class KroneckerFactoredSvd(TruncatedSvd):
     """Keep the r directions of W whose loss changes the model's loss most, 1/2 tr(S D C D').
 
     C = E[x x'] is the second moment of the inputs and S = E[g g'] that of the gradients of the loss by the
@@ -26,7 +22,8 @@ class KroneckerFactoredSvd(Compressor):
         input_damping: multiple of mean(diag C) added to C's diagonal.
         output_damping: multiple of mean(diag S) added to S's diagonal; larger, because gradients are noisier
             and, in the last layers, have few directions.
-        gauge: how the result is stored: r rows and the others as combinations of them, or two factors.
+        gauge: how the result is stored: r rows or columns and how they make the others, or two factors.
+        rank_multiple: offer only such ranks; processors like multiples of 16 or 32, above all in bfloat16.
 
     References: the metric is that of Martens and Grosse, "Optimizing neural networks with Kronecker-factored
         approximate curvature", 2015, arXiv 1503.05671. S = I gives :class:`WhitenedSvd`, C = S = I the plain SVD.
@@ -35,24 +32,20 @@ class KroneckerFactoredSvd(Compressor):
     input_shrinkage: float = 0.05  # benchmarks/damping.py shows what this and the damping of S do
     input_damping: float = 1e-6
     output_damping: float = 0.05
-    gauge: Gauge = "pivot"
     needs: ClassVar[tuple[type[Statistic], ...]] = (InputGram, OutputGradGram)
     comparable: ClassVar[bool] = True
+    scale: ClassVar[float] = 0.5
 
     def __post_init__(self) -> None:
-        check_gauge(self.gauge)
+        super().__post_init__()
         if not 0 <= self.input_shrinkage < 1:
             raise ValueError(f"input_shrinkage must be >= 0 and < 1, got {self.input_shrinkage}.")
         check_damping("input_damping", self.input_damping)
         check_damping("output_damping", self.output_damping)
 
-    def choices(self, weight: Tensor, stats: Stats) -> Choices:
-        """Offer every rank; the error is the predicted loss change in nats per token."""
-
-        def metrics() -> tuple[Metric, Metric]:
-            outputs = Metric(stats[OutputGradGram].value(), self.output_damping)
-            moment = stats[InputGram].value()
-            shrunk = moment.lerp(moment.diagonal().diag(), self.input_shrinkage)
-            return outputs, Metric(shrunk, self.input_damping)
-
-        return truncations(weight, metrics, self.gauge, scale=0.5)
+    def metrics(self, stats: Stats) -> tuple[Metric, Metric]:
+        """S and the shrunk C: the error is the predicted loss change in nats per token."""
+        moment = stats[InputGram].value()
+        shrunk = moment.lerp(moment.diagonal().diag(), self.input_shrinkage)
+        outputs = Metric(stats[OutputGradGram].value(), self.output_damping)
+        return outputs, Metric(shrunk, self.input_damping)

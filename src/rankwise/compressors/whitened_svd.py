@@ -3,17 +3,13 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from ..core.choices import Choices
-from ..core.methods import Compressor
 from ..core.statistics import InputGram, Statistic, Stats
 from ..linalg import Metric
-from .truncation import Gauge, check_damping, check_gauge, truncations
+from .truncation import TruncatedSvd, check_damping
 
 
 @dataclass(frozen=True, kw_only=True)
-class WhitenedSvd(Compressor):
+class WhitenedSvd(TruncatedSvd):
     """Keep the r directions of W that matter most for E|W x - W_r x|^2.
 
     With C = E[x x'] = L L' the error is |(W - W_r) L|_F^2, and the best W_r is the projection of W on the
@@ -21,7 +17,8 @@ class WhitenedSvd(Compressor):
 
     Args:
         damping: multiple of mean(diag C) added to C's diagonal, so that few tokens or unused inputs do no harm.
-        gauge: how the result is stored: r rows and the others as combinations of them, or two factors.
+        gauge: how the result is stored: r rows or columns and how they make the others, or two factors.
+        rank_multiple: offer only such ranks; processors like multiples of 16 or 32, above all in bfloat16.
 
     References: Wang et al., "SVD-LLM: Truncation-aware Singular Value Decomposition for Large Language Model
         Compression", ICLR 2025, arXiv 2403.07378 (the whitening step). Errors of different layers are not
@@ -29,17 +26,12 @@ class WhitenedSvd(Compressor):
     """
 
     damping: float = 1e-6
-    gauge: Gauge = "pivot"
     needs: ClassVar[tuple[type[Statistic], ...]] = (InputGram,)
 
     def __post_init__(self) -> None:
-        check_gauge(self.gauge)
+        super().__post_init__()
         check_damping("damping", self.damping)
 
-    def choices(self, weight: Tensor, stats: Stats) -> Choices:
-        """Offer every rank; the error is E|W x - W_r x|^2."""
-
-        def metrics() -> tuple[Metric, Metric]:
-            return Metric(), Metric(stats[InputGram].value(), self.damping)
-
-        return truncations(weight, metrics, self.gauge)
+    def metrics(self, stats: Stats) -> tuple[Metric, Metric]:
+        """C alone: the error is E|W x - W_r x|^2."""
+        return Metric(), Metric(stats[InputGram].value(), self.damping)

@@ -1,13 +1,15 @@
-"""Low-rank matrices in two gauges: two factors, or some of the rows and how they make the others."""
+"""Low-rank matrices in two gauges: two factors, or some of the rows or columns and how they make the others."""
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..linalg import interpolative_rows
 from .base import StructuredMatrix, check_2d, check_permutation, check_rank, shape_of, size
+
+Side = Literal["rows", "columns"]
 
 
 class LowRank(StructuredMatrix):
@@ -79,18 +81,20 @@ class LowRank(StructuredMatrix):
 
 
 class PivotedLowRank(StructuredMatrix):
-    """A rank-r matrix as r of its rows and, for each other row, its combination of those.
+    """A rank-r matrix as r of its rows and how they make the others, or the same with columns.
 
     A rank-r (m, n) matrix has r (m + n - r) degrees of freedom; this gauge stores exactly so many
-    numbers, and one int32 permutation of the rows, and applies them with as many multiply-adds.
+    numbers, and one int32 permutation, and applies them with as many multiply-adds. Lines are rows where
+    ``side`` is "rows", and columns where it is "columns"; the shorter permutation is the cheaper one.
 
     Args:
-        rows: (r, n), the rows that are kept.
-        mix: (m - r, r), the other rows in terms of these.
-        order: (m,) int32, where each row of the matrix stands in ``[rows; mix @ rows]``.
+        kept: (r, n) rows, or the transpose (r, m) of r columns.
+        mix: (m - r, r) or (n - r, r), the other lines in terms of the kept ones.
+        order: (m,) or (n,) int32, which line of the matrix each line of ``[kept; mix @ kept]`` is.
+        side: "rows" or "columns".
 
     References: the interpolative decomposition (Cheng, Gimbutas, Martinsson, Rokhlin, 2005); as a way to
-        store compressed layers, PIFA, arXiv 2501.19090.
+        store compressed layers, with rows, PIFA, arXiv 2501.19090.
 
     >>> import torch
     >>> a, b = torch.randn(6, 2), torch.randn(2, 5)
@@ -101,70 +105,95 @@ class PivotedLowRank(StructuredMatrix):
 
     order: Tensor
 
-    def __init__(self, rows: Tensor, mix: Tensor, order: Tensor) -> None:
+    def __init__(self, kept: Tensor, mix: Tensor, order: Tensor, side: Side = "rows") -> None:
         super().__init__()
-        check_2d("rows", rows)
+        check_2d("kept", kept)
         check_2d("mix", mix)
-        if mix.shape[1] != rows.shape[0]:
-            raise ValueError(f"rows (r, n) and mix (m - r, r) disagree: {tuple(rows.shape)}, {tuple(mix.shape)}.")
-        m = rows.shape[0] + mix.shape[0]
-        check_rank(rows.shape[0], m, rows.shape[1])
-        if order.shape != (m,):
-            raise ValueError(f"order must have shape ({m},), got {tuple(order.shape)}.")
-        self.rows, self.mix = nn.Parameter(rows), nn.Parameter(mix)
+        if mix.shape[1] != kept.shape[0]:
+            raise ValueError(f"kept (r, k) and mix (l - r, r) disagree: {tuple(kept.shape)}, {tuple(mix.shape)}.")
+        lines = kept.shape[0] + mix.shape[0]
+        check_rank(kept.shape[0], lines, kept.shape[1])
+        if order.shape != (lines,):
+            raise ValueError(f"order must have shape ({lines},), got {tuple(order.shape)}.")
+        self.kept, self.mix, self.side = nn.Parameter(kept), nn.Parameter(mix), _checked(side)
         self.register_buffer("order", order.to(torch.int32))
-        self.shape = (m, rows.shape[1])
+        self.shape = (lines, kept.shape[1]) if side == "rows" else (kept.shape[1], lines)
 
     @classmethod
     def from_factors(cls, left: Tensor, right: Tensor) -> Self:
-        """Choose r independent rows of ``left @ right`` such that the other combinations stay small."""
-        kept, others, mix = interpolative_rows(left)
-        order = torch.cat([kept, others]).argsort()
-        return cls(left[kept] @ right, mix, order)
+        """Choose r independent lines of ``left @ right`` such that the other combinations stay small.
+
+        These are columns where there are at most as many columns as rows.
+        """
+        side = _shorter(left.shape[0], right.shape[1])
+        tall, wide = (left, right) if side == "rows" else (right.mT, left.mT)
+        kept, others, mix = interpolative_rows(tall)
+        return cls(tall[kept] @ wide, mix, torch.cat([kept, others]), side)
 
     @staticmethod
     def stored(m: int, n: int, r: Tensor) -> tuple[Tensor, Tensor]:
         """How many floating-point numbers and how many int32 indices rank r takes."""
-        return r * (m + n - r), torch.full_like(r, m)
+        return r * (m + n - r), torch.full_like(r, min(m, n))
 
     @property
     def rank(self) -> int:
-        """How many rows are kept."""
-        return self.rows.shape[0]
+        """How many lines are kept."""
+        return self.kept.shape[0]
 
     @property
     def macs(self) -> int:
         """One multiply-add a stored floating-point number."""
-        return self.rows.numel() + self.mix.numel()
+        return self.kept.numel() + self.mix.numel()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., n) -> (..., m): the kept outputs, then the others from them."""
-        kept = x @ self.rows.mT
-        both = torch.cat([kept, kept @ self.mix.mT], dim=-1)
-        return both.gather(-1, self.order.long().expand_as(both))  # index_select is slow in bfloat16
+        """(..., n) -> (..., m) through r coordinates."""
+        return self._to_lines(x) if self.side == "rows" else self._from_lines(x)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """(..., m) -> (..., n) through r coordinates."""
+        return self._from_lines(y) if self.side == "rows" else self._to_lines(y)
 
     def dense(self) -> Tensor:
         """(m, n)."""
-        return torch.cat([self.rows, self.mix @ self.rows]).index_select(0, self.order)
-
-    def adjoint(self, y: Tensor) -> Tensor:
-        """(..., m) -> (..., n): gather the others onto the kept rows first."""
-        sorted_y = y.index_select(-1, self.order.argsort())
-        kept, others = sorted_y.split([self.rank, self.shape[0] - self.rank], dim=-1)
-        return (kept + others @ self.mix) @ self.rows
+        lines = torch.cat([self.kept, self.mix @ self.kept])[self.order.argsort()]
+        return lines if self.side == "rows" else lines.mT
 
     def check(self) -> None:
         """Raise unless the order is a permutation."""
         check_permutation(self.order)
 
     def spec(self) -> dict[str, Any]:
-        """Kind, shape and rank."""
-        return {"kind": "PivotedLowRank", "shape": list(self.shape), "rank": self.rank}
+        """Kind, shape, rank and side."""
+        return {"kind": "PivotedLowRank", "shape": list(self.shape), "rank": self.rank, "side": self.side}
 
     @classmethod
     def empty(cls, spec: Mapping[str, Any], **where: Any) -> Self:
-        """Rows and combinations of the spec's sizes, not initialised."""
+        """Lines and combinations of the spec's sizes, not initialised."""
         m, n = shape_of(spec)
         r = size(spec, "rank", largest=min(m, n))
-        order = torch.arange(m, dtype=torch.int32, device=where.get("device"))
-        return cls(torch.empty(r, n, **where), torch.empty(m - r, r, **where), order)
+        side = _checked(spec.get("side"))
+        lines, length = (m, n) if side == "rows" else (n, m)
+        order = torch.arange(lines, dtype=torch.int32, device=where.get("device"))
+        return cls(torch.empty(r, length, **where), torch.empty(lines - r, r, **where), order, side)
+
+    def _to_lines(self, x: Tensor) -> Tensor:
+        """Multiply by every line: the kept ones first, then the others from these."""
+        kept = x @ self.kept.mT
+        both = torch.cat([kept, kept @ self.mix.mT], dim=-1)
+        return torch.empty_like(both).scatter(-1, self.order.long().expand_as(both), both)
+
+    def _from_lines(self, y: Tensor) -> Tensor:
+        """Combine the lines: the others' coefficients onto the kept lines first."""
+        both = y.gather(-1, self.order.long().expand_as(y))  # index_select is slow in bfloat16
+        kept, others = both.split([self.rank, self.mix.shape[0]], dim=-1)
+        return (kept + others @ self.mix) @ self.kept
+
+
+def _shorter(m: int, n: int) -> Side:
+    return "rows" if m < n else "columns"
+
+
+def _checked(side: Any) -> Side:
+    if side not in get_args(Side):
+        raise ValueError(f"the side of a PivotedLowRank must be 'rows' or 'columns', got {side!r}.")
+    return side
