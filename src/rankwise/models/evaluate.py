@@ -132,8 +132,8 @@ def _row(name: str, parts: list[Tensor], model: Any, dense: Any = None) -> dict[
 
 def _scores(name: str, ids: Tensor, model: Any, dense: Any) -> Iterator[Tensor]:
     """Yield the three sums of :func:`_row` over a few tokens at a time."""
-    logits = _logits(name, ids, model)
-    other = None if dense is None else _logits(name, ids, dense).to(logits.device)
+    logits = _logits(ids, model)
+    other = None if dense is None else _logits(ids, dense).to(logits.device)
     if other is not None and other.shape != logits.shape:
         raise ValueError(
             f"dense has a vocabulary of {other.shape[-1]} entries and the model one of {logits.shape[-1]}; "
@@ -143,20 +143,25 @@ def _scores(name: str, ids: Tensor, model: Any, dense: Any) -> Iterator[Tensor]:
         rows = slice(low, min(low + _ROWS, len(ids) - 1))
         target = ids[1:][rows].to(logits.device)
         ours = logits[rows].float().log_softmax(-1)
-        sums = [functional.nll_loss(ours, target, reduction="none").double().sum()]
+        sums = [_nats(name, ours, target, model)]
         if other is not None:
             theirs = other[rows].float().log_softmax(-1)
-            sums.append(functional.nll_loss(theirs, target, reduction="none").double().sum())
+            sums.append(_nats(name, theirs, target, dense))
             sums.append(functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).double().sum())
         yield torch.stack(sums + [sums[0].new_zeros(())] * (3 - len(sums))).cpu()
 
 
-def _logits(name: str, ids: Tensor, model: Any) -> Tensor:
-    """Return the (t, vocabulary) logits after each token, in the model's type."""
-    logits = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0]
-    if not bool(logits.isfinite().all()):
+def _nats(name: str, log_probabilities: Tensor, target: Tensor, model: Any) -> Tensor:
+    """Return the sum of -log p of the targets; one logit that is NaN or infinite makes all of its row NaN."""
+    nats = functional.nll_loss(log_probabilities, target, reduction="none").double().sum()
+    if not bool(nats.isfinite()):
         raise ValueError(
             f'text "{name}": the logits of {type(model).__name__} are not finite; '
             "check its weights, or use float32."
         )
-    return logits
+    return nats
+
+
+def _logits(ids: Tensor, model: Any) -> Tensor:
+    """Return the (t, vocabulary) logits after each token, in the model's type."""
+    return model(input_ids=ids[None].to(model.device), use_cache=False).logits[0]
