@@ -1,15 +1,18 @@
 """Which method loses how much at which size: perplexity of SmolLM2-135M after compression.
 
 Every row is one compressed model: method, gauge, allocation, calibration data, keep; for each text the perplexity
-and the gap in nats to the dense model in the same run. Rows are written as they are made; a second run of the
+and the gap in nats to the dense model on the same tokens. Rows are written as they are made; a second run of the
 same command goes on. Texts: CPython's help topics and, with --data, wikitext2 valid and a C4 slice, each scored
 on its last tokens (wikitext2: the first), windows of 1024. No calibration set holds a token that is scored.
+Parts: the bars that the project is judged by, on all texts; the grid of methods, gauges and allocations; and
+calibration sets and sizes. The last two score fewer tokens, of the first two texts.
 
     python benchmarks/compression_quality.py --data DATA \
         --json benchmarks/results/compression_quality.json
 """
 
 import argparse
+import copy
 import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,41 +58,42 @@ class Remember(Compressor):
 
 
 class Bench:
-    """One dense model, its texts, and the statistics of each calibration set."""
+    """One dense model, its texts, and the statistics of one calibration set at a time."""
 
     def __init__(self, options):
         self.options = options
         self.model, self.tokenizer = rankwise.load(options.model, dtype=torch.float32)
         self.rows = Rows(Path(options.json))
-        self.texts = {}
-        for name, text in texts(options.data).items():
-            ids = ids_of(self.tokenizer, text)
-            n = options.eval_tokens
-            self.texts[name] = ids[:n] if name == "wikitext2" else ids[-n:]
-        self.statistics, self.remembered = {}, {}
-        self.dense = self.score(method="dense")
+        self.texts = {name: ids_of(self.tokenizer, text) for name, text in texts(options.data).items()}
+        self.calibrated, self.statistics, self.remembered = None, None, {}
 
-    def score(self, about=None, **key):
+    def scored(self, part):
+        """Return the tokens that a part scores."""
+        n = self.options.eval_tokens if part == "bars" else self.options.grid_tokens
+        names = list(self.texts) if part == "bars" else list(self.texts)[:2]
+        return {name: self.texts[name][:n] if name == "wikitext2" else self.texts[name][-n:] for name in names}
+
+    def score(self, part, about=None, **key):
         """Evaluate the model as it stands and add the row with what is known about it, unless it is there."""
-        key |= {"eval_tokens": self.options.eval_tokens}
-        if not self.rows.has(**key):
-            report = rankwise.evaluate(self.model, self.tokenizer, self.texts)
+        if not self.rows.has(part=part, **key):
+            report = rankwise.evaluate(self.model, self.tokenizer, self.scored(part))
             nats = {row["name"]: row["nats"] for row in report.rows}
-            dense = nats if key["method"] == "dense" else self.dense["nats"]
+            dense = nats if key["method"] == "dense" else self.rows.find(part=part, method="dense")["nats"]
             self.rows.add(
+                part=part,
                 **key,
                 **(about or {}),
+                scored_tokens={row["name"]: row["tokens"] for row in report.rows},
                 nats=nats,
                 gap={name: nats[name] - dense[name] for name in nats},
                 perplexity={row["name"]: row["perplexity"] for row in report.rows},
                 evaluation_seconds=report.totals["seconds"],
             )
-        return self.rows.find(**key)
 
     def calibration_ids(self, name: str, count: int) -> Tensor:
         """Return the first tokens of a calibration set."""
         if name == "self":
-            return sample(self.model.to(torch.bfloat16), tokens=count)
+            return sample(copy.deepcopy(self.model).bfloat16(), tokens=count)
         folder = Path(self.options.data or ".") / "calib_mix"
         sources = {
             "topics": lambda: embedded_texts()["topics"],
@@ -102,32 +106,30 @@ class Bench:
         for source, share in shares.items():
             ids = ids_of(self.tokenizer, sources[source]())
             size = round(count * share)
-            if source in self.texts and size > len(ids) - len(self.texts[source]):
+            if source in self.texts and size > len(ids) - self.options.eval_tokens:
                 raise SystemExit(f"{size} calibration tokens of {source} would overlap with what is scored")
             parts.append(ids[:size])
         return torch.cat(parts)
 
     def calibrate(self, name: str, count: int):
         """Collect the statistics of all methods from one calibration set, once."""
-        if (name, count) not in self.statistics:
-            self.statistics.clear()
+        if self.calibrated != (name, count):
+            self.statistics = None  # the old ones' memory is needed for the new ones
             self.remembered.clear()
             ids = self.calibration_ids(name, count)
-            self.model.float()
             needs = [need for method in METHODS for need in getattr(compressors, method).needs]
             chosen = labels.given if name == "self" else labels.sampled
             cast = torch.bfloat16 if self.options.bfloat16 else None
-            self.statistics[name, count] = rankwise.calibrate(
-                self.model, needs, data=ids, labels=chosen, autocast=cast
-            )
-        return self.statistics[name, count]
+            self.statistics = rankwise.calibrate(self.model, needs, data=ids, labels=chosen, autocast=cast)
+            self.calibrated = name, count
+        return self.statistics
 
-    def compressed(self, *, method, gauge, allocate, calibration, tokens, keep):
+    def compressed(self, part, *, method, gauge, allocate, calibration, tokens, keep):
         """Compress the model, score it, and put the dense layers back."""
         key = dict(
             method=method, gauge=gauge, allocate=allocate, calibration=calibration, tokens=tokens, keep=keep
         )
-        if self.rows.has(**key, eval_tokens=self.options.eval_tokens):
+        if self.rows.has(part=part, **key):
             return
         statistics = self.calibrate(calibration, tokens)
         if (method, gauge) not in self.remembered:
@@ -143,34 +145,33 @@ class Bench:
             "left_dense": sum(row["kind"] == "Dense" for row in report.rows),
             "predicted_error": sum(row["predicted_error"] for row in report.rows),
         }
-        self.score(about, **key)
+        self.score(part, about, **key)
         for path, layer in before.items():
             set_module(self.model, path, layer)
 
 
-def bars(bench):
+def bars(options):
     """The comparison that the project is judged by."""
     for keep in (0.9, 0.8, 0.6):
-        bench.compressed(**BASELINE, tokens=24576, keep=keep)
-        bench.compressed(**BEST, calibration="topics", tokens=24576, keep=keep)
+        yield {**BASELINE, "tokens": 24576, "keep": keep}
+        yield {**BEST, "calibration": "topics", "tokens": 24576, "keep": keep}
     for keep in (0.9, 0.8):
-        bench.compressed(**BEST, calibration="self", tokens=24576, keep=keep)
+        yield {**BEST, "calibration": "self", "tokens": 24576, "keep": keep}
 
 
-def grid(bench):
+def grid(options):
     """Every method, gauge and allocation on one calibration set."""
     for method, gauge in itertools.product(METHODS, ("factors", "pivot")):
-        for allocate, keep in itertools.product(("uniform", "water_filling"), bench.options.keep):
-            bench.compressed(
-                method=method, gauge=gauge, allocate=allocate, calibration="topics", tokens=24576, keep=keep
-            )
+        for allocate, keep in itertools.product(("uniform", "water_filling"), options.keep):
+            about = {"method": method, "gauge": gauge, "allocate": allocate}
+            yield {**about, "calibration": "topics", "tokens": 24576, "keep": keep}
 
 
-def calibration(bench):
+def calibration(options):
     """The best method under several calibration sets and sizes."""
-    for name, count in itertools.product(("topics", "mix", "self"), bench.options.tokens):
+    for name, count in itertools.product(("topics", "mix", "self"), options.tokens):
         for keep in (0.9, 0.8):
-            bench.compressed(**BEST, calibration=name, tokens=count, keep=keep)
+            yield {**BEST, "calibration": name, "tokens": count, "keep": keep}
 
 
 def main():
@@ -184,12 +185,19 @@ def main():
     parser.add_argument("--part", action="append", choices=("bars", "grid", "calibration"), help="default: all")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6, 0.5], help="of the grid")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 24576, 65536])
-    parser.add_argument("--eval-tokens", type=int, default=16384)
+    parser.add_argument("--eval-tokens", type=int, default=16384, help="of each text, scored by the bars")
+    parser.add_argument("--grid-tokens", type=int, default=4096, help="of each text, scored by the other parts")
     parser.add_argument("--bfloat16", action="store_true", help="calibration passes in bfloat16")
-    bench = Bench(parser.parse_args())
+    options = parser.parse_args()
+    bench = Bench(options)
     parts = {"bars": bars, "grid": grid, "calibration": calibration}
-    for part in bench.options.part or parts:
-        parts[part](bench)
+    chosen = options.part or list(parts)
+    for part in chosen:
+        bench.score(part, method="dense")
+    jobs = [(part, job) for part in chosen for job in parts[part](options)]
+    sets = list(dict.fromkeys((job["calibration"], job["tokens"]) for _, job in jobs))
+    for part, job in sorted(jobs, key=lambda each: sets.index((each[1]["calibration"], each[1]["tokens"]))):
+        bench.compressed(part, **job)
 
 
 if __name__ == "__main__":
