@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 START, END = "<!-- results -->", "<!-- end of results -->"
@@ -19,43 +20,54 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows]] + [""]
 
 
+PARTS = {
+    "bars": "The default method beside SVD-LLM's whitening",
+    "grid": "Every method, gauge and allocation, calibrated on the same text",
+    "calibration": "Calibration sets and sizes",
+}
+WHITENED = {"method": "WhitenedSvd", "gauge": "factors", "allocate": "uniform"}
+DEFAULT = {"method": "KroneckerFactoredSvd", "gauge": "pivot", "allocate": "water_filling"}
+
+
+def find(rows: list[dict], **key: Any) -> dict | None:
+    """Return the first row with these values."""
+    return next((row for row in rows if all(row.get(k) == v for k, v in key.items())), None)
+
+
 def quality() -> list[str]:
     """Perplexity after compression."""
     found = load("compression_quality")
     if found is None:
         return []
-    dense = next(row for row in found["rows"] if row["method"] == "dense")
-    names = list(dense["perplexity"])
     lines = _head("Quality: perplexity after compression, training-free", found)
     lines += [
-        "SmolLM2-135M-Instruct (from 4-bit weights), float32, all decoder matrices, windows of 1024,",
-        f"{dense['eval_tokens']} tokens scored of each text. The gap is to the dense model, in nats per token;",
-        "the last column divides it by that of `WhitenedSvd` with factors and uniform ranks (SVD-LLM's",
-        "whitening), with the same keep and data.",
+        "SmolLM2-135M-Instruct (from 4-bit weights), float32, all decoder matrices, windows of 1024.",
+        "The gap is to the dense model, in nats per token; the last column divides it by that of `WhitenedSvd`",
+        "with factors and uniform ranks (SVD-LLM's whitening), with the same keep and data.",
         "",
     ]
-    rows = [["dense", "", "", "", "", *(f"{dense['perplexity'][n]:.2f}" for n in names), ""]]
-    for row in found["rows"]:
-        if row["method"] == "dense" or row["eval_tokens"] != dense["eval_tokens"]:
-            continue
-        base = {"method": "WhitenedSvd", "gauge": "factors", "allocate": "uniform"} | {
-            key: row[key] for key in ("calibration", "tokens", "keep", "eval_tokens")
-        }
-        rival = next((r for r in found["rows"] if all(r.get(k) == v for k, v in base.items())), None)
+    for part, title in PARTS.items():
+        rows = [row for row in found["rows"] if row["part"] == part]
+        if rows:
+            lines += _quality(title, rows)
+    return lines
+
+
+def _quality(title: str, rows: list[dict]) -> list[str]:
+    dense, *compressed = rows
+    names = list(dense["perplexity"])
+    counts = ", ".join(f"{dense['scored_tokens'][n]} tokens of {n}" for n in names)
+    cells = [["dense", "", "", "", "", *(f"{dense['perplexity'][n]:.2f}" for n in names), ""]]
+    for row in compressed:
+        rival = find(rows, **WHITENED, **{key: row[key] for key in ("calibration", "tokens", "keep")})
         ratio = ""
         if rival is not None and rival is not row:
             ratio = " / ".join(f"{row['gap'][n] / rival['gap'][n]:.3f}" for n in names)
-        cells = [
-            row["method"],
-            row["gauge"],
-            row["allocate"],
-            f"{row['calibration']} {row['tokens']}",
-            str(row["keep"]),
-        ]
+        about = [row["method"], row["gauge"], row["allocate"], f"{row['calibration']} {row['tokens']}"]
         scores = [f"{row['perplexity'][n]:.2f} ({row['gap'][n]:+.3f})" for n in names]
-        rows.append([*cells, *scores, ratio])
+        cells.append([*about, str(row["keep"]), *scores, ratio])
     head = ["method", "gauge", "allocation", "calibration", "keep", *(f"{n} (gap)" for n in names), "gap ratio"]
-    return lines + table(head, rows)
+    return [f"### {title}", "", f"Scored: {counts}.", "", *table(head, cells)]
 
 
 def summary() -> str:
@@ -63,22 +75,14 @@ def summary() -> str:
     found = load("compression_quality")
     if found is None:
         return ""
-    dense = next(row for row in found["rows"] if row["method"] == "dense")
-    names = list(dense["perplexity"])
-    shown = [
-        ("whitened SVD, factors, uniform", {"method": "WhitenedSvd", "gauge": "factors", "allocate": "uniform"}),
-        ("rankwise default", {"method": "KroneckerFactoredSvd", "gauge": "pivot", "allocate": "water_filling"}),
-    ]
-    rows = [["dense", "1.0", "", *(f"{dense['perplexity'][n]:.2f}" for n in names)]]
+    bars = [row for row in found["rows"] if row["part"] == "bars"]
+    names = list(bars[0]["perplexity"])
+    rows = [["dense", "1.0", "", *(f"{bars[0]['perplexity'][n]:.2f}" for n in names)]]
     for calibration, keep in (("topics", 0.9), ("topics", 0.8), ("topics", 0.6), ("self", 0.9), ("self", 0.8)):
-        for title, wanted in shown:
-            key = wanted | {"calibration": calibration, "tokens": 24576, "keep": keep}
-            key |= {"eval_tokens": dense["eval_tokens"]}
-            rows.extend(
-                [title, str(keep), calibration, *(f"{row['perplexity'][n]:.2f}" for n in names)]
-                for row in found["rows"]
-                if all(row.get(k) == v for k, v in key.items())
-            )
+        for title, wanted in (("whitened SVD, factors, uniform", WHITENED), ("rankwise default", DEFAULT)):
+            row = find(bars, **wanted, calibration=calibration, keep=keep)
+            if row is not None:
+                rows.append([title, str(keep), calibration, *(f"{row['perplexity'][n]:.2f}" for n in names)])
     return "\n".join(table(["", "keep", "calibrated on", *names], rows))
 
 

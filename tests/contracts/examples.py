@@ -12,7 +12,9 @@ from rankwise.matrices import (
     Permutation,
     PivotedLowRank,
     Product,
+    Quantized,
     Scaled,
+    Sparse,
     StructuredMatrix,
     Sum,
 )
@@ -32,6 +34,11 @@ def _product() -> StructuredMatrix:
     return Product(Permutation(order), Diagonal(draw(5)), PivotedLowRank.from_factors(draw(5, 2), draw(2, 4)))
 
 
+def _quantized() -> StructuredMatrix:
+    codes = torch.arange(20).view(5, 4) % 8
+    return Quantized.from_codes(codes, draw(5, 2), draw(5, 2, seed=1), bits=3, group=3)
+
+
 EXAMPLES: dict[str, Callable[[], StructuredMatrix]] = {
     "Dense": lambda: Dense(draw(5, 4)),
     "Diagonal": lambda: Diagonal(draw(5)),
@@ -39,6 +46,8 @@ EXAMPLES: dict[str, Callable[[], StructuredMatrix]] = {
     "Permutation": lambda: Permutation(torch.tensor([3, 0, 4, 1, 2])),
     "PivotedLowRank": lambda: PivotedLowRank.from_factors(draw(5, 2), draw(2, 4)),
     "Product": _product,
+    "Quantized": _quantized,
     "Scaled": lambda: Scaled(_sum(), -0.3),
+    "Sparse": lambda: Sparse.from_dense(draw(5, 4) * (draw(5, 4, seed=1) > 0)),
     "Sum": _sum,
 }

@@ -2,8 +2,22 @@
 
 from .activation_aware_svd import ActivationAwareSvd
 from .fisher_svd import FisherSvd
+from .gptq import Gptq
+from .gptq_plus_low_rank import GptqPlusLowRank
 from .kronecker_factored_svd import KroneckerFactoredSvd
+from .mixed import Mixed
+from .orthogonal_dictionary import OrthogonalDictionary
 from .plain_svd import PlainSvd
 from .whitened_svd import WhitenedSvd
 
-__all__ = ["ActivationAwareSvd", "FisherSvd", "KroneckerFactoredSvd", "PlainSvd", "WhitenedSvd"]
+__all__ = [
+    "ActivationAwareSvd",
+    "FisherSvd",
+    "Gptq",
+    "GptqPlusLowRank",
+    "KroneckerFactoredSvd",
+    "Mixed",
+    "OrthogonalDictionary",
+    "PlainSvd",
+    "WhitenedSvd",
+]

@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from ..core.statistics import InputMagnitude, Statistic, Stats
 from ..linalg import Metric
-from .truncation import TruncatedSvd, check_damping
+from .loss_metric import check_damping
+from .truncation import TruncatedSvd
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,15 +1,13 @@
 """Truncated SVD in the Kronecker-factored metric of the loss: the default."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from ..core.statistics import InputGram, OutputGradGram, Statistic, Stats
-from ..linalg import Metric
-from .truncation import TruncatedSvd, check_damping
+from .loss_metric import LossMetric
+from .truncation import TruncatedSvd
 
 
 @dataclass(frozen=True, kw_only=True)
-class KroneckerFactoredSvd(TruncatedSvd):
+class KroneckerFactoredSvd(LossMetric, TruncatedSvd):
     """Keep the r directions of W whose loss changes the model's loss most, 1/2 tr(S D C D').
 
     C = E[x x'] is the second moment of the inputs and S = E[g g'] that of the gradients of the loss by the
@@ -29,23 +27,6 @@ class KroneckerFactoredSvd(TruncatedSvd):
         approximate curvature", 2015, arXiv 1503.05671. S = I gives :class:`WhitenedSvd`, C = S = I the plain SVD.
     """
 
-    input_shrinkage: float = 0.05  # benchmarks/damping.py shows what this and the damping of S do
-    input_damping: float = 1e-6
-    output_damping: float = 0.05
-    needs: ClassVar[tuple[type[Statistic], ...]] = (InputGram, OutputGradGram)
-    comparable: ClassVar[bool] = True
-    scale: ClassVar[float] = 0.5
-
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.input_shrinkage < 1:
-            raise ValueError(f"input_shrinkage must be >= 0 and < 1, got {self.input_shrinkage}.")
-        check_damping("input_damping", self.input_damping)
-        check_damping("output_damping", self.output_damping)
-
-    def metrics(self, stats: Stats) -> tuple[Metric, Metric]:
-        """S and the shrunk C: the error is the predicted loss change in nats per token."""
-        moment = stats[InputGram].value()
-        shrunk = moment.lerp(moment.diagonal().diag(), self.input_shrinkage)
-        outputs = Metric(stats[OutputGradGram].value(), self.output_damping)
-        return outputs, Metric(shrunk, self.input_damping)
+        TruncatedSvd.__post_init__(self)
+        LossMetric.__post_init__(self)

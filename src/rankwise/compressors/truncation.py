@@ -68,9 +68,3 @@ class TruncatedSvd(Compressor):
             error_of=lambda change: self.scale * metric_norm(change, *self.metrics(stats)),
             spectrum=energy.sqrt().cpu(),
         )
-
-
-def check_damping(name: str, value: float) -> None:
-    """Raise unless a damping is a finite number >= 0."""
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"{name} must be a finite number >= 0, got {value}.")

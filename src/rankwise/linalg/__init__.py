@@ -1,7 +1,23 @@
 """Pure functions on tensors."""
 
 from .categorical import draw_categorical
+from .dictionary import orthogonal_dictionary
 from .interpolative import interpolative_rows
 from .metric import Metric, metric_norm, metric_svd, truncated_factors
+from .packing import pack, packed_bytes, unpack
+from .rounding import Rounded, round_to_grid
 
-__all__ = ["Metric", "draw_categorical", "interpolative_rows", "metric_norm", "metric_svd", "truncated_factors"]
+__all__ = [
+    "Metric",
+    "Rounded",
+    "draw_categorical",
+    "interpolative_rows",
+    "metric_norm",
+    "metric_svd",
+    "orthogonal_dictionary",
+    "pack",
+    "packed_bytes",
+    "round_to_grid",
+    "truncated_factors",
+    "unpack",
+]

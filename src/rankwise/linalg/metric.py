@@ -52,6 +52,19 @@ class Metric:
             return x
         return self.root[:, None] * x if self.root.dim() == 1 else self.root.mT @ x
 
+    @cached_property
+    def damped(self) -> Tensor | None:
+        """M = R R' in float64, (n,) or (n, n), or None for the identity."""
+        if self.root is None:
+            return None
+        return self.root.square() if self.root.dim() == 1 else self.root @ self.root.mT
+
+    def diagonal(self, n: int) -> Tensor:
+        """Return the diagonal of M, (n,)."""
+        if self.damped is None:
+            return torch.ones(n, dtype=torch.float64)
+        return self.damped if self.damped.dim() == 1 else self.damped.diagonal()
+
     def unwhiten(self, x: Tensor) -> Tensor:
         """Return R'^-1 x."""
         if self.root is None:

@@ -12,6 +12,8 @@ from .diagonal import Diagonal
 from .expressions import Product, Scaled, Sum
 from .low_rank import LowRank, PivotedLowRank
 from .permutation import Permutation
+from .quantized import Quantized
+from .sparse import Sparse
 
 __all__ = [
     "Dense",
@@ -20,7 +22,9 @@ __all__ = [
     "Permutation",
     "PivotedLowRank",
     "Product",
+    "Quantized",
     "Scaled",
+    "Sparse",
     "StructuredMatrix",
     "Sum",
     "from_spec",

@@ -54,7 +54,7 @@ class StructuredMatrix(nn.Module, abc.ABC):
 
     @property
     def params(self) -> int:
-        """How many numbers are stored, indices included."""
+        """How many numbers are stored, indices included; kinds that pack several into a byte count otherwise."""
         return sum(t.numel() for t in self.state_dict().values())
 
     @property

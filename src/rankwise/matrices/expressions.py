@@ -29,6 +29,11 @@ class _Expression(StructuredMatrix):
         return cast(list[StructuredMatrix], list(self.members))
 
     @property
+    def params(self) -> int:
+        """The sum over the matrices."""
+        return sum(part.params for part in self.parts)
+
+    @property
     def macs(self) -> int:
         """The sum over the matrices."""
         return sum(part.macs for part in self.parts)
@@ -173,6 +178,11 @@ class Scaled(StructuredMatrix):
     def rank(self) -> int:
         """The rank of the matrix."""
         return self.matrix.rank
+
+    @property
+    def params(self) -> int:
+        """Those of the matrix."""
+        return self.matrix.params
 
     @property
     def macs(self) -> int:

@@ -13,6 +13,7 @@ from ..core.memory import peak_memory_bytes
 from ..core.progress import track
 from ..core.report import Report
 from ..core.surgery import StructuredLinear, view_of
+from ..matrices import StructuredMatrix
 from .causal import check_causal, evaluating
 from .texts import tokens as tokens_of
 from .texts import windows
@@ -87,6 +88,12 @@ def sizes(model: nn.Module) -> dict[str, int]:
     {'params': 55, 'bytes': 220, 'macs_per_token': 12}
     """
     stored = {id(t): t for t in model.state_dict(keep_vars=True).values()}.values()
+    matrices = {id(m): m for m in model.modules() if isinstance(m, StructuredMatrix)}
+    inner = {id(part) for m in matrices.values() for part in m.modules() if part is not m}
+    params = sum(t.numel() for t in stored)
+    for key, matrix in matrices.items():
+        if key not in inner:  # numbers may be packed, several to a stored one
+            params += matrix.params - sum(t.numel() for t in matrix.state_dict().values())
     macs = 0
     for _, layer in model.named_modules(remove_duplicate=False):
         if isinstance(layer, StructuredLinear):
@@ -94,7 +101,7 @@ def sizes(model: nn.Module) -> dict[str, int]:
         elif view_of(layer) is not None:
             macs += layer.get_parameter("weight").numel()
     return {
-        "params": sum(t.numel() for t in stored),
+        "params": params,
         "bytes": sum(t.numel() * t.element_size() for t in stored),
         "macs_per_token": macs,
     }
