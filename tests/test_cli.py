@@ -118,6 +118,27 @@ def test_method_options_reach_the_method(folder, text, tmp_path):
     assert found["keep"]["bytes"] <= 0.8
 
 
+def test_methods_are_mixed(folder, text, tmp_path):
+    figures, out = tmp_path / "figures.json", tmp_path / "out"
+    words = ["--method", "kronecker-factored-svd+gptq", "--set", "input_damping=1e-4", "--set", "group=16"]
+    words += ["--of", "bytes", "--keep", 0.3, "--out", out, "--json", figures, "--eval", f"words={text}"]
+    result = run(*small(folder, text, *words))
+    assert result.exit_code == 0, result.output
+    found = json.loads(figures.read_text())
+    low_rank, gptq = found["method"]["methods"]
+    assert (low_rank["name"], low_rank["gauge"]) == ("KroneckerFactoredSvd", "pivot")
+    assert (gptq["name"], gptq["group"]) == ("Gptq", 16)
+    assert low_rank["input_damping"] == gptq["input_damping"] == 1e-4
+    assert found["keep"]["bytes"] <= 0.3
+    assert "Quantized" in {layer["kind"] for layer in found["layers"]}
+    assert found["file_bytes"] == pytest.approx(found["predicted_file_bytes"], rel=0.05)
+    again = tmp_path / "again.json"
+    measured = ["--text", f"words={text}", "--window", 64, "--max-tokens", 512, "--json", again]
+    assert run("evaluate", out, *measured).exit_code == 0
+    (row,) = next(value for value in json.loads(again.read_text()).values() if isinstance(value, list))
+    assert row["perplexity"] == pytest.approx(found["perplexity"]["words"]["compressed"], rel=1e-5)
+
+
 def test_compress_without_data(folder, tmp_path):
     figures = tmp_path / "figures.json"
     words = ["--data", "self", "--calibration-tokens", 256, "--window", 64, "--json", figures]
@@ -145,6 +166,11 @@ def test_bad_keep(folder, text, keep):
     ("words", "expected"),
     [
         (["--method", "kroneker-svd"], ["did you mean kronecker-factored-svd", "plain-svd"]),
+        (["--method", "gptq+gptk"], ["did you mean gptq"]),
+        (["--method", "gptq+plain-svd"], ["measure errors by the loss"]),
+        (["--method", "gptq+mixed"], ["measure errors by the loss"]),
+        (["--method", "gptq+mixed", "--set", "methods=gptq"], ["none of gptq+mixed has a field 'methods'"]),
+        (["--method", "mixed", "--set", "methods=gptq"], ["no field 'methods'"]),
         (["--allocate", "waterfilling"], ["water-filling", "greedy"]),
         (["--of", "flops"], ["params, bytes, macs"]),
         (["--set", "damping=1"], ["no field 'damping'", "input_damping: float", "gauge: pivot | factors"]),

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -176,9 +176,8 @@ def compress(
         unit: sum(dense[n][unit] if x is None else matrix_costs(x)[unit] for n, x in matrices.items())
         for unit in UNITS
     }
-    settings = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}  # pyright: ignore[reportArgumentType]
     totals = {
-        "method": {"name": type(method).__name__, **settings},
+        "method": described(method),
         "keep": {unit: after[unit] / before[unit] for unit in UNITS},
         "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes(),
@@ -234,6 +233,15 @@ def check_weights(sites: Mapping[str, Site]) -> None:
     for name, site in sites.items():
         if not bool(site.weight.isfinite().all()):
             raise ValueError(f"layer {name}: its weight holds NaN or infinity; load a sound checkpoint.")
+
+
+def described(method: Compressor) -> dict[str, Any]:
+    """Return the name and the fields of a method as JSON data; a method may hold others."""
+    values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}  # pyright: ignore[reportArgumentType]
+    return {"name": type(method).__name__} | {
+        name: [described(part) for part in value] if isinstance(value, tuple) else value
+        for name, value in values.items()
+    }
 
 
 def dense_costs(weight: Tensor) -> dict[Unit, int]:

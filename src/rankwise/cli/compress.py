@@ -16,7 +16,7 @@ from ..core.report import Report
 from ..models.texts import tokens
 from .app import app, say
 from .files import Text, check_file, check_folder, data_texts, named_texts, write_report
-from .options import at_least, build, pick, registry, where_option
+from .options import at_least, build_mix, pick, registry, where_option
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -25,7 +25,7 @@ DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 def compress(
     model: Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or an embedded model.")],
     keep: Annotated[float, typer.Option(help="Size afterwards as a share of the size before, in (0, 1].")],
-    method: Annotated[str, typer.Option(help="See `rankwise list`.")] = "kronecker-factored-svd",
+    method: Annotated[str, typer.Option(help="See `rankwise list`; NAME+NAME mixes.")] = "kronecker-factored-svd",
     of: Annotated[str, typer.Option(help="What keep is a share of: params, bytes or macs.")] = "params",
     allocate: Annotated[
         str | None, typer.Option(help="See `rankwise list`; default: what suits the method.")
@@ -64,8 +64,8 @@ def compress(
     from ..core import labels as kinds
 
     unit: Unit = pick("--of", of, {name: name for name in UNITS})
-    kind = pick("--method", method, registry(compressors))
-    chosen = build(kind, [*(settings or []), *([] if gauge is None else [f"gauge={gauge}"])])
+    words = [*(settings or []), *([] if gauge is None else [f"gauge={gauge}"])]
+    chosen = build_mix(method, registry(compressors), words, compressors.Mixed)
     allocator = None if allocate is None else pick("--allocate", allocate, registry(allocators))
     gradients: Labels | None = (
         None if labels is None else pick("--labels", labels, {"sampled": kinds.sampled, "data": kinds.given})

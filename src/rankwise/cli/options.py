@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torch import nn
@@ -39,6 +39,30 @@ def pick(flag: str, name: str, known: Mapping[str, Any]) -> Any:
     raise ValueError(f"{flag}: unknown {name!r}; {hint}known: {', '.join(known)}.")
 
 
+def build_mix(names: str, known: Mapping[str, Any], settings: Sequence[str], mix: Callable[..., Any]) -> Any:
+    """Make a method from its name, or a mix of several from ``name+name``.
+
+    Args:
+        names: one or several keys of ``known``.
+        known: methods by name.
+        settings: ``field=value`` words; each goes to all the methods that have the field.
+        mix: makes one method of several.
+
+    Raises:
+        ValueError: if a name is unknown, or a setting is wrong or fits no method.
+    """
+    kinds = [pick("--method", name, known) for name in names.split("+")]
+    if len(kinds) == 1:
+        return build(kinds[0], settings)
+    fields = [{field.name for field in settable(kind)} for kind in kinds]
+    named = [(setting.partition("=")[0].replace("-", "_"), setting) for setting in settings]
+    for name, setting in named:
+        if not any(name in each for each in fields):
+            raise ValueError(f"--set: none of {names} has a field {name!r} as in {setting!r}; see rankwise list.")
+    parts = zip(kinds, fields, strict=True)
+    return mix(methods=tuple(build(kind, [word for name, word in named if name in each]) for kind, each in parts))
+
+
 def build(kind: type, settings: Sequence[str]) -> Any:
     """Make a method from ``field=value`` words.
 
@@ -50,7 +74,7 @@ def build(kind: type, settings: Sequence[str]) -> Any:
         ValueError: if a field is unknown, given twice, or its value does not fit.
     """
     hints = get_type_hints(kind)
-    known = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    known = {field.name: hints[field.name] for field in settable(kind)}
     listing = "; ".join(describe(kind)) or "none"
     values: dict[str, Any] = {}
     for setting in settings:
@@ -75,8 +99,14 @@ def describe(kind: type) -> list[str]:
     return [
         f"{field.name}: {_type_name(hints[field.name])}"
         + ("" if field.default is dataclasses.MISSING else f" = {field.default}")
-        for field in dataclasses.fields(kind)
+        for field in settable(kind)
     ]
+
+
+def settable(kind: type) -> list[dataclasses.Field]:
+    """Return the fields of a dataclass that have a form in words: all but those that hold other methods."""
+    hints = get_type_hints(kind)
+    return [field for field in dataclasses.fields(kind) if get_origin(hints[field.name]) is not tuple]
 
 
 def parse(kind: Any, text: str) -> Any:
