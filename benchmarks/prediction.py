@@ -1,8 +1,8 @@
 """Whether the predicted loss change orders single-layer truncations as the measured one does.
 
-One layer at a time is truncated to a few ranks and put back. Measured is KL(dense || compressed) on the last tokens
-of CPython's help topics, which is what a second-order prediction of the model's own loss aims at. The statistics
-come from the first tokens of the same text.
+One layer at a time is truncated to a few ranks and put back. Measured is KL(dense || compressed) on the last
+tokens of CPython's help topics, which is what a second-order prediction of the model's own loss aims at. The
+statistics come from the first tokens of the same text.
 
     python benchmarks/prediction.py --json benchmarks/results/prediction.json
 """

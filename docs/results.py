@@ -110,6 +110,22 @@ def damping() -> list[str]:
     return lines + table(head, rows)
 
 
+def prediction() -> list[str]:
+    """How far predicted errors can be trusted."""
+    found = load("prediction")
+    if found is None:
+        return []
+    lines = _head("Predicted loss change beside the measured one, one layer truncated at a time", found)
+    lines += [
+        f"Rank correlation {found['rank_correlation']:.3f} over {len(found['rows'])} truncations; in the median",
+        f"the measured change is {found['median_kl_over_predicted']:.2f} times the predicted one.",
+        "",
+    ]
+    head = ["layer", "rank", "predicted (nats)", "measured KL (nats)"]
+    rows = [[r["name"], str(r["rank"]), f"{r['predicted']:.2e}", f"{r['kl']:.2e}"] for r in found["rows"]]
+    return lines + table(head, rows)
+
+
 def speed() -> list[str]:
     """Tokens a second."""
     found = load("speed")
@@ -165,7 +181,7 @@ def _head(title: str, found: dict) -> list[str]:
 def page() -> str:
     """Return the whole page."""
     lines = ["# Results", "", "Generated from `benchmarks/results/*.json` by `python docs/results.py`.", ""]
-    return "\n".join([*lines, *quality(), *damping(), *speed(), *cost()]).rstrip() + "\n"
+    return "\n".join([*lines, *quality(), *damping(), *prediction(), *speed(), *cost()]).rstrip() + "\n"
 
 
 def readme() -> str:
