@@ -61,9 +61,12 @@ class Rows:
     """Rows of a result, on disk as soon as they are known; a second run goes on where the first stopped."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.rows = path, []
+        self.path, self.rows, self.command = path, [], command()
         if path.exists():
-            self.rows = json.loads(path.read_text())["rows"]
+            found = json.loads(path.read_text())
+            self.rows = found["rows"]
+            commands = [*found["command"].split(" && "), self.command]
+            self.command = " && ".join(dict.fromkeys(commands))  # all that made the rows
 
     def has(self, **key: Any) -> bool:
         """Whether a row with these values is there."""
@@ -78,6 +81,6 @@ class Rows:
         self.rows.append(row)
         print(json.dumps(row), flush=True)
         temporary = self.path.with_suffix(".tmp")
-        content = {"command": command(), "environment": environment(), "rows": self.rows}
+        content = {"command": self.command, "environment": environment(), "rows": self.rows}
         temporary.write_text(json.dumps(content, indent=1) + "\n")
         os.replace(temporary, self.path)
