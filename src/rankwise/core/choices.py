@@ -72,6 +72,11 @@ def check_budget(ladders: Mapping[str, Ladder], budget: int) -> None:
     least = sum(int(ladder.costs[0]) for ladder in ladders.values())
     if least > budget:
         whole = sum(int(ladder.costs[-1]) for ladder in ladders.values())
+        if least == whole:
+            raise ValueError(
+                "the method offers nothing smaller than the dense layers in this unit; budget another one "
+                "(low-bit numbers are smaller in bytes alone), or use another method."
+            )
         raise ValueError(
             f"the budget {budget} cannot be met: the smallest choices take {least} of {whole}; "
             f"keep must be at least {least / whole:.4f}."
