@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from ..core.statistics import InputMagnitude, Statistic, Stats
 from ..linalg import Metric
-from .loss_metric import check_damping
+from .quadratic import check_damping
 from .truncation import TruncatedSvd
 
 
@@ -17,7 +17,7 @@ class ActivationAwareSvd(TruncatedSvd):
         alpha: how much the size of an input feature counts; 0 is the plain SVD. The paper's default.
         floor: added to D, so that unused features do not divide by zero. The value of the paper's code.
         gauge: how the result is stored: r rows or columns and how they make the others, or two factors.
-        rank_multiple: offer only such ranks; processors like multiples of 16 or 32, above all in bfloat16.
+        rank_multiple: offer only multiples of it, such as 16 or 32, for processors that prefer them.
 
     References: Yuan et al., "ASVD: Activation-aware Singular Value Decomposition for Compressing Large Language
         Models", 2023, arXiv 2312.05821. The truncation is the paper's; its search for ranks by the perplexity

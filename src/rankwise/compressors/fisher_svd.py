@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from ..core.statistics import GradientWeightedInput, Statistic, Stats
 from ..linalg import Metric
-from .loss_metric import check_damping
+from .quadratic import check_damping
 from .truncation import TruncatedSvd
 
 
@@ -19,7 +19,7 @@ class FisherSvd(TruncatedSvd):
     Args:
         damping: multiple of mean(D^2) added to D^2, so that unused features do not divide by zero.
         gauge: how the result is stored: r rows or columns and how they make the others, or two factors.
-        rank_multiple: offer only such ranks; processors like multiples of 16 or 32, above all in bfloat16.
+        rank_multiple: offer only multiples of it, such as 16 or 32, for processors that prefer them.
 
     References: Hsu et al., "Language model compression with weighted low-rank factorization", ICLR 2022,
         arXiv 2207.00112. The gradients are per token; labels are the model's own or the data's, as chosen for

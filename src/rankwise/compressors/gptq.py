@@ -36,11 +36,11 @@ class Gptq(LowBit):
         m, n = weight.shape
         widths = [2, 3, 4, 5, 6, 8] if self.bits is None else [self.bits]
         metrics = self.metrics(stats)
-        changes = [weight.double() - self.rounded(weight, stats, bits).dense().double() for bits in widths]
+        changes = [weight.double() - self.rounded(weight, metrics[1], bits).dense().double() for bits in widths]
         floats, codes = torch.tensor([Quantized.stored(m, n, bits, self.group) for bits in widths]).unbind(1)
 
         def build(i: int) -> StructuredMatrix:
-            return self.quantized(self.rounded(weight, stats, widths[i]), widths[i])
+            return self.quantized(self.rounded(weight, self.metrics(stats)[1], widths[i]), widths[i])
 
         return Choices(
             costs={

@@ -49,7 +49,7 @@ class GptqPlusLowRank(LowBit):
         ranks = torch.arange(step, max(int(self.largest * full), step) + 1, step)
         kind, errors, floats, codes = [], [], [], []
         for bits in [2, 3, 4] if self.bits is None else [self.bits]:
-            residual = weight.double() - self.rounded(weight, stats, bits).dense().double()
+            residual = weight.double() - self.rounded(weight, metrics[1], bits).dense().double()
             u, s = metric_svd(residual, *metrics)
             u = u[:, : int(ranks[-1])].to(torch.promote_types(weight.dtype, torch.float32))
             energy = self.scale * s.square()
@@ -61,9 +61,10 @@ class GptqPlusLowRank(LowBit):
 
         def build(i: int) -> StructuredMatrix:
             bits, u, r = kind[i]
-            rounded = self.rounded(weight, stats, bits)
+            outputs, inputs = self.metrics(stats)
+            rounded = self.rounded(weight, inputs, bits)
             residual = weight.double() - rounded.dense().double()
-            factors = truncated_factors(residual, self.metrics(stats)[0], u[:, :r])
+            factors = truncated_factors(residual, outputs, u[:, :r])
             return Sum(self.quantized(rounded, bits), LowRank.from_factors(*factors).to(weight.dtype))
 
         numbers = torch.cat(floats)

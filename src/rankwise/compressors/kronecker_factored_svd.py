@@ -21,7 +21,7 @@ class KroneckerFactoredSvd(LossMetric, TruncatedSvd):
         output_damping: multiple of mean(diag S) added to S's diagonal; larger, because gradients are noisier
             and, in the last layers, have few directions.
         gauge: how the result is stored: r rows or columns and how they make the others, or two factors.
-        rank_multiple: offer only such ranks; processors like multiples of 16 or 32, above all in bfloat16.
+        rank_multiple: offer only multiples of it, such as 16 or 32, for processors that prefer them.
 
     References: the metric is that of Martens and Grosse, "Optimizing neural networks with Kronecker-factored
         approximate curvature", 2015, arXiv 1503.05671. S = I gives :class:`WhitenedSvd`, C = S = I the plain SVD.

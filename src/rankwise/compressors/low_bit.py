@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..core.statistics import Stats
-from ..linalg import Rounded, round_to_grid
+from ..linalg import Metric, Rounded, round_to_grid
 from ..matrices import Quantized
 from .loss_metric import LossMetric
 
@@ -31,9 +30,8 @@ class LowBit(LossMetric):
         if self.group < 1:
             raise ValueError(f"group must be >= 1, got {self.group}.")
 
-    def rounded(self, weight: Tensor, stats: Stats, bits: int) -> Rounded:
+    def rounded(self, weight: Tensor, inputs: Metric, bits: int) -> Rounded:
         """Round an (m, n) weight in the metric C."""
-        inputs = self.metrics(stats)[1]
         return round_to_grid(
             weight, inputs, bits=bits, group=self.group, dtype=weight.dtype, feedback=self.feedback
         )

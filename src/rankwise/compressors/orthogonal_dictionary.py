@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..core.choices import Choices
 from ..core.statistics import Stats
-from ..linalg import metric_norm, orthogonal_dictionary
+from ..linalg import Metric, metric_norm, orthogonal_dictionary
 from ..matrices import Dense, Product, Sparse, StructuredMatrix
 from .loss_metric import LossMetric
 
@@ -19,9 +19,9 @@ class OrthogonalDictionary(LossMetric):
     """Write the rows or columns of the weight as sparse combinations of atoms, so that the loss changes little.
 
     A low-rank matrix puts all rows into one subspace; here each row has its own, spanned by some of the atoms.
-    The shorter of rows and columns is written in atoms of its length. Entries are kept where they matter most in
-    the whole matrix, so rows differ in how many they have. Stored are atoms, entries, and a bitmap of their
-    places, 16 of whose bits count as one number.
+    Rows or columns are written, whichever are shorter. Entries are kept where they matter most in the whole
+    matrix, so rows differ in how many they have. Stored are atoms, entries, and a bitmap of their places, 16 of
+    whose bits count as one number.
 
     Args:
         share: of its dense size that a layer takes; None offers 0.3, 0.45, 0.6 and 0.75.
@@ -55,7 +55,7 @@ class OrthogonalDictionary(LossMetric):
         shares = SHARES if self.share is None else [self.share]
         sizes = list(dict.fromkeys(self._sizes(rows, length, share) for share in shares))
         errors = [
-            metric_norm(weight - self._fit(weight, stats, *size).dense().detach(), *metrics) for size in sizes
+            metric_norm(weight - self._fit(weight, metrics, *size).dense().detach(), *metrics) for size in sizes
         ]
         floats = torch.tensor([atoms * length + kept for atoms, kept in sizes])
         tall = weight.shape[0] >= weight.shape[1]
@@ -69,7 +69,7 @@ class OrthogonalDictionary(LossMetric):
             },
             errors=self.scale * torch.tensor(errors).double(),
             total=self.scale * metric_norm(weight, *metrics),
-            build=lambda i: self._fit(weight, stats, *sizes[i]).to(weight.dtype),
+            build=lambda i: self._fit(weight, self.metrics(stats), *sizes[i]).to(weight.dtype),
             error_of=self.error_of(stats),
         )
 
@@ -79,9 +79,9 @@ class OrthogonalDictionary(LossMetric):
         atoms = min(max(atoms, 1), length)
         return atoms, max(int(rows * atoms / self.atoms_per_entry), 1)
 
-    def _fit(self, weight: Tensor, stats: Stats, atoms: int, kept: int) -> StructuredMatrix:
+    def _fit(self, weight: Tensor, metrics: tuple[Metric, Metric], atoms: int, kept: int) -> StructuredMatrix:
         """Return the matrix in float64."""
-        outputs, inputs = self.metrics(stats)
+        outputs, inputs = metrics
         if weight.shape[0] >= weight.shape[1]:
             codes, mask, basis = orthogonal_dictionary(
                 weight, outputs, inputs, atoms=atoms, kept=kept, steps=self.steps

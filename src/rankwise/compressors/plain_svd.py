@@ -13,7 +13,7 @@ class PlainSvd(TruncatedSvd):
 
     Args:
         gauge: how the result is stored: r rows or columns and how they make the others, or two factors.
-        rank_multiple: offer only such ranks; processors like multiples of 16 or 32, above all in bfloat16.
+        rank_multiple: offer only multiples of it, such as 16 or 32, for processors that prefer them.
 
     References: Eckart and Young, "The approximation of one matrix by another of lower rank", 1936.
     """

@@ -1,44 +1,38 @@
 """What all truncated SVDs share: a metric on each side, and how the result is stored."""
 
-import abc
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..core.choices import Choices
-from ..core.methods import Compressor
 from ..core.statistics import Stats
-from ..linalg import Metric, metric_norm, metric_svd, truncated_factors
+from ..linalg import metric_svd, truncated_factors
 from ..matrices import LowRank, PivotedLowRank, StructuredMatrix
+from .quadratic import QuadraticError
 
 Gauge = Literal["pivot", "factors"]
 GAUGES: dict[Gauge, type[LowRank] | type[PivotedLowRank]] = {"pivot": PivotedLowRank, "factors": LowRank}
 
 
 @dataclass(frozen=True, kw_only=True)
-class TruncatedSvd(Compressor):
+class TruncatedSvd(QuadraticError):
     """Offers the best matrix of every rank in the metric ``scale`` * tr(S D C D') of a change D of the weight.
 
     Args:
         gauge: how the result is stored: r rows or columns and how they make the others, or two factors.
-        rank_multiple: offer only such ranks; processors like multiples of 16 or 32, above all in bfloat16.
+        rank_multiple: offer only multiples of it, such as 16 or 32, for processors that prefer them.
     """
 
     gauge: Gauge = "pivot"
     rank_multiple: int = 1
-    scale: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         if self.gauge not in GAUGES:
             raise ValueError(f"gauge must be one of {', '.join(GAUGES)}, got {self.gauge!r}.")
         if self.rank_multiple < 1:
             raise ValueError(f"rank_multiple must be >= 1, got {self.rank_multiple}.")
-
-    @abc.abstractmethod
-    def metrics(self, stats: Stats) -> tuple[Metric, Metric]:
-        """Return S (m, m) and C (n, n), made anew on every call: no layer keeps its own."""
 
     def choices(self, weight: Tensor, stats: Stats) -> Choices:
         """Offer the ranks of an (m, n) weight."""
@@ -65,6 +59,6 @@ class TruncatedSvd(Compressor):
             errors=left_out.cpu()[ranks - 1],
             total=float(energy.sum()),
             build=build,
-            error_of=lambda change: self.scale * metric_norm(change, *self.metrics(stats)),
+            error_of=self.error_of(stats),
             spectrum=energy.sqrt().cpu(),
         )

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from ..core.statistics import InputGram, Statistic, Stats
 from ..linalg import Metric
-from .loss_metric import check_damping
+from .quadratic import check_damping
 from .truncation import TruncatedSvd
 
 
@@ -19,7 +19,7 @@ class WhitenedSvd(TruncatedSvd):
     Args:
         damping: multiple of mean(diag C) added to C's diagonal, so that few tokens or unused inputs do no harm.
         gauge: how the result is stored: r rows or columns and how they make the others, or two factors.
-        rank_multiple: offer only such ranks; processors like multiples of 16 or 32, above all in bfloat16.
+        rank_multiple: offer only multiples of it, such as 16 or 32, for processors that prefer them.
 
     References: Wang et al., "SVD-LLM: Truncation-aware Singular Value Decomposition for Large Language Model
         Compression", ICLR 2025, arXiv 2403.07378 (the whitening step). Errors of different layers are not

@@ -8,7 +8,7 @@ from torch import Tensor
 from .metric import Metric
 
 BLOCK = 64  # columns whose errors are moved on together
-SHRINKS = 16  # how many ranges are tried for each group, from all of it down to half
+SHRINKS = 16  # how many ranges are tried for each group, from all of it down to about half
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,9 @@ def round_to_grid(
         in the order of diag C over ranges chosen beforehand are its code's "act-order" with "static groups".
     """
     m, n = weight.shape
-    order, upper = _elimination(inputs, n, weight.device)
-    if feedback:  # 1 / C^-1_jj: the rest of an error is made up for
-        importance = upper.square().sum(0)[order.argsort()].reciprocal()
-    else:
-        importance = inputs.diagonal(n).to(weight.device)
+    metric = inputs if feedback else Metric(inputs.diagonal(n))
+    order, upper = _elimination(metric, n, weight.device)
+    importance = upper.square().sum(0)[order.argsort()].reciprocal()  # 1 / C^-1_jj: the rest is made up for
     left = weight.double()
     scale, offset = _grids(left, importance, bits, group, dtype)
     left = left[:, order]

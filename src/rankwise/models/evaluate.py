@@ -154,19 +154,24 @@ def _scores(name: str, ids: Tensor, model: Any, dense: Any) -> Iterator[Tensor]:
         if other is not None:
             theirs = other[rows].float().log_softmax(-1)
             sums.append(_nats(name, theirs, target, dense))
-            sums.append(functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).double().sum())
+            divergence = functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+            sums.append(_finite(name, divergence.double().sum(), model))
         yield torch.stack(sums + [sums[0].new_zeros(())] * (3 - len(sums))).cpu()
 
 
 def _nats(name: str, log_probabilities: Tensor, target: Tensor, model: Any) -> Tensor:
-    """Return the sum of -log p of the targets; one logit that is NaN or infinite makes all of its row NaN."""
-    nats = functional.nll_loss(log_probabilities, target, reduction="none").double().sum()
-    if not bool(nats.isfinite()):
+    """Return the sum of -log p of the targets."""
+    return _finite(name, functional.nll_loss(log_probabilities, target, reduction="none").double().sum(), model)
+
+
+def _finite(name: str, total: Tensor, model: Any) -> Tensor:
+    """Return a sum, or raise: a NaN or infinity among the logits that mattered makes it NaN or infinite."""
+    if not bool(total.isfinite()):
         raise ValueError(
             f'text "{name}": the logits of {type(model).__name__} are not finite; '
             "check its weights, or use float32."
         )
-    return nats
+    return total
 
 
 def _logits(ids: Tensor, model: Any) -> Tensor:
