@@ -4,6 +4,7 @@ from .activation_aware_svd import ActivationAwareSvd
 from .fisher_svd import FisherSvd
 from .gptq import Gptq
 from .gptq_plus_low_rank import GptqPlusLowRank
+from .kronecker_factored_pruning import KroneckerFactoredPruning
 from .kronecker_factored_svd import KroneckerFactoredSvd
 from .mixed import Mixed
 from .orthogonal_dictionary import OrthogonalDictionary
@@ -15,6 +16,7 @@ __all__ = [
     "FisherSvd",
     "Gptq",
     "GptqPlusLowRank",
+    "KroneckerFactoredPruning",
     "KroneckerFactoredSvd",
     "Mixed",
     "OrthogonalDictionary",

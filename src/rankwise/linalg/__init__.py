@@ -6,12 +6,15 @@ from .interpolative import interpolative_rows
 from .metric import Metric, metric_norm, metric_svd, truncated_factors
 from .packing import pack, packed_bytes, unpack
 from .rounding import Rounded, round_to_grid
+from .splitting import Splitting, largest
 
 __all__ = [
     "Metric",
     "Rounded",
+    "Splitting",
     "draw_categorical",
     "interpolative_rows",
+    "largest",
     "metric_norm",
     "metric_svd",
     "orthogonal_dictionary",

@@ -1,0 +1,105 @@
+"""A few entries of the weight, chosen and refitted so that the loss changes little."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.choices import Choices
+from ..core.statistics import Stats
+from ..linalg import Splitting, largest, metric_norm
+from ..matrices import Sparse, StructuredMatrix
+from .loss_metric import LossMetric
+
+SHARES = tuple(i / 40 for i in range(6, 39))  # 0.15 ... 0.95
+FITTED = (0.2, 0.55, 0.9)
+SMALL = 65536  # entries; smaller weights have all shares fitted
+WEIGHTS = (0.05, 5.0)  # of the splitting: places still move in the first step and no longer do in the last
+
+
+@dataclass(frozen=True, kw_only=True)
+class KroneckerFactoredPruning(LossMetric):
+    """Set entries of the weight to zero and refit the others, so that the loss changes little.
+
+    Stored are the kept entries and a bitmap of their places, 16 of whose bits count as one number. Many sizes
+    are offered; the errors of large weights are predicted from fits at three of them.
+
+    Args:
+        share: of its dense size that a layer takes; None offers 0.15 ... 0.95.
+        steps: of the search for the places.
+        solves: steps of conjugate gradients that refit the values.
+        input_shrinkage: see :class:`KroneckerFactoredSvd`.
+        input_damping: see :class:`KroneckerFactoredSvd`.
+        output_damping: see :class:`KroneckerFactoredSvd`.
+
+    References: Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language
+        Models", NeurIPS 2024, arXiv 2406.07831, which searches so with S = I; Frantar and Alistarh, "SparseGPT",
+        ICML 2023, arXiv 2301.00774. Entries are shared out between layers by the allocator.
+    """
+
+    share: float | None = None
+    steps: int = 8
+    solves: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.share is not None and not 0 < self.share < 1:
+            raise ValueError(f"share must be > 0 and < 1, got {self.share}.")
+        for name in ("steps", "solves"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}.")
+
+    def choices(self, weight: Tensor, stats: Stats) -> Choices:
+        """Offer one or many sizes."""
+        metrics = self.metrics(stats)
+        splitting = Splitting(weight, *metrics)
+        bitmap = int(Sparse.stored(*weight.shape, torch.zeros(1))[1])
+
+        def entries(share: float) -> int:
+            return max(int(share * weight.numel()) - (bitmap + 1) // 2, 1)
+
+        kept = sorted({entries(share) for share in (SHARES if self.share is None else (self.share,))})
+        exact = kept if len(kept) == 1 or weight.numel() < SMALL else [entries(share) for share in FITTED]
+        fitted = torch.tensor([splitting.error(self._fit(splitting, count)) for count in exact]).double()
+        numbers = torch.tensor(kept)
+        errors = fitted if exact is kept else between(torch.tensor(exact), fitted, numbers, weight.numel())
+        return Choices(
+            costs={
+                "params": numbers + (bitmap + 1) // 2,
+                "bytes": numbers * weight.element_size() + bitmap,
+                "macs": numbers,
+            },
+            errors=self.scale * errors,
+            total=self.scale * metric_norm(weight, *metrics),
+            build=lambda i: self._build(weight, stats, kept[i]),
+            error_of=self.error_of(stats),
+        )
+
+    def _fit(self, splitting: Splitting, kept: int) -> Tensor:
+        start = splitting.nearest(lambda x: x * largest(x, kept), self.steps, WEIGHTS, splitting.target)
+        return splitting.refit(largest(start, kept), start, self.solves)
+
+    def _build(self, weight: Tensor, stats: Stats, kept: int) -> StructuredMatrix:
+        splitting = Splitting(weight, *self.metrics(stats))
+        values = self._fit(splitting, kept)
+        places = largest(values, kept).bool()
+        return Sparse.from_dense(splitting.plain(values).to(weight.dtype), places)
+
+
+def between(fitted: Tensor, errors: Tensor, kept: Tensor, total: int) -> Tensor:
+    """Predict errors from those of three fits.
+
+    The logarithm of the error is taken as a parabola over the logit of the share of entries removed.
+
+    Args:
+        fitted: (3,) how many entries the fits kept.
+        errors: (3,) theirs.
+        kept: (k,) the sizes in question.
+        total: how many entries there are.
+    """
+
+    def powers(entries: Tensor) -> Tensor:
+        return torch.vander((1 - entries.double() / total).logit(), 3)
+
+    logs = errors.clamp_min(torch.finfo(torch.float64).tiny).log()
+    return (powers(kept) @ torch.linalg.solve(powers(fitted), logs)).exp()
