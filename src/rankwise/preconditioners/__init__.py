@@ -1,0 +1,5 @@
+"""Ways to turn gradients into steps, for healing."""
+
+from .adam import Adam
+
+__all__ = ["Adam"]
