@@ -16,7 +16,7 @@ from .core.choices import UNITS, Allocator, Choices, Ladder, Unit, cost_of
 from .core.data import batches_of
 from .core.errors import CalibrationError
 from .core.fingerprint import digest_of, fingerprint
-from .core.healing import Healing, Plan
+from .core.healing import Healing, Plan, in_float32
 from .core.labels import Labels
 from .core.memory import peak_memory_bytes
 from .core.methods import Compressor, Measure, Preconditioner
@@ -28,7 +28,7 @@ from .core.surgery import fold as fold_layers
 from .matrices import StructuredMatrix
 from .measures.spectral import SpectralMeasure, singular_values
 from .models import forget, sample
-from .preconditioners import Adam
+from .preconditioners import KroneckerFactored
 
 HEALED_TOGETHER = 1024  # tokens whose activations are in memory at a time
 
@@ -216,7 +216,7 @@ def heal(
     The loss is KL(reference || model) per token, or half the squared distance per row where the outputs are
     features. Part of the data is kept aside: training stops when the model gets no better on it, and what
     was best there remains, which is the start where nothing was better. That holds after an interrupt or an
-    error, too.
+    error, too. Models in half precision are kept in float32 meanwhile, and rounded at the end.
 
     Args:
         model: holds structured matrices; layers left dense do not change.
@@ -251,7 +251,7 @@ def heal(
     )
     if not 0 < held_out < 1:
         raise ValueError(f"held_out must be > 0 and < 1, got {held_out}.")
-    method = method or Adam()
+    method = method or KroneckerFactored()
     layers: dict[int, tuple[str, StructuredLinear]] = {}
     for name, layer in structured(model).items():
         layers.setdefault(id(layer.matrix), (name, layer))
@@ -276,25 +276,26 @@ def heal(
             )
     matrices = {name: layer.matrix for name, layer in named.items()}
     trained = {f"{n}.matrix.{k}": p for n, matrix in matrices.items() for k, p in matrix.named_parameters()}
-    extra = {f"{n}.bias": layer.bias for n, layer in named.items() if biases and layer.bias is not None}
+    extra = {name: layer.bias for name, layer in named.items() if biases and layer.bias is not None}
     folder = None if checkpoint is None else Path(checkpoint)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     specs = {name: matrix.spec() for name, matrix in matrices.items()}
     identity = [described(method), dataclasses.asdict(plan), specs, list(extra), held_out, _digest(batches)]
-    healing = Healing(
-        model,
-        reference,
-        trained | extra,
-        method.optimizer(matrices, list(extra.values()), statistics),
-        train,
-        held,
-        plan,
-        identity=f"{identity} {'' if folder is None else fingerprint(reference)}",
-        folder=folder,
-        started=start,
-    )
-    reason = healing.run()
+    with in_float32(model):
+        healing = Healing(
+            model,
+            reference,
+            trained | {f"{name}.bias": bias for name, bias in extra.items()},
+            method.optimizer(matrices, extra, statistics),
+            train,
+            held,
+            plan,
+            identity=f"{identity} {'' if folder is None else fingerprint(reference)}",
+            folder=folder,
+            started=start,
+        )
+        reason = healing.run()
     progress = healing.progress
     first = progress.history[0]["held_out"]
     totals = {

@@ -35,7 +35,7 @@ def load_tree(path: Path) -> Any:
             header = json.loads((file.metadata() or {})["rankwise"])
             if header["format"] != FORMAT:
                 raise ValueError(f"its format is {header['format']}, not {FORMAT}")
-            return _unpacked(header["tree"], file.get_tensor)
+            return _unpacked(header["tree"], lambda key: file.get_tensor(key).clone())  # aligned, for equal sums
     except Exception as error:
         raise ValueError(f"{path} is no checkpoint or is damaged ({error}); remove it to start anew.") from error
 

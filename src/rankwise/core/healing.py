@@ -279,3 +279,16 @@ class Healing:
         self.best = {name: value.to(self.trained[name].device) for name, value in tree["best"].items()}
         self.optimizer.load_state_dict(tree["optimizer"])
         self._put(tree["trained"])
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Keep the parameters of a model in float32 where they are shorter; round them at the end."""
+    kinds = {p: p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)}
+    try:
+        for parameter in kinds:
+            parameter.data = parameter.data.float()
+        yield
+    finally:
+        for parameter, kind in kinds.items():
+            parameter.data = parameter.data.to(kind)

@@ -1,7 +1,7 @@
 """What a method is: a frozen dataclass with one function of tensors."""
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -47,6 +47,9 @@ class Preconditioner(abc.ABC):
 
     @abc.abstractmethod
     def optimizer(
-        self, matrices: Mapping[str, StructuredMatrix], others: Sequence[nn.Parameter], statistics: Statistics
+        self,
+        matrices: Mapping[str, StructuredMatrix],
+        biases: Mapping[str, nn.Parameter],
+        statistics: Statistics,
     ) -> torch.optim.Optimizer:
-        """Return an optimiser over all parameters of the matrices, by layer name, and over the others."""
+        """Return an optimiser over all parameters of the matrices and over the biases, both by layer name."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .labels import features_of, has_logits, logits_of, unpadded
 
@@ -43,11 +44,13 @@ class Probabilities(Target):
     @classmethod
     def of(cls, logits: Tensor, kept: int) -> "Probabilities":
         """Keep at most ``kept`` classes of (t, c) logits."""
-        top = logits.log_softmax(-1).topk(min(kept, logits.shape[1]))
+        kept = min(kept, logits.shape[1])
+        classes = torch.cat([_top(rows, kept) for rows in logits.split(_ROWS)])
+        total = logits.logsumexp(-1)
         rest = None
         if kept < logits.shape[1]:
-            rest = logits.scatter(1, top.indices, -torch.inf).logsumexp(-1) - logits.logsumexp(-1)
-        return cls(top.indices.int(), top.values, rest)
+            rest = logits.scatter(1, classes, -torch.inf).logsumexp(-1) - total
+        return cls(classes.int(), logits.gather(1, classes) - total[:, None], rest)
 
     @property
     def rows(self) -> int:
@@ -56,14 +59,12 @@ class Probabilities(Target):
 
     def divergence(self, output: Any, batch: Any) -> Tensor:
         """Sum KL(reference || model) over the rows."""
-        logits = unpadded(logits_of(output), batch)
-        classes = self.classes.long().to(logits.device)
-        total = logits.logsumexp(-1)
-        sums = _divergence(self.logs.to(logits.device), logits.gather(1, classes) - total[:, None]).sum()
-        if self.rest is not None:
-            others = logits.scatter(1, classes, -torch.inf).logsumexp(-1) - total
-            sums = sums + _divergence(self.rest.to(logits.device), others).sum()
-        return sums
+        logits = unpadded(output if isinstance(output, Tensor) else output["logits"], batch)
+        rest = None if self.rest is None else self.rest.to(logits.device)
+        divergence: Any = _Divergence.apply(
+            logits, self.classes.to(logits.device), self.logs.to(logits.device), rest
+        )
+        return divergence
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,54 @@ def target_of(output: Any, batch: Any, kept: int = 256) -> Target:
     return Features(tuple(features_of(output, batch)))
 
 
-def _divergence(logs: Tensor, others: Tensor) -> Tensor:
-    """Return p (log p - log q), which is zero where p is."""
-    return logs.exp() * torch.where(logs.isneginf(), 0.0, logs - others)
+class _Divergence(torch.autograd.Function):
+    """Sum of KL(p || q) over rows; a few rows at a time, with the gradient made on the way.
+
+    With q the softmax of the logits, P and Q what p and q give to the classes that are not kept, the gradient by
+    a logit is q_i - p_i for a kept class and q_i (1 - P / Q) for another.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, classes: Tensor, logs: Tensor, rest: Tensor | None) -> Tensor:
+        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        total = torch.zeros((), dtype=torch.float64, device=logits.device)
+        for low in range(0, len(logits), _ROWS):
+            rows = slice(low, low + _ROWS)
+            q, kept = logits[rows].to(logs.dtype).softmax(-1), classes[rows].long()
+            p, known = logs[rows].exp(), q.gather(1, kept)
+            total += (p * torch.where(p > 0, logs[rows] - _log(known), 0.0)).sum()
+            if rest is not None:
+                others, share = q.scatter_(1, kept, 0.0).sum(-1), rest[rows].exp()
+                total += (share * torch.where(share > 0, rest[rows] - _log(others), 0.0)).sum()
+                q *= (1 - share / others.clamp_min(_tiny(q)))[:, None]
+            if gradient is not None:
+                gradient[rows] = q.scatter_(1, kept, known - p)
+        ctx.save_for_backward(*[] if gradient is None else [gradient])
+        return total.to(logs.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ctx.saved_tensors[0] * grads[0].to(ctx.saved_tensors[0]), None, None, None
+
+
+def _top(values: Tensor, k: int, width: int = 16) -> Tensor:
+    """Return where the k largest of each row are; they lie in the k blocks with the largest maxima."""
+    if values.shape[1] <= k * width:
+        return values.topk(k).indices
+    padded = functional.pad(values, (0, -values.shape[1] % width), value=-torch.inf)
+    blocks = padded.unflatten(1, (-1, width))
+    chosen = blocks.amax(-1).topk(k).indices
+    found = blocks.gather(1, chosen[:, :, None].expand(-1, -1, width)).flatten(1).topk(k).indices
+    return chosen.gather(1, found // width) * width + found % width
+
+
+_ROWS = 64  # what is made of so many rows at a time stays in a cache
+
+
+def _log(q: Tensor) -> Tensor:
+    """Logarithm of a probability that may have become zero by rounding."""
+    return q.clamp_min(_tiny(q)).log()
+
+
+def _tiny(q: Tensor) -> float:
+    return torch.finfo(q.dtype).tiny

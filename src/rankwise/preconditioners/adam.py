@@ -1,6 +1,6 @@
 """Adam, which takes every number for itself."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -35,8 +35,11 @@ class Adam(Preconditioner):
                 raise ValueError(f"{name} must be >= 0 and < 1, got {getattr(self, name)}.")
 
     def optimizer(
-        self, matrices: Mapping[str, StructuredMatrix], others: Sequence[nn.Parameter], statistics: Statistics
+        self,
+        matrices: Mapping[str, StructuredMatrix],
+        biases: Mapping[str, nn.Parameter],
+        statistics: Statistics,
     ) -> torch.optim.Optimizer:
         """Return Adam over everything."""
         parameters = [p for matrix in matrices.values() for p in matrix.parameters()]
-        return torch.optim.Adam([*parameters, *others], lr=self.lr, betas=(self.momentum, self.memory))
+        return torch.optim.Adam([*parameters, *biases.values()], lr=self.lr, betas=(self.momentum, self.memory))
