@@ -50,11 +50,6 @@ def same(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.fixture(autouse=True)
-def small_batches(monkeypatch):
-    monkeypatch.setattr(rankwise.api, "HEALED_TOGETHER", 64)
-
-
 @pytest.mark.parametrize("method", METHODS, ids=NAMES)
 def test_the_report_says_what_an_evaluation_measures(method):
     small, dense = pair()

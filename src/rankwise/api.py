@@ -30,8 +30,6 @@ from .measures.spectral import SpectralMeasure, singular_values
 from .models import forget, sample
 from .preconditioners import KroneckerFactored
 
-HEALED_TOGETHER = 1024  # tokens whose activations are in memory at a time
-
 Data = Literal["self"] | Tensor | Iterable[Batch] | Statistics
 
 
@@ -261,7 +259,7 @@ def heal(
     if isinstance(data, str):
         data = _sampled(reference, data, tokens, window, seed)
     start = time.perf_counter()
-    batches = batches_of(data, window=window, tokens=HEALED_TOGETHER)
+    batches = portions([data], window) if isinstance(data, Tensor) else batches_of(data)
     train, held = _parted(batches, held_out, seed)
     if statistics is None:
         statistics = Statistics({}, 0.0, 0)
@@ -404,6 +402,12 @@ def _sampled(model: nn.Module, data: str, tokens: int, window: int, seed: int) -
     if data != "self":
         raise ValueError(f"data must be 'self', token ids or batches, got {data!r}; tokenize a text first.")
     return sample(model, tokens=tokens, window=window, seed=seed)
+
+
+def portions(texts: Sequence[Tensor], window: int) -> list[Batch]:
+    """Cut texts of token ids into batches to heal with: at most 1024 tokens each, and about twenty or more."""
+    together = min(1024, sum(ids.numel() for ids in texts) // 20)
+    return [batch for ids in texts for batch in batches_of(ids, window=window, tokens=together)]
 
 
 def _parted(batches: Sequence[Batch], share: float, seed: int) -> tuple[list[Batch], list[Batch]]:

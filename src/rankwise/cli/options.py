@@ -158,6 +158,19 @@ def where_option(pattern: str | None) -> Where | None:
     return where
 
 
+def duration(flag: str, text: str) -> float:
+    """Read a time such as 90s, 10m or 1.5h, in seconds.
+
+    >>> duration("--heal", "90s"), duration("--heal", "1.5h")
+    (90.0, 5400.0)
+    """
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
+    if found is None or not float(found[1]) > 0:
+        raise ValueError(f"{flag} takes a time such as 90s, 10m or 1h, got {text!r}.")
+    return float(found[1]) * units[found[2]]
+
+
 def at_least(flag: str, value: int | None, least: int) -> None:
     """Raise if a count is too small."""
     if value is not None and value < least:

@@ -270,5 +270,6 @@ def _scaled(side: Side, factor: float) -> Side:
 
 
 def _root(gram: Tensor) -> Tensor:
-    """The Cholesky root, in float64 on the way; the damping of both sides keeps it from being singular."""
-    return torch.linalg.cholesky(gram.double()).to(gram)
+    """The Cholesky root of a Gram matrix that may be singular but for what its type cannot resolve."""
+    lift = torch.finfo(gram.dtype).eps ** 0.5 * gram.diagonal().mean()
+    return torch.linalg.cholesky(gram.double() + lift * torch.eye(len(gram)).to(gram.device)).to(gram)
