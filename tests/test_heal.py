@@ -176,6 +176,16 @@ def test_a_model_that_is_broken_from_the_start_is_refused():
         heal(small, dense)
 
 
+def test_half_precision_is_trained_in_float32_and_rounded():
+    small, dense = pair()
+    small, dense = small.bfloat16(), dense.bfloat16()
+    report = heal(small, dense, steps=24, autocast=torch.bfloat16)
+    assert report.totals["improved"]
+    assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
+    kl = rankwise.evaluate(small, None, {"x": ids()}, window=32, dense=dense).rows[0]["kl"]
+    assert kl < 0.9 * report.totals["held_out"]["before"]
+
+
 def test_biases_are_trained_if_asked_and_shared_matrices_once():
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))

@@ -61,7 +61,8 @@ class KroneckerFactored(Preconditioner):
         def side(name: str, kind: type[Statistic], damping: float) -> Side:
             statistic = statistics.of(name, self.needs)[kind]
             if id(statistic) not in known:
-                known[id(statistic)] = side_of(statistic.value(), damping)
+                like = next(matrices[name].parameters(), statistic.sum)
+                known[id(statistic)] = side_of(statistic.value(), damping).to(like)
             return known[id(statistic)]
 
         blocks: list[Block] = []
