@@ -176,6 +176,16 @@ def test_a_model_that_is_broken_from_the_start_is_refused():
         heal(small, dense)
 
 
+@pytest.mark.parametrize("method", METHODS, ids=NAMES)
+def test_other_parameters_are_trained_if_asked(method):
+    small, dense = pair()
+    before = numbers(small)
+    report = heal(small, dense, method=method, also=lambda name: "norm" in name)
+    changed = {name for name, tensor in numbers(small).items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name, p in small.named_parameters() if ".matrix." in name or "norm" in name}
+    assert report.totals["improved"]
+
+
 def test_half_precision_is_trained_in_float32_and_rounded():
     small, dense = pair()
     small, dense = small.bfloat16(), dense.bfloat16()
@@ -196,7 +206,7 @@ def test_biases_are_trained_if_asked_and_shared_matrices_once():
     bias = small[0].bias.clone()
     heal(small, dense, data=data)
     assert torch.equal(small[0].bias, bias)
-    report = heal(small, dense, data=data, biases=True)
+    report = heal(small, dense, data=data, also=lambda name: name.endswith("bias"))
     assert not torch.equal(small[0].bias, bias)
     assert small[0].matrix is small[2].matrix
     assert report.totals["trained"] == small[0].matrix.params + 8

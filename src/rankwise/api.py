@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -198,7 +198,7 @@ def heal(
     budget: float = 600.0,
     steps: int | None = None,
     statistics: Statistics | None = None,
-    biases: bool = False,
+    also: Callable[[str], bool] | None = None,
     held_out: float = 0.1,
     checkpoint: str | Path | None = None,
     tokens: int = 24576,
@@ -224,7 +224,7 @@ def heal(
         budget: seconds, everything but the sampling of "self" counted.
         steps: the largest number of steps. Only a run that ends by it, not by the clock, can be repeated exactly.
         statistics: what the method needs, of the reference, from :func:`calibrate`; None collects it.
-        biases: train the biases of the structured layers, too.
+        also: which other parameters to train, by name, such as ``lambda name: "norm" in name``; None means none.
         held_out: share of the batches kept aside, in (0, 1).
         checkpoint: a folder; the same call goes on from what is there, with the very numbers and the
             time already spent.
@@ -274,18 +274,22 @@ def heal(
             )
     matrices = {name: layer.matrix for name, layer in named.items()}
     trained = {f"{n}.matrix.{k}": p for n, matrix in matrices.items() for k, p in matrix.named_parameters()}
-    extra = {name: layer.bias for name, layer in named.items() if biases and layer.bias is not None}
+    known = {id(parameter) for parameter in trained.values()}
+    chosen = {n: p for n, p in model.named_parameters() if also is not None and also(n) and id(p) not in known}
+    biases = {name: layer.bias for name, layer in named.items() if layer.bias is not None}
+    biases = {name: bias for name, bias in biases.items() if any(bias is p for p in chosen.values())}
+    others = [p for p in chosen.values() if not any(p is bias for bias in biases.values())]
     folder = None if checkpoint is None else Path(checkpoint)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     specs = {name: matrix.spec() for name, matrix in matrices.items()}
-    identity = [described(method), dataclasses.asdict(plan), specs, list(extra), held_out, _digest(batches)]
+    identity = [described(method), dataclasses.asdict(plan), specs, list(chosen), held_out, _digest(batches)]
     with in_float32(model):
         healing = Healing(
             model,
             reference,
-            trained | {f"{name}.bias": bias for name, bias in extra.items()},
-            method.optimizer(matrices, extra, statistics),
+            trained | chosen,
+            method.optimizer(matrices, biases, others, statistics),
             train,
             held,
             plan,

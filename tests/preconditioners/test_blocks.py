@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rankwise.matrices import Dense, LowRank, PivotedLowRank, Product, Scaled, Sparse, StructuredMatrix, Sum
-from rankwise.preconditioners.blocks import BiasBlock, blocks_of, side_of
+from rankwise.preconditioners.blocks import BiasBlock, ScaledBlock, blocks_of, side_of
 from rankwise.preconditioners.natural_gradient import NaturalGradient
 
 EXACT = ["Dense", "Diagonal", "LowRank", "PivotedLowRank"]
@@ -205,3 +205,14 @@ def test_momentum_is_a_mean_of_the_gradients():
         optimizer.step()
         places.append(matrix.weight.item())
     assert places == pytest.approx([-1.0, -1.0 - (0.5 * 1 + 1 * 3) / 1.5])
+
+
+def test_numbers_without_a_metric_go_as_in_adam():
+    ours, theirs = nn.Parameter(draw(5)), nn.Parameter(draw(5))
+    optimizer = NaturalGradient([ScaledBlock(ours, 0.5)], lr=0.02, momentum=0.9, trust=1e9)
+    adam = torch.optim.Adam([theirs], lr=0.01, betas=(0.9, 0.9), eps=0.0)
+    for i in range(4):
+        ours.grad, theirs.grad = draw(5, seed=i), draw(5, seed=i)
+        optimizer.step()
+        adam.step()
+    torch.testing.assert_close(ours, theirs)

@@ -1,7 +1,7 @@
 """What a method is: a frozen dataclass with one function of tensors."""
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -50,6 +50,10 @@ class Preconditioner(abc.ABC):
         self,
         matrices: Mapping[str, StructuredMatrix],
         biases: Mapping[str, nn.Parameter],
+        others: Sequence[nn.Parameter],
         statistics: Statistics,
     ) -> torch.optim.Optimizer:
-        """Return an optimiser over all parameters of the matrices and over the biases, both by layer name."""
+        """Return an optimiser over all parameters of the matrices, their layers' biases, and the others.
+
+        Matrices and biases come by layer name, and so do the statistics.
+        """

@@ -1,6 +1,6 @@
 """Adam, which takes every number for itself."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,8 +38,11 @@ class Adam(Preconditioner):
         self,
         matrices: Mapping[str, StructuredMatrix],
         biases: Mapping[str, nn.Parameter],
+        others: Sequence[nn.Parameter],
         statistics: Statistics,
     ) -> torch.optim.Optimizer:
         """Return Adam over everything."""
         parameters = [p for matrix in matrices.values() for p in matrix.parameters()]
-        return torch.optim.Adam([*parameters, *biases.values()], lr=self.lr, betas=(self.momentum, self.memory))
+        return torch.optim.Adam(
+            [*parameters, *biases.values(), *others], lr=self.lr, betas=(self.momentum, self.memory)
+        )

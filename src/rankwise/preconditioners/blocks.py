@@ -86,6 +86,35 @@ class BiasBlock(Block):
         return [self.outputs.inverse @ gradients[0]]
 
 
+class ScaledBlock(Block):
+    """Numbers whose metric is not known: they go by mean gradient over root mean square, as in Adam.
+
+    Args:
+        parameter: of any shape.
+        rate: how far a number goes whose gradient is always the same.
+    """
+
+    def __init__(self, parameter: nn.Parameter, rate: float) -> None:
+        self.parameters, self.rate = (parameter,), rate
+
+    def gradients(self) -> list[Tensor]:
+        """Return the gradient and its square, both to be averaged."""
+        return [part for g in super().gradients() for part in (g, g.square())]
+
+    def solve(self, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Divide the mean by the root of the mean square; the square has no change."""
+        mean, square = gradients
+        return [
+            self.rate * mean / square.sqrt().clamp_min(torch.finfo(mean.dtype).tiny),
+            torch.zeros_like(square),
+        ]
+
+    def move(self, change: Sequence[Tensor], step: float) -> Sequence[None]:
+        """Add a multiple of the change."""
+        self.parameters[0].add_(change[0], alpha=step)
+        return [None, None]
+
+
 class DenseBlock(Block):
     """All entries: the metric is the Kronecker product of S and C."""
 

@@ -1,6 +1,6 @@
 """Natural-gradient steps in the metric of the loss, for the numbers that structured matrices store."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +10,7 @@ from torch import nn
 from ..core.methods import Preconditioner
 from ..core.statistics import InputGram, OutputGradGram, Statistic, Statistics
 from ..matrices import StructuredMatrix
-from .blocks import BiasBlock, Block, Side, blocks_of, side_of
+from .blocks import BiasBlock, Block, ScaledBlock, Side, blocks_of, side_of
 from .natural_gradient import NaturalGradient
 
 
@@ -28,6 +28,7 @@ class KroneckerFactored(Preconditioner):
         momentum: of the mean gradient.
         input_damping: multiple of mean(diag C) added to C's diagonal.
         output_damping: multiple of mean(diag S) added to S's diagonal.
+        others_lr: how far parameters that are no matrix, such as the gains of norms, go in a step of Adam.
         trust: the largest change of the loss, in nats a row, that one step may make by the metric.
 
     References: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature",
@@ -40,12 +41,13 @@ class KroneckerFactored(Preconditioner):
     input_damping: float = 0.1
     output_damping: float = 0.1
     trust: float = 0.001
+    others_lr: float = 0.001
     needs: ClassVar[tuple[type[Statistic], ...]] = (InputGram, OutputGradGram)
 
     def __post_init__(self) -> None:
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be >= 0 and < 1, got {self.momentum}.")
-        for name in ("lr", "input_damping", "output_damping", "trust"):
+        for name in ("lr", "input_damping", "output_damping", "trust", "others_lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}.")
 
@@ -53,6 +55,7 @@ class KroneckerFactored(Preconditioner):
         self,
         matrices: Mapping[str, StructuredMatrix],
         biases: Mapping[str, nn.Parameter],
+        others: Sequence[nn.Parameter],
         statistics: Statistics,
     ) -> torch.optim.Optimizer:
         """Return the optimiser."""
@@ -71,4 +74,5 @@ class KroneckerFactored(Preconditioner):
             blocks += blocks_of(matrix, outputs, side(name, InputGram, self.input_damping))
             if name in biases:
                 blocks.append(BiasBlock(biases[name], outputs))
+        blocks += [ScaledBlock(parameter, self.others_lr / self.lr) for parameter in others]
         return NaturalGradient(blocks, lr=self.lr, momentum=self.momentum, trust=self.trust)
