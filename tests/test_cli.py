@@ -321,7 +321,7 @@ def test_quickstart_ends_with_a_table(tmp_path, monkeypatch):
 
 def test_healing_is_reported_beside_the_compression(folder, text, tmp_path):
     words = small(folder, text, "--keep", 0.6, "--eval", f"words={text}", "--json", tmp_path / "r.json")
-    words += ["--heal", "3s", "--heal-checkpoint", tmp_path / "state", "--max-tokens", 256]
+    words += ["--heal", "3s", "--heal-checkpoint", tmp_path / "state", "--heal-also", "norm", "--max-tokens", 256]
     result = run(*words)
     assert "healed" in result.stdout, result.output
     told = json.loads((tmp_path / "r.json").read_text())
@@ -339,5 +339,6 @@ def test_a_wrong_time_is_named(folder, text, time):
     refused(run(*small(folder, text, "--heal", time)), "--heal takes a time such as 90s, 10m or 1h", time)
 
 
-def test_a_checkpoint_needs_healing(folder, text, tmp_path):
-    refused(run(*small(folder, text, "--heal-checkpoint", tmp_path)), "--heal-checkpoint needs --heal")
+@pytest.mark.parametrize("flag", ["--heal-checkpoint", "--heal-also"])
+def test_flags_about_healing_need_it(folder, text, flag):
+    refused(run(*small(folder, text, flag, "x")), f"{flag} needs --heal")

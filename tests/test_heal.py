@@ -17,7 +17,7 @@ from rankwise.core.surgery import StructuredLinear, structured
 from rankwise.core.targets import Probabilities, target_of
 from rankwise.matrices import LowRank
 
-METHODS = [preconditioners.Adam(lr=1e-4), preconditioners.KroneckerFactored(lr=0.03)]
+METHODS = [preconditioners.Adam(lr=1e-4), preconditioners.KroneckerFactored()]
 NAMES = [type(method).__name__ for method in METHODS]
 
 
@@ -189,11 +189,12 @@ def test_other_parameters_are_trained_if_asked(method):
 def test_half_precision_is_trained_in_float32_and_rounded():
     small, dense = pair()
     small, dense = small.bfloat16(), dense.bfloat16()
+    texts = {"x": ids()}
+    before = rankwise.evaluate(small, None, texts, window=32, dense=dense).rows[0]["kl"]
     report = heal(small, dense, steps=24, autocast=torch.bfloat16)
     assert report.totals["improved"]
     assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
-    kl = rankwise.evaluate(small, None, {"x": ids()}, window=32, dense=dense).rows[0]["kl"]
-    assert kl < 0.9 * report.totals["held_out"]["before"]
+    assert rankwise.evaluate(small, None, texts, window=32, dense=dense).rows[0]["kl"] < 0.95 * before
 
 
 def test_biases_are_trained_if_asked_and_shared_matrices_once():

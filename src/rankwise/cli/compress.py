@@ -49,6 +49,9 @@ def compress(
         typer.Option(help="Train the new matrices so long, such as 90s or 10m, to agree with the model."),
     ] = None,
     heal_method: Annotated[str, typer.Option(help="See `rankwise list`.")] = "kronecker-factored",
+    heal_also: Annotated[
+        str | None, typer.Option(help="Regular expression on other parameters to train, such as norm or bias.")
+    ] = None,
     heal_checkpoint: Annotated[
         Path | None, typer.Option(help="Folder from which a stopped --heal goes on.")
     ] = None,
@@ -83,8 +86,10 @@ def compress(
     precision = pick("--dtype", dtype, DTYPES)
     seconds = None if heal is None else duration("--heal", heal)
     healer = pick("--heal-method", heal_method, registry(preconditioners))()
-    if heal is None and heal_checkpoint is not None:
-        raise ValueError("--heal-checkpoint needs --heal, such as --heal 10m.")
+    beside = where_option(heal_also, "--heal-also")
+    for flag, value in (("--heal-checkpoint", heal_checkpoint), ("--heal-also", heal_also)):
+        if heal is None and value is not None:
+            raise ValueError(f"{flag} needs --heal, such as --heal 10m.")
     check_folder("--out", out)
     check_file("--json", json)
     html_at = html or (None if out is None else out / "report.html")
@@ -129,6 +134,7 @@ def compress(
             budget=seconds,
             statistics=statistics,
             checkpoint=heal_checkpoint,
+            also=None if beside is None else (lambda name: beside(name, network)),
             autocast=torch.bfloat16 if next(before.parameters()).dtype is torch.bfloat16 else None,
             **sampling,
         )

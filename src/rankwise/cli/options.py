@@ -139,8 +139,8 @@ def parse(kind: Any, text: str) -> Any:
         raise ValueError(f"must be {_type_name(kind)}, got {text!r}") from error
 
 
-def where_option(pattern: str | None) -> Where | None:
-    """Turn ``--where`` into a predicate on layer names.
+def where_option(pattern: str | None, flag: str = "--where") -> Where | None:
+    """Turn ``--where`` or the like into a predicate on names.
 
     Raises:
         ValueError: if it is not a regular expression.
@@ -150,7 +150,7 @@ def where_option(pattern: str | None) -> Where | None:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"--where is not a regular expression: {error}, got {pattern!r}.") from error
+        raise ValueError(f"{flag} is not a regular expression: {error}, got {pattern!r}.") from error
 
     def where(name: str, module: nn.Module) -> bool:
         return compiled.search(name) is not None

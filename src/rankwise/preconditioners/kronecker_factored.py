@@ -38,10 +38,10 @@ class KroneckerFactored(Preconditioner):
 
     lr: float = 0.1
     momentum: float = 0.9
-    input_damping: float = 0.1
-    output_damping: float = 0.1
-    trust: float = 0.001
-    others_lr: float = 0.001
+    input_damping: float = 100.0
+    output_damping: float = 10.0
+    trust: float = 0.01
+    others_lr: float = 0.002
     needs: ClassVar[tuple[type[Statistic], ...]] = (InputGram, OutputGradGram)
 
     def __post_init__(self) -> None:
