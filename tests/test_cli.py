@@ -317,3 +317,28 @@ def test_quickstart_ends_with_a_table(tmp_path, monkeypatch):
     shown = run("quickstart", "--smoke", "--out", tmp_path).stdout
     for word in ("keep-0.9", "MB", "prefill tokens/s", "1,234.50"):
         assert word in shown
+
+
+def test_healing_is_reported_beside_the_compression(folder, text, tmp_path):
+    words = small(folder, text, "--keep", 0.6, "--eval", f"words={text}", "--json", tmp_path / "r.json")
+    words += ["--heal", "3s", "--heal-checkpoint", tmp_path / "state", "--heal-also", "norm", "--max-tokens", 256]
+    result = run(*words)
+    assert "healed" in result.stdout, result.output
+    told = json.loads((tmp_path / "r.json").read_text())
+    looks = told["healing"]["looks"]
+    assert told["healing"]["held_out"] == {
+        "before": looks[0]["held_out"],
+        "after": min(x["held_out"] for x in looks),
+    }
+    assert set(told["perplexity"]["words"]) == {"dense", "compressed", "healed"}
+    assert (tmp_path / "state" / "healing.safetensors").is_file()
+
+
+@pytest.mark.parametrize("time", ["10", "0s", "m", "ten minutes"])
+def test_a_wrong_time_is_named(folder, text, time):
+    refused(run(*small(folder, text, "--heal", time)), "--heal takes a time such as 90s, 10m or 1h", time)
+
+
+@pytest.mark.parametrize("flag", ["--heal-checkpoint", "--heal-also"])
+def test_flags_about_healing_need_it(folder, text, flag):
+    refused(run(*small(folder, text, flag, "x")), f"{flag} needs --heal")

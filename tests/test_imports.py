@@ -12,14 +12,14 @@ LAYERS = [
     {"linalg"},
     {"matrices"},
     {"core"},
-    {"measures", "compressors", "allocators", "models"},
+    {"measures", "compressors", "allocators", "preconditioners", "models"},
     {"api"},
     {"quickstart"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 HEAVY = {"transformers", "matplotlib", "rich", "typer", "jinja2", "tokenizers", "huggingface_hub", "gguf"}
-LIGHT = ("linalg", "matrices", "core", "measures", "compressors", "allocators", "api")
+LIGHT = ("linalg", "matrices", "core", "measures", "compressors", "allocators", "preconditioners", "api")
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or path.stem in LEVEL)
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 MODEL = "smollm2-135m"
 FEWER = {
-    "compress": ["--calibration-tokens", "512", "--max-tokens", "1024"],
+    "compress": ["--calibration-tokens", "512", "--window", "128", "--max-tokens", "1024"],
     "evaluate": ["--max-tokens", "1024"],
 }
 
@@ -57,7 +57,8 @@ def test_command_lines_run(place: Path, monkeypatch: pytest.MonkeyPatch):
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("rankwise ")]
     assert len(lines) >= 5
     for line in lines:
-        words = [f"./{word}" if word == MODEL else word for word in shlex.split(line)[1:]]
+        shorter = {MODEL: f"./{MODEL}", "10m": "2s"}
+        words = [shorter.get(word, word) for word in shlex.split(line)[1:]]
         result = CliRunner().invoke(app, [*words, *FEWER.get(words[0], [])])
         assert result.exit_code == 0, f"{line}\n{result.output}"
     for name in ("spectra.json", "small.json", "small/config.json", "small/report.html"):

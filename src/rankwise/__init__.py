@@ -1,7 +1,7 @@
 """Inspect, compress, adapt, train and merge neural networks through the structure of their matrices."""
 
-from . import allocators, compressors, matrices, measures
-from .api import calibrate, compress, fold, inspect
+from . import allocators, compressors, matrices, measures, preconditioners
+from .api import calibrate, compress, fold, heal, inspect
 from .core.errors import CalibrationError
 from .core.report import Report
 from .core.surgery import StructuredLinear
@@ -19,10 +19,12 @@ __all__ = [
     "compressors",
     "evaluate",
     "fold",
+    "heal",
     "inspect",
     "load",
     "matrices",
     "measures",
+    "preconditioners",
     "save",
 ]
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,17 +15,20 @@ from .core import labels as label_kinds
 from .core.choices import UNITS, Allocator, Choices, Ladder, Unit, cost_of
 from .core.data import batches_of
 from .core.errors import CalibrationError
+from .core.fingerprint import digest_of, fingerprint
+from .core.healing import Healing, Plan, in_float32
 from .core.labels import Labels
 from .core.memory import peak_memory_bytes
-from .core.methods import Compressor, Measure
+from .core.methods import Compressor, Measure, Preconditioner
 from .core.progress import track
 from .core.report import Report
-from .core.statistics import Batch, Statistic, Statistics, collect
+from .core.statistics import Batch, Statistic, Statistics, call_of, collect
 from .core.surgery import Site, StructuredLinear, Where, replace, select, structured
 from .core.surgery import fold as fold_layers
 from .matrices import StructuredMatrix
 from .measures.spectral import SpectralMeasure, singular_values
 from .models import forget, sample
+from .preconditioners import KroneckerFactored
 
 Data = Literal["self"] | Tensor | Iterable[Batch] | Statistics
 
@@ -64,9 +68,7 @@ def calibrate(
     check_weights(sites)
     generator = Generator().manual_seed(seed)
     if isinstance(data, str):
-        if data != "self":
-            raise ValueError(f"data must be 'self', token ids or batches, got {data!r}; tokenize a text first.")
-        data = sample(model, tokens=tokens, window=window, seed=seed)
+        data = _sampled(model, data, tokens, window, seed)
         labels = labels or label_kinds.given
     batches = batches_of(data, window=window)
     chosen = labels or label_kinds.automatic
@@ -187,6 +189,135 @@ def compress(
     return Report(title, rows, "layers", totals, curves)
 
 
+def heal(
+    model: nn.Module,
+    reference: nn.Module,
+    *,
+    data: Literal["self"] | Tensor | Iterable[Batch] = "self",
+    method: Preconditioner | None = None,
+    budget: float = 600.0,
+    steps: int | None = None,
+    statistics: Statistics | None = None,
+    also: Callable[[str], bool] | None = None,
+    held_out: float = 0.1,
+    checkpoint: str | Path | None = None,
+    tokens: int = 24576,
+    window: int = 512,
+    rows: int = 4096,
+    every: int = 4,
+    patience: int = 4,
+    seed: int = 0,
+    autocast: torch.dtype | None = None,
+) -> Report:
+    """Train the stored numbers of a compressed model's matrices, in place, to agree with the model before.
+
+    The loss is KL(reference || model) per token, or half the squared distance per row where the outputs are
+    features. Part of the data is kept aside: training stops when the model gets no better on it, and what
+    was best there remains, which is the start where nothing was better. That holds after an interrupt or an
+    error, too. Models in half precision are kept in float32 meanwhile, and rounded at the end.
+
+    Args:
+        model: holds structured matrices; layers left dense do not change.
+        reference: the model before compression.
+        data: as in :func:`calibrate`; "self" samples from the reference.
+        method: from :mod:`rankwise.preconditioners`; None means the default.
+        budget: seconds, everything but the sampling of "self" counted.
+        steps: the largest number of steps. Only a run that ends by it, not by the clock, can be repeated exactly.
+        statistics: what the method needs, of the reference, from :func:`calibrate`; None collects it.
+        also: which other parameters to train, by name, such as ``lambda name: "norm" in name``; None means none.
+        held_out: share of the batches kept aside, in (0, 1).
+        checkpoint: a folder; the same call goes on from what is there, with the very numbers and the
+            time already spent.
+        tokens: as in :func:`calibrate`.
+        window: as in :func:`calibrate`.
+        rows: tokens (rows, samples) of a step.
+        every: steps between two looks at what was kept aside; each is followed by a checkpoint.
+        patience: stop after so many looks without a better one.
+        seed: of the order of the data, and as in :func:`calibrate`.
+        autocast: run float32 models in this type.
+
+    Returns:
+        a row for each look: step, seconds, rows seen, mean divergence while training and on what was kept aside.
+
+    Raises:
+        ValueError: if an argument is wrong, nothing is structured, numbers are not finite, or the checkpoint is
+            of another task or damaged.
+        CalibrationError: if the data is empty.
+    """
+    plan = Plan(
+        seconds=budget, steps=steps, rows=rows, every=every, patience=patience, seed=seed, autocast=autocast
+    )
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out must be > 0 and < 1, got {held_out}.")
+    method = method or KroneckerFactored()
+    layers: dict[int, tuple[str, StructuredLinear]] = {}
+    for name, layer in structured(model).items():
+        layers.setdefault(id(layer.matrix), (name, layer))
+    named = dict(layers.values())
+    if not named:
+        raise ValueError("the model has no structured matrix to heal; compress it first.")
+    if isinstance(data, str):
+        data = _sampled(reference, data, tokens, window, seed)
+    start = time.perf_counter()
+    batches = portions([data], window) if isinstance(data, Tensor) else batches_of(data)
+    train, held = _parted(batches, held_out, seed)
+    if statistics is None:
+        statistics = Statistics({}, 0.0, 0)
+        if method.needs:
+            statistics = calibrate(
+                reference,
+                method.needs,
+                data=train,
+                where=lambda name, layer: name in named,
+                seed=seed,
+                autocast=autocast,
+            )
+    matrices = {name: layer.matrix for name, layer in named.items()}
+    trained = {f"{n}.matrix.{k}": p for n, matrix in matrices.items() for k, p in matrix.named_parameters()}
+    known = {id(parameter) for parameter in trained.values()}
+    chosen = {n: p for n, p in model.named_parameters() if also is not None and also(n) and id(p) not in known}
+    biases = {name: layer.bias for name, layer in named.items() if layer.bias is not None}
+    biases = {name: bias for name, bias in biases.items() if any(bias is p for p in chosen.values())}
+    others = [p for p in chosen.values() if not any(p is bias for bias in biases.values())]
+    folder = None if checkpoint is None else Path(checkpoint)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    specs = {name: matrix.spec() for name, matrix in matrices.items()}
+    identity = [described(method), dataclasses.asdict(plan), specs, list(chosen), held_out, _digest(batches)]
+    with in_float32(model):
+        healing = Healing(
+            model,
+            reference,
+            trained | chosen,
+            method.optimizer(matrices, biases, others, statistics),
+            train,
+            held,
+            plan,
+            identity=f"{identity} {'' if folder is None else fingerprint(reference)}",
+            folder=folder,
+            started=start,
+        )
+        reason = healing.run()
+    progress = healing.progress
+    first = progress.history[0]["held_out"]
+    totals = {
+        "method": described(method),
+        "held_out": {"before": first, "after": progress.best},
+        "improved": progress.best < first,
+        "best_step": progress.best_step,
+        "steps": progress.step,
+        "rows": progress.rows,
+        "stopped": reason,
+        "trained": sum(p.numel() for p in healing.trained.values()),
+        "seconds": progress.history[-1]["seconds"],
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    change = (
+        f"{first:.4f} -> {progress.best:.4f} nats a row" if progress.best < first else "no better than the start"
+    )
+    return Report(f"healing, held-out divergence {change}; {reason}", progress.history, "looks", totals)
+
+
 def inspect(model: nn.Module, measures: Sequence[Measure] | None = None, *, where: Where | None = None) -> Report:
     """Measure every weight matrix of a model.
 
@@ -235,7 +366,7 @@ def check_weights(sites: Mapping[str, Site]) -> None:
             raise ValueError(f"layer {name}: its weight holds NaN or infinity; load a sound checkpoint.")
 
 
-def described(method: Compressor) -> dict[str, Any]:
+def described(method: Compressor | Preconditioner) -> dict[str, Any]:
     """Return the name and the fields of a method as JSON data; a method may hold others."""
     values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}  # pyright: ignore[reportArgumentType]
     return {"name": type(method).__name__} | {
@@ -269,6 +400,37 @@ def _statistics(
     return calibrate(
         model, method.needs, data=data, where=where, labels=labels, tokens=tokens, window=window, seed=seed
     )
+
+
+def _sampled(model: nn.Module, data: str, tokens: int, window: int, seed: int) -> Tensor:
+    if data != "self":
+        raise ValueError(f"data must be 'self', token ids or batches, got {data!r}; tokenize a text first.")
+    return sample(model, tokens=tokens, window=window, seed=seed)
+
+
+def portions(texts: Sequence[Tensor], window: int) -> list[Batch]:
+    """Cut texts of token ids into batches to heal with: at most 1024 tokens each, and about twenty or more."""
+    together = min(1024, sum(ids.numel() for ids in texts) // 20)
+    return [batch for ids in texts for batch in batches_of(ids, window=window, tokens=together)]
+
+
+def _parted(batches: Sequence[Batch], share: float, seed: int) -> tuple[list[Batch], list[Batch]]:
+    """Keep a share of the batches aside, at least one, chosen at random."""
+    if len(batches) < 2:
+        raise CalibrationError(
+            "healing needs two batches or more, one of them to judge by; give more data, or a shorter window."
+        )
+    order = torch.randperm(len(batches), generator=Generator().manual_seed(seed)).tolist()
+    aside = set(order[: min(max(round(share * len(batches)), 1), len(batches) - 1)])
+    parts = [batch for i, batch in enumerate(batches) if i not in aside]
+    return parts, [batches[i] for i in sorted(aside)]
+
+
+def _digest(batches: Sequence[Batch]) -> str:
+    """Hash the tensors of batches."""
+    arguments = [call_of(batch, torch.device("cpu")) for batch in batches]
+    values = {f"{i} {k}": v for i, (a, o) in enumerate(arguments) for k, v in [*enumerate(a), *o.items()]}
+    return digest_of({key: value for key, value in values.items() if isinstance(value, Tensor)})
 
 
 def _choices(name: str, site: Site, method: Compressor, statistics: Statistics) -> Choices:

@@ -1,5 +1,6 @@
 """``rankwise compress``."""
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..core.report import Report
 from ..models.texts import tokens
 from .app import app, say
 from .files import Text, check_file, check_folder, data_texts, named_texts, write_report
-from .options import at_least, build_mix, pick, registry, where_option
+from .options import at_least, build_mix, duration, pick, registry, where_option
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -43,6 +44,17 @@ def compress(
     eval_: Annotated[list[str] | None, typer.Option("--eval", help="NAME=FILE, topics or python.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Evaluate on the last so many tokens of a text.")] = 16384,
     eval_window: Annotated[int, typer.Option(help="Length of an evaluation window.")] = 1024,
+    heal: Annotated[
+        str | None,
+        typer.Option(help="Train the new matrices so long, such as 90s or 10m, to agree with the model."),
+    ] = None,
+    heal_method: Annotated[str, typer.Option(help="See `rankwise list`.")] = "kronecker-factored",
+    heal_also: Annotated[
+        str | None, typer.Option(help="Regular expression on other parameters to train, such as norm or bias.")
+    ] = None,
+    heal_checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder from which a stopped --heal goes on.")
+    ] = None,
     where: Annotated[str | None, typer.Option(help="Regular expression on layer names.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     seed: Annotated[int, typer.Option(help="For sampled sequences and labels.")] = 0,
@@ -60,7 +72,7 @@ def compress(
         ("--eval-window", eval_window, 2),
     ):
         at_least(flag, value, least)
-    from .. import allocators, compressors
+    from .. import allocators, compressors, preconditioners
     from ..core import labels as kinds
 
     unit: Unit = pick("--of", of, {name: name for name in UNITS})
@@ -72,6 +84,12 @@ def compress(
     )
     layers = where_option(where)
     precision = pick("--dtype", dtype, DTYPES)
+    seconds = None if heal is None else duration("--heal", heal)
+    healer = pick("--heal-method", heal_method, registry(preconditioners))()
+    beside = where_option(heal_also, "--heal-also")
+    for flag, value in (("--heal-checkpoint", heal_checkpoint), ("--heal-also", heal_also)):
+        if heal is None and value is not None:
+            raise ValueError(f"{flag} needs --heal, such as --heal 10m.")
     check_folder("--out", out)
     check_file("--json", json)
     html_at = html or (None if out is None else out / "report.html")
@@ -88,23 +106,47 @@ def compress(
     sizes = {"dense": models.sizes(network)}
     dense = _perplexities(network, tokenizer, tails, eval_window, "the dense model")
     say(f"compressing with {method} to keep {keep:g} of the {unit}")
+    source: Any = batches if calibration else "self"
+    sampling: Any = {"tokens": calibration_tokens, "window": window, "seed": seed}
+    needs = [*chosen.needs, *(() if seconds is None else healer.needs)]
+    statistics = (
+        api.calibrate(network, needs, data=source, where=layers, labels=gradients, **sampling) if needs else None
+    )
+    before = None if seconds is None else copy.deepcopy(network)
     report = api.compress(
         network,
         chosen,
         keep=keep,
-        data=batches if calibration else "self",
+        data=source if statistics is None else statistics,
         of=unit,
         allocate=allocator,
         where=layers,
-        labels=gradients,
-        tokens=calibration_tokens,
-        window=window,
-        seed=seed,
     )
-    after = _perplexities(network, tokenizer, tails, eval_window, "the compressed model")
+    after = {"compressed": _perplexities(network, tokenizer, tails, eval_window, "the compressed model")}
+    healing: dict[str, Any] = {}
+    if before is not None and seconds is not None:
+        say(f"healing for {heal} with {heal_method}")
+        healed = api.heal(
+            network,
+            before,
+            data=api.portions(heads, window) if heads else "self",
+            method=healer,
+            budget=seconds,
+            statistics=statistics,
+            checkpoint=heal_checkpoint,
+            also=None if beside is None else (lambda name: beside(name, network)),
+            autocast=torch.bfloat16 if next(before.parameters()).dtype is torch.bfloat16 else None,
+            **sampling,
+        )
+        say(healed.title)
+        healing = {"healing": healed.to_dict()}
+        after["healed"] = _perplexities(network, tokenizer, tails, eval_window, "the healed model")
     totals: dict[str, Any] = {
         **report.totals,
-        "perplexity": {name: {"dense": dense[name], "compressed": after[name]} for name in tails},
+        **healing,
+        "perplexity": {
+            name: {"dense": dense[name]} | {stage: after[stage][name] for stage in after} for name in tails
+        },
         "sizes": sizes | {"compressed": models.sizes(network)},
         "predicted_file_bytes": models.predicted_bytes(network),
     }
@@ -156,7 +198,7 @@ def summary(report: Report) -> str:
         "keep        " + "  ".join(f"{k} {v:.4f}" for k, v in report.totals["keep"].items()),
     ]
     for name, each in report.totals["perplexity"].items():
-        lines.append(f"perplexity  {name}: dense {each['dense']:.3f}, compressed {each['compressed']:.3f}")
+        lines.append(f"perplexity  {name}: " + ", ".join(f"{stage} {value:.3f}" for stage, value in each.items()))
     if "file_bytes" in report.totals:
         lines.append(f"file        {report.totals['file_bytes'] / 1e6:.1f} MB")
     lines.append("seconds     " + "  ".join(f"{k} {v:.1f}" for k, v in report.totals["seconds"].items()))

@@ -14,11 +14,12 @@ from .options import describe, registry
 @app.command("list")
 def methods() -> None:
     """Print every method, allocator and measure, with the fields that --set takes."""
-    from .. import allocators, compressors, measures
+    from .. import allocators, compressors, measures, preconditioners
 
     sections: dict[str, ModuleType] = {
         "Methods (compress --method NAME --set field=value)": compressors,
         "Allocators (compress --allocate NAME)": allocators,
+        "Preconditioners (compress --heal TIME --heal-method NAME)": preconditioners,
         "Measures (inspect)": measures,
     }
     for title, package in sections.items():

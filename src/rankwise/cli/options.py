@@ -139,8 +139,8 @@ def parse(kind: Any, text: str) -> Any:
         raise ValueError(f"must be {_type_name(kind)}, got {text!r}") from error
 
 
-def where_option(pattern: str | None) -> Where | None:
-    """Turn ``--where`` into a predicate on layer names.
+def where_option(pattern: str | None, flag: str = "--where") -> Where | None:
+    """Turn ``--where`` or the like into a predicate on names.
 
     Raises:
         ValueError: if it is not a regular expression.
@@ -150,12 +150,25 @@ def where_option(pattern: str | None) -> Where | None:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"--where is not a regular expression: {error}, got {pattern!r}.") from error
+        raise ValueError(f"{flag} is not a regular expression: {error}, got {pattern!r}.") from error
 
     def where(name: str, module: nn.Module) -> bool:
         return compiled.search(name) is not None
 
     return where
+
+
+def duration(flag: str, text: str) -> float:
+    """Read a time such as 90s, 10m or 1.5h, in seconds.
+
+    >>> duration("--heal", "90s"), duration("--heal", "1.5h")
+    (90.0, 5400.0)
+    """
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
+    if found is None or not float(found[1]) > 0:
+        raise ValueError(f"{flag} takes a time such as 90s, 10m or 1h, got {text!r}.")
+    return float(found[1]) * units[found[2]]
 
 
 def at_least(flag: str, value: int | None, least: int) -> None:

@@ -19,13 +19,12 @@ Labels = Callable[[Any, Any, Generator], Tensor]
 
 def automatic(output: Any, batch: Any, generator: Generator) -> Tensor:
     """Use :func:`sampled` where the output is logits, and :func:`gaussian` where it is features."""
-    logits = isinstance(output, Tensor) or "logits" in output
-    return (sampled if logits else gaussian)(output, batch, generator)
+    return (sampled if has_logits(output) else gaussian)(output, batch, generator)
 
 
 def sampled(output: Any, batch: Any, generator: Generator) -> Tensor:
     """Draw each label from the model's own distribution: the true Fisher information."""
-    logits = _unpadded(_logits(output), batch)
+    logits = unpadded(logits_of(output), batch)
     with torch.no_grad():
         uniform = torch.rand(len(logits), 1, generator=generator).to(logits.device)
         drawn = draw_categorical(logits, uniform)[:, 0]
@@ -37,7 +36,7 @@ def given(output: Any, batch: Any, generator: Generator) -> Tensor:
 
     For sequences sampled from the model itself these are also labels drawn from the model.
     """
-    logits = _logits(output)
+    logits = logits_of(output)
     if isinstance(batch, Mapping) and "labels" in batch:
         shift = logits.dim() == 3
         target = batch["labels"][:, 1:] if shift else batch["labels"]
@@ -63,13 +62,27 @@ def gaussian(output: Any, batch: Any, generator: Generator) -> Tensor:
 
     All floating-point tensors of the output count, such as an encoder's hidden states and its pooled ones.
     """
-    outputs = [output] if isinstance(output, Tensor) else list(output.values())
-    features = [each for each in outputs if isinstance(each, Tensor) and each.is_floating_point()]
-    rows = torch.cat([_unpadded(each.float(), batch).flatten() for each in features])
+    rows = torch.cat([each.flatten() for each in features_of(output, batch)])
     return (rows * torch.randn(rows.shape, generator=generator).to(rows.device)).sum()
 
 
-def _logits(output: Any) -> Tensor:
+def features_of(output: Any, batch: Any) -> list[Tensor]:
+    """Return every floating-point tensor of a model's output in float32 without padding, each (t, k)."""
+    outputs = [output] if isinstance(output, Tensor) else list(output.values())
+    return [unpadded(e.float(), batch) for e in outputs if isinstance(e, Tensor) and e.is_floating_point()]
+
+
+def has_logits(output: Any) -> bool:
+    """Whether an output is logits or names some; a lone tensor counts as logits."""
+    return isinstance(output, Tensor) or "logits" in output
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the logits of a model's output in float32.
+
+    Raises:
+        ValueError: if it has none.
+    """
     if isinstance(output, Tensor):
         return output.float()
     if "logits" not in output:
@@ -77,7 +90,8 @@ def _logits(output: Any) -> Tensor:
     return output["logits"].float()
 
 
-def _unpadded(rows: Tensor, batch: Any) -> Tensor:
+def unpadded(rows: Tensor, batch: Any) -> Tensor:
+    """Flatten (..., k) to (t, k), without what the batch's ``attention_mask`` marks as padding."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if mask is not None and mask.shape == rows.shape[:-1]:
         return rows[mask.bool().to(rows.device)]

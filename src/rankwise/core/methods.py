@@ -1,12 +1,15 @@
 """What a method is: a frozen dataclass with one function of tensors."""
 
 import abc
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from ..matrices import StructuredMatrix
 from .choices import Choices
-from .statistics import Statistic, Stats
+from .statistics import Statistic, Statistics, Stats
 
 
 class Compressor(abc.ABC):
@@ -32,3 +35,25 @@ class Measure(abc.ABC):
     @abc.abstractmethod
     def __call__(self, weight: Tensor, stats: Stats) -> dict[str, float | None]:
         """Measure an (m, n) weight; a number that is not defined is None."""
+
+
+class Preconditioner(abc.ABC):
+    """Turns gradients into steps: makes the optimiser that trains structured matrices.
+
+    ``needs`` names the statistics that it reads of each layer.
+    """
+
+    needs: ClassVar[tuple[type[Statistic], ...]] = ()
+
+    @abc.abstractmethod
+    def optimizer(
+        self,
+        matrices: Mapping[str, StructuredMatrix],
+        biases: Mapping[str, nn.Parameter],
+        others: Sequence[nn.Parameter],
+        statistics: Statistics,
+    ) -> torch.optim.Optimizer:
+        """Return an optimiser over all parameters of the matrices, their layers' biases, and the others.
+
+        Matrices and biases come by layer name, and so do the statistics.
+        """

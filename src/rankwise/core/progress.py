@@ -1,7 +1,8 @@
 """A progress bar for long loops: shown on a terminal, silent in a pipe."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -22,3 +23,17 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
     from rich.progress import track as bar
 
     yield from bar(items, description, total=total, console=Console(stderr=True), transient=True)
+
+
+@contextmanager
+def gauge(description: str) -> Iterator[Callable[[float, str], None]]:
+    """Give a function that shows a share in [0, 1] and a few words, if standard error is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda share, words: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(description, total=1.0)
+        yield lambda share, words: progress.update(task, completed=share, description=f"{description}: {words}")

@@ -260,7 +260,7 @@ class _Watch:
 
 
 @contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Put a model in evaluation mode without parameter gradients, and put everything back."""
     training = {module: module.training for module in model.modules()}
     gradients = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -315,9 +315,9 @@ def collect(
     device = next(model.parameters()).device
     cast = torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None)
     try:
-        with _frozen(model), torch.set_grad_enabled(watch.gradients):
+        with frozen(model), torch.set_grad_enabled(watch.gradients):
             for batch in track(batches, "statistics", total):
-                arguments, options = _call(batch, device)
+                arguments, options = call_of(batch, device)
                 mask = options.get("attention_mask")
                 watch.begin(mask.bool() if mask is not None else None)
                 with cast:
@@ -338,7 +338,9 @@ def collect(
     return Statistics(watch.layers, time.perf_counter() - start, peak_memory_bytes())
 
 
-def _call(batch: Batch, device: torch.device) -> tuple[list[Any], dict[str, Any]]:
+def call_of(batch: Batch, device: torch.device) -> tuple[list[Any], dict[str, Any]]:
+    """Return the positional and keyword arguments that feed a batch to a model on a device."""
+
     def move(value: Any) -> Any:
         return value.to(device) if isinstance(value, Tensor) else value
 
