@@ -5,6 +5,7 @@ from .fisher_svd import FisherSvd
 from .gptq import Gptq
 from .gptq_plus_low_rank import GptqPlusLowRank
 from .kronecker_factored_pruning import KroneckerFactoredPruning
+from .kronecker_factored_rounding import KroneckerFactoredRounding
 from .kronecker_factored_svd import KroneckerFactoredSvd
 from .mixed import Mixed
 from .orthogonal_dictionary import OrthogonalDictionary
@@ -17,6 +18,7 @@ __all__ = [
     "Gptq",
     "GptqPlusLowRank",
     "KroneckerFactoredPruning",
+    "KroneckerFactoredRounding",
     "KroneckerFactoredSvd",
     "Mixed",
     "OrthogonalDictionary",

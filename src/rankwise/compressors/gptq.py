@@ -2,19 +2,12 @@
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from ..core.choices import Choices
-from ..core.statistics import Stats
-from ..linalg import metric_norm
-from ..matrices import Quantized, StructuredMatrix
-from .low_bit import LowBit
+from .low_bit import Feedback
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gptq(LowBit):
-    """Round the weight to integers of few bits, so that the loss changes little.
+class Gptq(Feedback):
+    """Round the weight to integers of few bits, so that the layer's outputs change little.
 
     Codes are chosen in the metric C = E[x x'], column by column with feedback; the error reported, and weighed
     against other layers', is 1/2 tr(S D C D').
@@ -30,26 +23,3 @@ class Gptq(LowBit):
     References: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
         Transformers", ICLR 2023, arXiv 2210.17323. Bits are shared out between layers by the allocator.
     """
-
-    def choices(self, weight: Tensor, stats: Stats) -> Choices:
-        """Offer several widths, or one."""
-        m, n = weight.shape
-        widths = [2, 3, 4, 5, 6, 8] if self.bits is None else [self.bits]
-        metrics = self.metrics(stats)
-        changes = [weight.double() - self.rounded(weight, metrics[1], bits).dense().double() for bits in widths]
-        floats, codes = torch.tensor([Quantized.stored(m, n, bits, self.group) for bits in widths]).unbind(1)
-
-        def build(i: int) -> StructuredMatrix:
-            return self.quantized(self.rounded(weight, self.metrics(stats)[1], widths[i]), widths[i])
-
-        return Choices(
-            costs={
-                "params": floats + m * n,
-                "bytes": floats * weight.element_size() + codes,
-                "macs": torch.full_like(floats, m * n),
-            },
-            errors=torch.tensor([self.scale * metric_norm(change, *metrics) for change in changes]).double(),
-            total=self.scale * metric_norm(weight, *metrics),
-            build=build,
-            error_of=self.error_of(stats),
-        )

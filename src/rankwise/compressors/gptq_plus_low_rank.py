@@ -9,11 +9,11 @@ from ..core.choices import Choices
 from ..core.statistics import Stats
 from ..linalg import metric_norm, metric_svd, truncated_factors
 from ..matrices import LowRank, Quantized, StructuredMatrix, Sum
-from .low_bit import LowBit
+from .low_bit import Feedback
 
 
 @dataclass(frozen=True, kw_only=True)
-class GptqPlusLowRank(LowBit):
+class GptqPlusLowRank(Feedback):
     """Round the weight as :class:`Gptq` does, and add the best matrix of low rank for the loss to the result.
 
     Args:
@@ -49,7 +49,7 @@ class GptqPlusLowRank(LowBit):
         ranks = torch.arange(step, max(int(self.largest * full), step) + 1, step)
         kind, errors, floats, codes = [], [], [], []
         for bits in [2, 3, 4] if self.bits is None else [self.bits]:
-            residual = weight.double() - self.rounded(weight, metrics[1], bits).dense().double()
+            residual = weight.double() - self.rounded(weight, metrics, bits).dense().double()
             u, s = metric_svd(residual, *metrics)
             u = u[:, : int(ranks[-1])].to(torch.promote_types(weight.dtype, torch.float32))
             energy = self.scale * s.square()
@@ -61,10 +61,10 @@ class GptqPlusLowRank(LowBit):
 
         def build(i: int) -> StructuredMatrix:
             bits, u, r = kind[i]
-            outputs, inputs = self.metrics(stats)
-            rounded = self.rounded(weight, inputs, bits)
+            metrics = self.metrics(stats)
+            rounded = self.rounded(weight, metrics, bits)
             residual = weight.double() - rounded.dense().double()
-            factors = truncated_factors(residual, outputs, u[:, :r])
+            factors = truncated_factors(residual, metrics[0], u[:, :r])
             return Sum(self.quantized(rounded, bits), LowRank.from_factors(*factors).to(weight.dtype))
 
         numbers = torch.cat(floats)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..core.choices import Choices
 from ..core.statistics import Stats
-from ..linalg import Splitting, largest, metric_norm
+from ..linalg import Splitting, largest, metric_norm, parabola
 from ..matrices import Sparse, StructuredMatrix
 from .loss_metric import LossMetric
 
@@ -62,7 +62,10 @@ class KroneckerFactoredPruning(LossMetric):
         exact = kept if len(kept) == 1 or weight.numel() < SMALL else [entries(share) for share in FITTED]
         fitted = torch.tensor([splitting.error(self._fit(splitting, count)) for count in exact]).double()
         numbers = torch.tensor(kept)
-        errors = fitted if exact is kept else between(torch.tensor(exact), fitted, numbers, weight.numel())
+        errors = fitted
+        if exact is not kept:  # the logarithm of the error is near a parabola over the logit of what is removed
+            x, at = ((1 - each.double() / weight.numel()).logit() for each in (torch.tensor(exact), numbers))
+            errors = parabola(x, fitted.clamp_min(torch.finfo(torch.float64).tiny).log(), at).exp()
         return Choices(
             costs={
                 "params": numbers + (bitmap + 1) // 2,
@@ -84,22 +87,3 @@ class KroneckerFactoredPruning(LossMetric):
         values = self._fit(splitting, kept)
         places = largest(values, kept).bool()
         return Sparse.from_dense(splitting.plain(values).to(weight.dtype), places)
-
-
-def between(fitted: Tensor, errors: Tensor, kept: Tensor, total: int) -> Tensor:
-    """Predict errors from those of three fits.
-
-    The logarithm of the error is taken as a parabola over the logit of the share of entries removed.
-
-    Args:
-        fitted: (3,) how many entries the fits kept.
-        errors: (3,) theirs.
-        kept: (k,) the sizes in question.
-        total: how many entries there are.
-    """
-
-    def powers(entries: Tensor) -> Tensor:
-        return torch.vander((1 - entries.double() / total).logit(), 3)
-
-    logs = errors.clamp_min(torch.finfo(torch.float64).tiny).log()
-    return (powers(kept) @ torch.linalg.solve(powers(fitted), logs)).exp()

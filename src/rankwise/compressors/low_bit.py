@@ -1,27 +1,35 @@
 """What methods share that store a weight in integers of few bits."""
 
+import abc
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from ..linalg import Metric, Rounded, round_to_grid
-from ..matrices import Quantized
+from ..core.choices import Choices
+from ..core.statistics import Stats
+from ..linalg import Metric, Rounded, metric_norm, parabola, round_to_grid
+from ..matrices import Quantized, StructuredMatrix
 from .loss_metric import LossMetric
+
+WIDTHS = (2, 3, 4, 5, 6, 8)
+FITTED = (2, 4, 6)
+SMALL = 65536  # numbers; smaller weights are rounded to all widths to know the errors
 
 
 @dataclass(frozen=True, kw_only=True)
 class LowBit(LossMetric):
     """What methods share that store a weight in integers of few bits, some columns of a row to a group.
 
+    The errors of large weights are predicted from those of three widths.
+
     Args:
-        bits: 1 ... 8; None offers several.
+        bits: 1 ... 8; None offers 2, 3, 4, 5, 6 and 8.
         group: how many columns of a row share a scale and an offset.
-        feedback: whether later columns make up for the rounding of earlier ones; False rounds to nearest.
     """
 
     bits: int | None = None
     group: int = 64
-    feedback: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -30,13 +38,61 @@ class LowBit(LossMetric):
         if self.group < 1:
             raise ValueError(f"group must be >= 1, got {self.group}.")
 
-    def rounded(self, weight: Tensor, inputs: Metric, bits: int) -> Rounded:
-        """Round an (m, n) weight in the metric C."""
-        return round_to_grid(
-            weight, inputs, bits=bits, group=self.group, dtype=weight.dtype, feedback=self.feedback
-        )
+    @abc.abstractmethod
+    def rounded(self, weight: Tensor, metrics: tuple[Metric, Metric], bits: int) -> Rounded:
+        """Round an (m, n) weight in the metrics S and C."""
 
     def quantized(self, rounded: Rounded, bits: int) -> Quantized:
         """Pack what :meth:`rounded` returned."""
         codes, scale, offset = rounded.codes, rounded.scale, rounded.offset
         return Quantized.from_codes(codes, scale, offset, bits=bits, group=self.group)
+
+    def choices(self, weight: Tensor, stats: Stats) -> Choices:
+        """Offer several widths, or one."""
+        m, n = weight.shape
+        metrics = self.metrics(stats)
+        widths = WIDTHS if self.bits is None else (self.bits,)
+        exact = widths if len(widths) == 1 or weight.numel() < SMALL else FITTED
+        fitted = torch.tensor(
+            [
+                metric_norm(weight.double() - self.rounded(weight, metrics, bits).dense().double(), *metrics)
+                for bits in exact
+            ]
+        ).double()
+        errors = fitted
+        if exact is not widths:  # each further bit halves the rounding, as far as the grid fits the numbers
+            logs = fitted.clamp_min(torch.finfo(torch.float64).tiny).log()
+            errors = parabola(torch.tensor(exact), logs, torch.tensor(widths)).exp()
+        floats, codes = torch.tensor([Quantized.stored(m, n, bits, self.group) for bits in widths]).unbind(1)
+
+        def build(i: int) -> StructuredMatrix:
+            return self.quantized(self.rounded(weight, self.metrics(stats), widths[i]), widths[i])
+
+        return Choices(
+            costs={
+                "params": floats + m * n,
+                "bytes": floats * weight.element_size() + codes,
+                "macs": torch.full_like(floats, m * n),
+            },
+            errors=self.scale * errors,
+            total=self.scale * metric_norm(weight, *metrics),
+            build=build,
+            error_of=self.error_of(stats),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feedback(LowBit):
+    """What methods share that round column by column.
+
+    Args:
+        feedback: whether later columns make up for the rounding of earlier ones; False rounds to nearest.
+    """
+
+    feedback: bool = True
+
+    def rounded(self, weight: Tensor, metrics: tuple[Metric, Metric], bits: int) -> Rounded:
+        """Round an (m, n) weight in the metric C."""
+        return round_to_grid(
+            weight, metrics[1], bits=bits, group=self.group, dtype=weight.dtype, feedback=self.feedback
+        )

@@ -56,7 +56,7 @@ def round_to_grid(
     order, upper = _elimination(metric, n, weight.device)
     importance = upper.square().sum(0)[order.argsort()].reciprocal()  # 1 / C^-1_jj: the rest is made up for
     left = weight.double()
-    scale, offset = _grids(left, importance, bits, group, dtype)
+    scale, offset = choose_grids(left, importance, bits, group, dtype)
     left = left[:, order]
     codes = torch.empty(m, n, dtype=torch.uint8, device=weight.device)
     for low in range(0, n, BLOCK):
@@ -65,7 +65,7 @@ def round_to_grid(
         for j in range(low, high):
             column = int(order[j])
             a, b = scale[:, column // group], offset[:, column // group]
-            code = _codes(left[:, j], a, b, bits)
+            code = nearest_codes(left[:, j], a, b, bits)
             codes[:, column] = code.to(torch.uint8)
             if feedback:
                 errors[:, j - low] = (left[:, j] - (a * code + b)) / upper[j, j]
@@ -90,12 +90,22 @@ def _elimination(inputs: Metric, n: int, device: torch.device) -> tuple[Tensor, 
     return order, torch.linalg.cholesky(torch.cholesky_inverse(root)[order][:, order], upper=True)
 
 
-def _grids(
+def choose_grids(
     weight: Tensor, importance: Tensor, bits: int, group: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Choose scale and offset (m, groups), rounded to ``dtype``.
+    """Choose a grid of 2^bits values for each group of columns of a row.
 
-    They span the range of a group, or the middle of it, whichever errs least.
+    It spans the range of the group, or the middle of it, whichever errs least when rounded to nearest.
+
+    Args:
+        weight: (m, n), float64.
+        importance: (n,) of a squared error in each column.
+        bits: 1 ... 8.
+        group: how many columns share a grid.
+        dtype: to whose numbers scale and offset are rounded.
+
+    Returns:
+        scale and offset, (m, ceil(n / group)) float64.
     """
     m, n = weight.shape
     groups = -(-n // group)
@@ -110,12 +120,13 @@ def _grids(
         a = ((high - low - 2 * cut) / (2**bits - 1)).to(dtype).double()
         a = torch.where(a > 0, a, torch.ones_like(a))
         b = (low + cut).to(dtype).double()
-        rounded = a[..., None] * _codes(values, a[..., None], b[..., None], bits) + b[..., None]
+        rounded = a[..., None] * nearest_codes(values, a[..., None], b[..., None], bits) + b[..., None]
         error = ((values - rounded).square() * weights).sum(-1)
         better = error < best
         best, scale, offset = (torch.where(better, *pair) for pair in ((error, best), (a, scale), (b, offset)))
     return scale, offset
 
 
-def _codes(values: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
+def nearest_codes(values: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
+    """Return the codes, in floating point, whose ``scale * code + offset`` are nearest to values."""
     return ((values - offset) / scale).round().clamp(0, 2**bits - 1)
