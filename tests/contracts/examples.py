@@ -14,6 +14,7 @@ from rankwise.matrices import (
     Product,
     Quantized,
     Scaled,
+    SemiSparse,
     Sparse,
     StructuredMatrix,
     Sum,
@@ -48,6 +49,7 @@ EXAMPLES: dict[str, Callable[[], StructuredMatrix]] = {
     "Product": _product,
     "Quantized": _quantized,
     "Scaled": lambda: Scaled(_sum(), -0.3),
+    "SemiSparse": lambda: SemiSparse.from_dense(draw(5, 6), kept=2, group=3),
     "Sparse": lambda: Sparse.from_dense(draw(5, 4) * (draw(5, 4, seed=1) > 0)),
     "Sum": _sum,
 }

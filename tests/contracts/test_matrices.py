@@ -113,6 +113,7 @@ def test_macs_are_the_multiplications_of_forward():
         "Product": 0 + 5 + 14,
         "Quantized": 20,
         "Scaled": 20 + 18 + 5,
+        "SemiSparse": 5 * 4,
         "Sparse": EXAMPLES["Sparse"]().params - 3,
         "Sum": 20 + 18,
     }
@@ -161,6 +162,9 @@ def test_nested_expressions_round_trip():
         ({"kind": "PivotedLowRank", "shape": [3, 2], "rank": "1"}, "positive integer 'rank'"),
         ({"kind": "PivotedLowRank", "shape": [3, 2], "rank": 1}, "side"),
         ({"kind": "PivotedLowRank", "shape": [3, 2], "rank": 1, "side": ["rows"]}, "side"),
+        ({"kind": "SemiSparse", "shape": [3, 6], "group": 4, "kept": 2}, "divide"),
+        ({"kind": "SemiSparse", "shape": [3, 8], "group": 4, "kept": 5}, "kept must be <="),
+        ({"kind": "SemiSparse", "shape": [3, 8], "group": 4, "kept": 4}, "1 <= kept < group"),
         ({"kind": "Diagonal", "size": None}, "positive integer 'size'"),
         ({"kind": "Permutation", "shape": [2, 2]}, "positive integer 'size'"),
         ({"kind": "Sum"}, "members"),

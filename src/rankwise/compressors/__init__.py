@@ -1,6 +1,7 @@
 """Methods that replace a weight by a smaller structured matrix; one a file."""
 
 from .activation_aware_svd import ActivationAwareSvd
+from .cospadi import CoSpaDi
 from .fisher_svd import FisherSvd
 from .gptq import Gptq
 from .gptq_plus_low_rank import GptqPlusLowRank
@@ -12,6 +13,7 @@ from .whitened_svd import WhitenedSvd
 
 __all__ = [
     "ActivationAwareSvd",
+    "CoSpaDi",
     "FisherSvd",
     "Gptq",
     "GptqPlusLowRank",

@@ -48,7 +48,9 @@ class Gptq(LowBit):
                 "bytes": floats * weight.element_size() + codes,
                 "macs": torch.full_like(floats, m * n),
             },
-            errors=torch.tensor([self.scale * metric_norm(change, *metrics) for change in changes]).double(),
+            errors=torch.tensor(
+                [self.scale * metric_norm(change, *metrics) for change in changes], dtype=torch.float64
+            ),
             total=self.scale * metric_norm(weight, *metrics),
             build=build,
             error_of=self.error_of(stats),

@@ -1,17 +1,27 @@
 """Pure functions on tensors."""
 
 from .categorical import draw_categorical
-from .dictionary import orthogonal_dictionary
+from .dictionary import learned_dictionary, orthogonal_dictionary
+from .entries import fit_entries
 from .interpolative import interpolative_rows
+from .k_svd import k_svd
+from .masks import largest, largest_in_groups
 from .metric import Metric, metric_norm, metric_svd, truncated_factors
 from .packing import pack, packed_bytes, unpack
 from .rounding import Rounded, round_to_grid
+from .sparse_coding import matching_pursuit
 
 __all__ = [
     "Metric",
     "Rounded",
     "draw_categorical",
+    "fit_entries",
     "interpolative_rows",
+    "k_svd",
+    "largest",
+    "largest_in_groups",
+    "learned_dictionary",
+    "matching_pursuit",
     "metric_norm",
     "metric_svd",
     "orthogonal_dictionary",

@@ -13,6 +13,7 @@ from .expressions import Product, Scaled, Sum
 from .low_rank import LowRank, PivotedLowRank
 from .permutation import Permutation
 from .quantized import Quantized
+from .semi_sparse import SemiSparse
 from .sparse import Sparse
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Product",
     "Quantized",
     "Scaled",
+    "SemiSparse",
     "Sparse",
     "StructuredMatrix",
     "Sum",
