@@ -12,7 +12,7 @@ LAYERS = [
     {"linalg"},
     {"matrices"},
     {"core"},
-    {"measures", "compressors", "allocators", "models"},
+    {"measures", "compressors", "allocators", "starts", "models"},
     {"api"},
     {"quickstart"},
     {"cli"},

@@ -1,7 +1,7 @@
 """Inspect, compress, adapt, train and merge neural networks through the structure of their matrices."""
 
-from . import allocators, compressors, matrices, measures
-from .api import calibrate, compress, fold, inspect
+from . import allocators, compressors, matrices, measures, starts
+from .api import calibrate, compress, fold, initialise, inspect, trainable_low_rank
 from .core.errors import CalibrationError
 from .core.report import Report
 from .core.surgery import StructuredLinear
@@ -19,11 +19,14 @@ __all__ = [
     "compressors",
     "evaluate",
     "fold",
+    "initialise",
     "inspect",
     "load",
     "matrices",
     "measures",
     "save",
+    "starts",
+    "trainable_low_rank",
 ]
 
 register_when_ready()

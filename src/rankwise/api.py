@@ -16,13 +16,13 @@ from .core.data import batches_of
 from .core.errors import CalibrationError
 from .core.labels import Labels
 from .core.memory import peak_memory_bytes
-from .core.methods import Compressor, Measure
+from .core.methods import Compressor, Measure, Start
 from .core.progress import track
 from .core.report import Report
 from .core.statistics import Batch, Statistic, Statistics, collect
 from .core.surgery import Site, StructuredLinear, Where, replace, select, structured
 from .core.surgery import fold as fold_layers
-from .matrices import StructuredMatrix
+from .matrices import LowRank, PivotedLowRank, StructuredMatrix
 from .measures.spectral import SpectralMeasure, singular_values
 from .models import forget, sample
 
@@ -226,6 +226,91 @@ def fold(model: nn.Module) -> nn.Module:
     folded = fold_layers(model)
     forget(folded)
     return folded
+
+
+def initialise(model: nn.Module, start: Start, *, where: Where | None = None, seed: int = 0) -> Report:
+    """Replace the weights of a model by structured ones to train from scratch, in place; their values are lost.
+
+    Args:
+        model: any module, freshly made.
+        start: from :mod:`rankwise.starts`.
+        where: which layers; None selects all weight matrices but embeddings and output heads.
+        seed: of all random numbers; the same in every process of a distributed run.
+
+    Raises:
+        ValueError: if no layer is selected.
+
+    >>> from torch import nn
+    >>> net = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8))
+    >>> from rankwise import starts
+    >>> report = initialise(net, starts.SparsePlusLowRankStart(rank=4))
+    >>> [row["params_after"] for row in report.rows]
+    [820, 326]
+    """
+    if not isinstance(start, Start):
+        raise TypeError(f"start must be an object from rankwise.starts, got {start!r}.")
+    sites, generator = select(model, where), Generator().manual_seed(seed)
+    rows = []
+    for name, site in track(sites.items(), "new matrices"):
+        matrix = start.matrix(*site.weight.shape, generator).to(
+            device=site.weight.device, dtype=site.weight.dtype
+        )
+        rows.append(
+            {
+                "name": name,
+                "params_before": site.weight.numel(),
+                "params_after": matrix.params,
+                "rank": matrix.rank,
+            }
+        )
+        replace(model, site, matrix)
+    before, after = (sum(row[key] for row in rows) for key in ("params_before", "params_after"))
+    title = f"{type(start).__name__}: {len(sites)} layers to train from scratch"
+    return Report(title, rows, "layers", {"keep": {"params": after / before}})
+
+
+def trainable_low_rank(model: nn.Module) -> Report:
+    """Let only the low-rank matrices of a compressed model be trained, in place; all else is frozen.
+
+    Dense layers, embeddings, heads and normalisations stay as they are, and so do other terms of a sum, such as
+    the low-bit one of :class:`rankwise.compressors.GptqPlusLowRank`.
+
+    Returns:
+        a report with a row for each trainable matrix; its totals say how many numbers train, of how many.
+
+    Raises:
+        ValueError: if there is none.
+
+    References: training the low-rank components alone is WeLore's, arXiv 2407.11239.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from rankwise.compressors import PlainSvd
+    >>> net = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 8))
+    >>> _ = compress(net, PlainSvd(), keep=0.5, where=lambda name, _: name == "0")
+    >>> trainable_low_rank(net).totals
+    {'trainable': 448, 'params': 744}
+    """
+    matrices = {
+        f"{name}.{path}" if path else name: part
+        for name, layer in structured(model).items()
+        for path, part in layer.matrix.named_modules()
+        if isinstance(part, (LowRank, PivotedLowRank))
+    }
+    if not matrices:
+        raise ValueError("the model has no low-rank matrix to train; compress it with a low-rank method first.")
+    model.requires_grad_(False)
+    rows = []
+    for name, matrix in matrices.items():
+        matrix.requires_grad_(True)
+        count = sum(parameter.numel() for parameter in matrix.parameters())
+        rows.append({"name": name, "kind": type(matrix).__name__, "rank": matrix.rank, "trainable": count})
+    parameters = list(model.parameters())
+    totals = {
+        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+        "params": sum(p.numel() for p in parameters),
+    }
+    return Report(f"{len(rows)} low-rank matrices train", rows, "layers", totals)
 
 
 def check_weights(sites: Mapping[str, Site]) -> None:

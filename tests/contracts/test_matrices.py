@@ -75,6 +75,8 @@ def test_meta_device(matrix: StructuredMatrix):
     assert empty.adjoint(torch.empty(2, m, device="meta", dtype=torch.bfloat16)).shape == (2, n)
     assert empty.dense().shape == (m, n)
     assert matrix.to("meta").dense().is_meta
+    with torch.device("meta"):  # as transformers builds models
+        assert all(tensor.is_meta for tensor in from_spec(matrix.spec(), device="meta").state_dict().values())
 
 
 def test_compile(matrix: StructuredMatrix):
@@ -107,11 +109,13 @@ def test_macs_are_the_multiplications_of_forward():
     assert macs == {
         "Dense": 20,
         "Diagonal": 5,
+        "IndexedSparse": EXAMPLES["Sparse"]().macs,
         "LowRank": 18,
         "Permutation": 0,
         "PivotedLowRank": 2 * 4 + 3 * 2,
         "Product": 0 + 5 + 14,
         "Quantized": 20,
+        "Recomputed": 20,
         "Scaled": 20 + 18 + 5,
         "SemiSparse": 5 * 4,
         "Sparse": EXAMPLES["Sparse"]().params - 3,
@@ -176,6 +180,8 @@ def test_nested_expressions_round_trip():
         ({"kind": "Product", "members": {"kind": "Diagonal"}}, "members"),
         ({"kind": "Product", "members": [{"kind": "Diagonal", "size": n} for n in (1, 2)]}, "disagree"),
         ({"kind": "Scaled", "scale": 2.0}, "mapping"),
+        ({"kind": "Recomputed"}, "mapping"),
+        ({"kind": "IndexedSparse", "shape": [3, 2], "kept": 7}, "kept must be <="),
         ({"kind": "Scaled", "matrix": {"kind": "Diagonal", "size": 1}}, "scale"),
         ({"kind": "Scaled", "matrix": {"kind": "Diagonal", "size": 1}, "scale": "2"}, "scale"),
         ({"kind": "Scaled", "matrix": {"kind": "Diagonal", "size": 1}, "scale": float("inf")}, "scale"),

@@ -9,6 +9,7 @@ from .kronecker_factored_svd import KroneckerFactoredSvd
 from .mixed import Mixed
 from .orthogonal_dictionary import OrthogonalDictionary
 from .plain_svd import PlainSvd
+from .sparse_plus_low_rank import SparsePlusLowRank
 from .whitened_svd import WhitenedSvd
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "Mixed",
     "OrthogonalDictionary",
     "PlainSvd",
+    "SparsePlusLowRank",
     "WhitenedSvd",
 ]

@@ -40,7 +40,10 @@ class OrthogonalDictionary(SparseDictionary):
         self, weight: Tensor, outputs: Metric, inputs: Metric, atoms: int, kept: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Take turns of two closed-form steps."""
-        choose = partial(largest, kept=kept)
+        choose, group = partial(largest, kept=kept), 1
         if self.groups is not None:
-            choose = partial(largest_in_groups, kept=self.groups[0], group=self.groups[1])
-        return orthogonal_dictionary(weight, outputs, inputs, atoms=atoms, choose=choose, steps=self.steps)
+            few, group = self.groups
+            choose = partial(largest_in_groups, kept=few, group=group)
+        return orthogonal_dictionary(
+            weight, outputs, inputs, atoms=atoms, choose=choose, group=group, steps=self.steps
+        )

@@ -3,8 +3,9 @@
 import abc
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Generator, Tensor
 
+from ..matrices import StructuredMatrix
 from .choices import Choices
 from .statistics import Statistic, Stats
 
@@ -32,3 +33,11 @@ class Measure(abc.ABC):
     @abc.abstractmethod
     def __call__(self, weight: Tensor, stats: Stats) -> dict[str, float | None]:
         """Measure an (m, n) weight; a number that is not defined is None."""
+
+
+class Start(abc.ABC):
+    """Makes the structured matrix with which the training of a layer begins."""
+
+    @abc.abstractmethod
+    def matrix(self, m: int, n: int, generator: Generator) -> StructuredMatrix:
+        """Return a random (m, n) matrix in float32, drawn from the generator alone."""

@@ -5,16 +5,18 @@ from .dictionary import learned_dictionary, orthogonal_dictionary
 from .entries import fit_entries
 from .interpolative import interpolative_rows
 from .k_svd import k_svd
-from .masks import largest, largest_in_groups
+from .masks import draw_places, largest, largest_in_groups
 from .metric import Metric, metric_norm, metric_svd, truncated_factors
 from .packing import pack, packed_bytes, unpack
 from .rounding import Rounded, round_to_grid
 from .sparse_coding import matching_pursuit
+from .sparse_plus_low_rank import sparse_plus_low_rank
 
 __all__ = [
     "Metric",
     "Rounded",
     "draw_categorical",
+    "draw_places",
     "fit_entries",
     "interpolative_rows",
     "k_svd",
@@ -28,6 +30,7 @@ __all__ = [
     "pack",
     "packed_bytes",
     "round_to_grid",
+    "sparse_plus_low_rank",
     "truncated_factors",
     "unpack",
 ]

@@ -17,6 +17,7 @@ def orthogonal_dictionary(
     *,
     atoms: int,
     choose: Callable[[Tensor], Tensor],
+    group: int = 1,
     steps: int = 8,
     solves: int = 3,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,6 +38,8 @@ def orthogonal_dictionary(
         inputs: C (n, n), a diagonal, or the identity.
         atoms: k <= n.
         choose: turns the importance (m, k) into a mask of the entries to keep; see :func:`largest`.
+        group: so many neighbouring atoms start far apart in the spectrum, for a ``choose`` that sets them against
+            each other.
         steps: turns.
         solves: steps of conjugate gradients in each turn.
 
@@ -53,6 +56,7 @@ def orthogonal_dictionary(
     weighted = between(metric, white, None)  # S W L
     total = (white * weighted).sum()
     basis = torch.linalg.eigh((white.mT @ weighted).double())[1].mT.flip(0)[:atoms].to(white)
+    basis = basis[torch.arange(atoms).view(group, -1).mT.flatten()]
     codes = white.new_zeros(m, atoms)
     best, found = torch.inf, (codes, codes.bool(), basis)
     for _ in range(steps):

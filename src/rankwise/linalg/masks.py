@@ -1,7 +1,7 @@
 """Which entries of a matrix to keep."""
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 
 def largest(score: Tensor, kept: int) -> Tensor:
@@ -44,3 +44,23 @@ def check_groups(columns: int, kept: int, group: int) -> None:
             f"{kept} of every {group} entries cannot be kept in rows of {columns}: the group must divide the "
             "row, and hold what is kept."
         )
+
+
+def draw_places(count: int, kept: int, generator: Generator) -> Tensor:
+    """Draw ``kept`` of ``count`` places, every set being equally likely, in memory for the kept ones alone.
+
+    >>> import torch
+    >>> len(draw_places(10**12, 5, torch.Generator().manual_seed(0)))
+    5
+    """
+    if not 1 <= kept <= count:
+        raise ValueError(f"cannot draw {kept} of {count} places.")
+    if 2 * kept > count:
+        return torch.randperm(count, generator=generator)[:kept].sort().values
+    places = torch.empty(0, dtype=torch.int64)
+    while len(places) < kept:
+        missing = kept - len(places)
+        places = torch.cat(
+            [places, torch.randint(count, (missing + missing // 8 + 8,), generator=generator)]
+        ).unique()
+    return places[torch.randperm(len(places), generator=generator)[:kept]].sort().values

@@ -105,7 +105,7 @@ class SemiSparse(StructuredMatrix):
         kept = size(spec, "kept", largest=group)
         if n % group:
             raise ValueError(f"spec of SemiSparse: group must divide the {n} columns, got {group}.")
-        within = torch.arange(n // group * kept).expand(m, -1) % kept
+        within = torch.arange(n // group * kept, device="cpu").expand(m, -1) % kept
         places = pack(within, _bits(group)).to(where.get("device") or "cpu")
         return cls(torch.empty(within.shape, **where), places, kept=kept, group=group)
 
