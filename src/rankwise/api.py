@@ -11,10 +11,11 @@ from torch import Generator, Tensor, nn
 from . import measures as known_measures
 from .allocators import uniform, water_filling
 from .core import labels as label_kinds
-from .core.choices import UNITS, Allocator, Choices, Ladder, Unit, cost_of
+from .core.choices import BUDGETS, UNITS, Allocator, Choices, Ladder, Unit, cost_of
 from .core.data import batches_of
 from .core.errors import CalibrationError
 from .core.labels import Labels
+from .core.latency import Latency, Timer, latencies, time_matrices
 from .core.memory import peak_memory_bytes
 from .core.methods import Compressor, Measure, Start
 from .core.progress import track
@@ -89,6 +90,7 @@ def compress(
     keep: float,
     data: Data = "self",
     of: Unit = "params",
+    timer: Timer = time_matrices,
     allocate: Allocator | None = None,
     where: Where | None = None,
     labels: Labels | None = None,
@@ -105,7 +107,9 @@ def compress(
         method: from :mod:`rankwise.compressors`.
         keep: size of the selected layers afterwards, as a share of their size before; 0 < keep <= 1.
         data: as in :func:`calibrate`, or the statistics it returned. Methods that need no data ignore it.
-        of: what ``keep`` is a share of: stored numbers, bytes, or multiply-adds of one input row.
+        of: what ``keep`` is a share of: stored numbers, bytes, multiply-adds of one input row, or the time that
+            an input row takes, which is then measured on this machine.
+        timer: measures that time; see :func:`rankwise.core.latency.time_matrices`.
         allocate: from :mod:`rankwise.allocators`; None means water-filling where the method's errors are
             comparable between layers, otherwise uniform.
         where: which layers; None selects all weight matrices but embeddings and output heads.
@@ -134,8 +138,8 @@ def compress(
         raise TypeError(f"method must be an object from rankwise.compressors, got {method!r}.")
     if not 0 < keep <= 1:
         raise ValueError(f"keep must be > 0 and <= 1, got {keep}.")
-    if of not in UNITS:
-        raise ValueError(f"of must be one of {', '.join(UNITS)}, got {of!r}.")
+    if of not in BUDGETS:
+        raise ValueError(f"of must be one of {', '.join(BUDGETS)}, got {of!r}.")
     sites = select(model, where)
     check_weights(sites)
     if not isinstance(data, Statistics):
@@ -150,6 +154,13 @@ def compress(
     seconds["factorisation"] = time.perf_counter() - start
     start = time.perf_counter()
     dense = {name: dense_costs(site.weight) for name, site in sites.items()}
+    timed: dict[str, Latency] = {}
+    if of == "latency":
+        timed = latencies(choices, {name: site.weight for name, site in sites.items()}, timer)
+        choices = {n: dataclasses.replace(c, costs={**c.costs, of: timed[n].costs}) for n, c in choices.items()}
+        dense = {name: {**each, of: timed[name].dense} for name, each in dense.items()}
+        seconds["timing"] = time.perf_counter() - start
+        start = time.perf_counter()
     ladders = {name: Ladder.of(choices[name], of, dense[name][of]) for name in sites}
     budget = int(keep * sum(each[of] for each in dense.values()))
     chosen = allocate or (water_filling if method.comparable else uniform)
@@ -182,6 +193,9 @@ def compress(
         "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes(),
     }
+    if timed:
+        totals["keep"][of] = cost_of(ladders, picks) / sum(each.dense for each in timed.values())
+        totals["timings"] = [row for each in {id(t): t for t in timed.values()}.values() for row in each.table]
     title = f"{type(method).__name__}: {len(sites)} layers at keep {keep:g} of their {of}"
     curves = {name: c.spectrum.tolist() for name, c in choices.items() if c.spectrum is not None}
     return Report(title, rows, "layers", totals, curves)
@@ -252,9 +266,8 @@ def initialise(model: nn.Module, start: Start, *, where: Where | None = None, se
     sites, generator = select(model, where), Generator().manual_seed(seed)
     rows = []
     for name, site in track(sites.items(), "new matrices"):
-        matrix = start.matrix(*site.weight.shape, generator).to(
-            device=site.weight.device, dtype=site.weight.dtype
-        )
+        m, n = site.weight.shape
+        matrix = start.matrix(m, n, generator).to(device=site.weight.device, dtype=site.weight.dtype)
         rows.append(
             {
                 "name": name,
