@@ -151,6 +151,7 @@ def compress(
     choices = {
         name: _choices(name, site, method, statistics) for name, site in track(sites.items(), "factorisation")
     }
+    choices = {name: _with_bias(offer, sites[name]) for name, offer in choices.items()}
     seconds["factorisation"] = time.perf_counter() - start
     start = time.perf_counter()
     dense = {name: dense_costs(site.weight) for name, site in sites.items()}
@@ -170,21 +171,25 @@ def compress(
     seconds["allocation"] = time.perf_counter() - start
     start = time.perf_counter()
     matrices: dict[str, StructuredMatrix | None] = {}
+    shifts: dict[str, Tensor | None] = {}
     rows = []
     for name, site in track(sites.items(), "new matrices"):
         step = picks[name]
         matrix = None
         if step < len(ladders[name].index):
             matrix = choices[name].build(int(ladders[name].index[step]))
-        matrices[name] = matrix
+        matrices[name], shifts[name] = matrix, _shift(site, matrix, choices[name])
         rows.append(_row(name, site, matrix, choices[name], float(ladders[name].errors[step])))
     for name, matrix in matrices.items():
         if matrix is not None:
-            replace(model, sites[name], matrix)
+            replace(model, sites[name], matrix, shifts[name])
     seconds["new matrices"] = time.perf_counter() - start
     before = {unit: sum(each[unit] for each in dense.values()) for unit in UNITS}
     after = {
-        unit: sum(dense[n][unit] if x is None else matrix_costs(x)[unit] for n, x in matrices.items())
+        unit: sum(
+            dense[n][unit] if x is None else matrix_costs(x)[unit] + _bias_costs(choices[n], sites[n])[unit]
+            for n, x in matrices.items()
+        )
         for unit in UNITS
     }
     totals = {
@@ -376,6 +381,25 @@ def _choices(name: str, site: Site, method: Compressor, statistics: Statistics) 
         raise CalibrationError(f"layer {name}: {error} Or leave the layer out with 'where'.") from error
 
 
+def _bias_costs(choices: Choices, site: Site) -> dict[Unit, int]:
+    """What the biases cost that a layer gets where it had none."""
+    count = 0 if choices.mean is None else site.unbiased * site.weight.shape[0]
+    return {"params": count, "bytes": count * site.weight.element_size(), "macs": 0}
+
+
+def _with_bias(choices: Choices, site: Site) -> Choices:
+    """Add to the costs of choices those of the biases that come with them."""
+    extra = _bias_costs(choices, site)
+    return dataclasses.replace(choices, costs={unit: cost + extra[unit] for unit, cost in choices.costs.items()})
+
+
+def _shift(site: Site, matrix: StructuredMatrix | None, choices: Choices) -> Tensor | None:
+    """How far the bias of a layer moves (m,), so that the mean of its outputs stays."""
+    if matrix is None or choices.mean is None:
+        return None
+    return (site.weight.double() - matrix.dense().detach().double()) @ choices.mean
+
+
 def _row(name: str, site: Site, matrix: StructuredMatrix | None, choices: Choices, predicted: float) -> dict:
     weight = site.weight
     measured = 0.0 if matrix is None else choices.error_of(weight.double() - matrix.dense().detach().double())
@@ -384,7 +408,9 @@ def _row(name: str, site: Site, matrix: StructuredMatrix | None, choices: Choice
         "kind": "Dense" if matrix is None else type(matrix).__name__,
         "rank": min(weight.shape) if matrix is None else matrix.rank,
         "params_before": weight.numel(),
-        "params_after": weight.numel() if matrix is None else matrix.params,
+        "params_after": weight.numel()
+        if matrix is None
+        else matrix.params + _bias_costs(choices, site)["params"],
         "predicted_error": predicted,
         "measured_error": measured,
     }

@@ -6,6 +6,7 @@ from .fisher_svd import FisherSvd
 from .gptq import Gptq
 from .gptq_plus_low_rank import GptqPlusLowRank
 from .kronecker_factored_svd import KroneckerFactoredSvd
+from .lord import Lord
 from .mixed import Mixed
 from .orthogonal_dictionary import OrthogonalDictionary
 from .plain_svd import PlainSvd
@@ -19,6 +20,7 @@ __all__ = [
     "Gptq",
     "GptqPlusLowRank",
     "KroneckerFactoredSvd",
+    "Lord",
     "Mixed",
     "OrthogonalDictionary",
     "PlainSvd",

@@ -25,6 +25,7 @@ class Choices:
         build: makes choice i, in the dtype of the weight.
         error_of: measures the damage of an (m, n) change of the weight, with the same formula as ``errors``.
         spectrum: the singular values that the errors are sums of, largest first, where there are any.
+        mean: E[x] (n,), where the errors hold once D E[x], for the change D of the weight, is added to the bias.
     """
 
     costs: Mapping[Unit, Tensor]
@@ -33,6 +34,7 @@ class Choices:
     build: Callable[[int], StructuredMatrix]
     error_of: Callable[[Tensor], float]
     spectrum: Tensor | None = None
+    mean: Tensor | None = None
 
 
 @dataclass(frozen=True)
