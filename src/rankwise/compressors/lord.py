@@ -20,8 +20,8 @@ class Lord(TruncatedSvd):
 
     The error is the variance of the outputs that is lost, tr(D K D') with K = E[x x'] - E[x] E[x]'. What a
     change D of the weight does to the mean, D E[x], goes into the bias; a layer without one gets one, and its
-    numbers count. A model that got biases is saved before it is folded, since its architecture may have no place for
-    them.
+    numbers count. A model that got biases is saved before it is folded, since its architecture may have no place
+    for them.
 
     Args:
         damping: multiple of mean(diag E[x x']) added to K's diagonal.
