@@ -28,7 +28,7 @@ def compress(
     keep: Annotated[float, typer.Option(help="Size afterwards as a share of the size before, in (0, 1].")],
     method: Annotated[str, typer.Option(help="See `rankwise list`; NAME+NAME mixes.")] = "kronecker-factored-svd",
     of: Annotated[str, typer.Option(help="What keep is a share of: params, bytes, macs or latency.")] = "params",
-    latency_rows: Annotated[int, typer.Option(help="Input rows at once that latency is measured with.")] = 256,
+    latency_rows: Annotated[int, typer.Option(help="Input rows at once that latency is measured with.")] = 64,
     allocate: Annotated[
         str | None, typer.Option(help="See `rankwise list`; default: what suits the method.")
     ] = None,

@@ -24,7 +24,8 @@ class Latency:
     """What the choices of a layer, and its dense weight, take.
 
     Args:
-        costs: (k,) integers: nanoseconds an input row.
+        costs: (k,) integers: nanoseconds an input row; for what is as large as the dense weight no less than
+            its own.
         dense: the same of the weight as it is.
         table: what was measured: shape, kind, rank and nanoseconds.
     """
@@ -34,12 +35,13 @@ class Latency:
     table: list[dict[str, Any]]
 
 
-def time_matrices(matrices: Sequence[StructuredMatrix], *, rows: int = 256, repeats: int = 9) -> list[float]:
+def time_matrices(matrices: Sequence[StructuredMatrix], *, rows: int = 64, repeats: int = 15) -> list[float]:
     """Time matrices of one shape: they take turns, and the median over the turns counts, after one to warm up.
 
     Args:
         matrices: any kinds, in one type and on one device.
-        rows: inputs at once: many as in reading a prompt, 1 as in writing token by token.
+        rows: inputs at once: many as in reading a prompt, 1 as in writing token by token. So many that a product
+            takes longer than a few milliseconds are timed badly on a machine with other work.
         repeats: turns.
 
     Returns:
@@ -84,8 +86,10 @@ def _latency(choices: Choices, weight: Tensor, timer: Timer) -> Latency:
         for matrix, each in zip(matrices, times, strict=True)
     ]
     costs = _between(dict(zip(samples, times[1:], strict=True)), choices.costs["macs"].tolist())
-    whole = [max(round(each), 1) for each in (times[0], *costs)]
-    return Latency(torch.tensor(whole[1:], dtype=torch.int64), whole[0], table)
+    dense, *whole = [max(round(each), 1) for each in (times[0], *costs)]
+    smaller = choices.costs["bytes"] < weight.numel() * weight.element_size()
+    whole = torch.tensor(whole, dtype=torch.int64)
+    return Latency(torch.where(smaller, whole, whole.clamp_min(dense)), dense, table)
 
 
 def _samples(choices: Choices) -> dict[int, StructuredMatrix]:
