@@ -10,7 +10,7 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 
-from rankwise import allocators, compressors, matrices, measures, preconditioners
+from rankwise import allocators, compressors, matrices, measures, preconditioners, starts
 from rankwise.cli.options import command_name
 
 TARGET = Path(__file__).with_name("methods.md")
@@ -27,6 +27,7 @@ SECTIONS: dict[str, tuple[types.ModuleType, str]] = {
         preconditioners,
         "`rankwise.heal(model, reference, method=...)` and `rankwise compress --heal TIME --heal-method NAME`.",
     ),
+    "Starts": (starts, "`rankwise.initialise(model, start)`."),
     "Measures": (measures, "`rankwise.inspect(model)` and `rankwise inspect`."),
     "Matrices": (matrices, "What a compressed layer holds, and what a saved model may contain."),
 }

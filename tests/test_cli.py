@@ -70,6 +70,25 @@ def refused(result: Result, *expected: str) -> None:
         assert word in last
 
 
+def test_a_budget_of_time(folder, text, monkeypatch, tmp_path):
+    from rankwise.core import latency
+
+    rows_seen = set()
+
+    def by_macs(matrices, *, rows):
+        rows_seen.add(rows)
+        return [10.0 * matrix.macs for matrix in matrices]
+
+    monkeypatch.setattr(latency, "time_matrices", by_macs)
+    figures = tmp_path / "figures.json"
+    result = run(*small(folder, text, "--of", "latency", "--latency-rows", 7, "--json", figures))
+    assert result.exit_code == 0, result.output
+    totals = json.loads(figures.read_text())
+    assert rows_seen == {7}
+    assert 0.7 < totals["keep"]["latency"] <= 0.8
+    assert totals["timings"]
+
+
 def test_version():
     assert run("--version").stdout.strip() == f"rankwise {__version__}"
 
@@ -172,6 +191,7 @@ def test_bad_keep(folder, text, keep):
         (["--method", "gptq+mixed", "--set", "methods=gptq"], ["none of gptq+mixed has a field 'methods'"]),
         (["--method", "mixed", "--set", "methods=gptq"], ["no field 'methods'"]),
         (["--allocate", "waterfilling"], ["water-filling", "greedy"]),
+        (["--of", "latency", "--latency-rows", 0], ["--latency-rows must be at least 1"]),
         (["--of", "flops"], ["params, bytes, macs"]),
         (["--set", "damping=1"], ["no field 'damping'", "input_damping: float", "gauge: pivot | factors"]),
         (["--set", "input_damping=lots"], ["must be float, got 'lots'"]),

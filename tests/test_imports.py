@@ -12,7 +12,7 @@ LAYERS = [
     {"linalg"},
     {"matrices"},
     {"core"},
-    {"measures", "compressors", "allocators", "preconditioners", "models"},
+    {"measures", "compressors", "allocators", "preconditioners", "starts", "models"},
     {"api"},
     {"quickstart"},
     {"cli"},

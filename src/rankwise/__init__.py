@@ -1,7 +1,7 @@
 """Inspect, compress, adapt, train and merge neural networks through the structure of their matrices."""
 
-from . import allocators, compressors, matrices, measures, preconditioners
-from .api import calibrate, compress, fold, heal, inspect
+from . import allocators, compressors, matrices, measures, preconditioners, starts
+from .api import calibrate, compress, fold, heal, initialise, inspect, trainable_low_rank
 from .core.errors import CalibrationError
 from .core.report import Report
 from .core.surgery import StructuredLinear
@@ -20,12 +20,15 @@ __all__ = [
     "evaluate",
     "fold",
     "heal",
+    "initialise",
     "inspect",
     "load",
     "matrices",
     "measures",
     "preconditioners",
     "save",
+    "starts",
+    "trainable_low_rank",
 ]
 
 register_when_ready()

@@ -12,20 +12,21 @@ from torch import Generator, Tensor, nn
 from . import measures as known_measures
 from .allocators import uniform, water_filling
 from .core import labels as label_kinds
-from .core.choices import UNITS, Allocator, Choices, Ladder, Unit, cost_of
+from .core.choices import BUDGETS, UNITS, Allocator, Choices, Ladder, Unit, cost_of
 from .core.data import batches_of
 from .core.errors import CalibrationError
 from .core.fingerprint import digest_of, fingerprint
 from .core.healing import Healing, Plan, in_float32
 from .core.labels import Labels
+from .core.latency import Latency, Timer, latencies, time_matrices
 from .core.memory import peak_memory_bytes
-from .core.methods import Compressor, Measure, Preconditioner
+from .core.methods import Compressor, Measure, Preconditioner, Start
 from .core.progress import track
 from .core.report import Report
 from .core.statistics import Batch, Statistic, Statistics, call_of, collect
 from .core.surgery import Site, StructuredLinear, Where, replace, select, structured
 from .core.surgery import fold as fold_layers
-from .matrices import StructuredMatrix
+from .matrices import LowRank, PivotedLowRank, StructuredMatrix
 from .measures.spectral import SpectralMeasure, singular_values
 from .models import forget, sample
 from .preconditioners import KroneckerFactored
@@ -91,6 +92,7 @@ def compress(
     keep: float,
     data: Data = "self",
     of: Unit = "params",
+    timer: Timer = time_matrices,
     allocate: Allocator | None = None,
     where: Where | None = None,
     labels: Labels | None = None,
@@ -107,7 +109,9 @@ def compress(
         method: from :mod:`rankwise.compressors`.
         keep: size of the selected layers afterwards, as a share of their size before; 0 < keep <= 1.
         data: as in :func:`calibrate`, or the statistics it returned. Methods that need no data ignore it.
-        of: what ``keep`` is a share of: stored numbers, bytes, or multiply-adds of one input row.
+        of: what ``keep`` is a share of: stored numbers, bytes, multiply-adds of one input row, or the time that
+            an input row takes, which is then measured on this machine.
+        timer: measures that time; see :func:`rankwise.core.latency.time_matrices`.
         allocate: from :mod:`rankwise.allocators`; None means water-filling where the method's errors are
             comparable between layers, otherwise uniform.
         where: which layers; None selects all weight matrices but embeddings and output heads.
@@ -136,8 +140,8 @@ def compress(
         raise TypeError(f"method must be an object from rankwise.compressors, got {method!r}.")
     if not 0 < keep <= 1:
         raise ValueError(f"keep must be > 0 and <= 1, got {keep}.")
-    if of not in UNITS:
-        raise ValueError(f"of must be one of {', '.join(UNITS)}, got {of!r}.")
+    if of not in BUDGETS:
+        raise ValueError(f"of must be one of {', '.join(BUDGETS)}, got {of!r}.")
     sites = select(model, where)
     check_weights(sites)
     if not isinstance(data, Statistics):
@@ -149,9 +153,17 @@ def compress(
     choices = {
         name: _choices(name, site, method, statistics) for name, site in track(sites.items(), "factorisation")
     }
+    choices = {name: _with_bias(offer, sites[name]) for name, offer in choices.items()}
     seconds["factorisation"] = time.perf_counter() - start
     start = time.perf_counter()
     dense = {name: dense_costs(site.weight) for name, site in sites.items()}
+    timed: dict[str, Latency] = {}
+    if of == "latency":
+        timed = latencies(choices, {name: site.weight for name, site in sites.items()}, timer)
+        choices = {n: dataclasses.replace(c, costs={**c.costs, of: timed[n].costs}) for n, c in choices.items()}
+        dense = {name: {**each, of: timed[name].dense} for name, each in dense.items()}
+        seconds["timing"] = time.perf_counter() - start
+        start = time.perf_counter()
     ladders = {name: Ladder.of(choices[name], of, dense[name][of]) for name in sites}
     budget = int(keep * sum(each[of] for each in dense.values()))
     chosen = allocate or (water_filling if method.comparable else uniform)
@@ -161,21 +173,25 @@ def compress(
     seconds["allocation"] = time.perf_counter() - start
     start = time.perf_counter()
     matrices: dict[str, StructuredMatrix | None] = {}
+    shifts: dict[str, Tensor | None] = {}
     rows = []
     for name, site in track(sites.items(), "new matrices"):
         step = picks[name]
         matrix = None
         if step < len(ladders[name].index):
             matrix = choices[name].build(int(ladders[name].index[step]))
-        matrices[name] = matrix
+        matrices[name], shifts[name] = matrix, _shift(site, matrix, choices[name])
         rows.append(_row(name, site, matrix, choices[name], float(ladders[name].errors[step])))
     for name, matrix in matrices.items():
         if matrix is not None:
-            replace(model, sites[name], matrix)
+            replace(model, sites[name], matrix, shifts[name])
     seconds["new matrices"] = time.perf_counter() - start
     before = {unit: sum(each[unit] for each in dense.values()) for unit in UNITS}
     after = {
-        unit: sum(dense[n][unit] if x is None else matrix_costs(x)[unit] for n, x in matrices.items())
+        unit: sum(
+            dense[n][unit] if x is None else matrix_costs(x)[unit] + _bias_costs(choices[n], sites[n])[unit]
+            for n, x in matrices.items()
+        )
         for unit in UNITS
     }
     totals = {
@@ -184,6 +200,9 @@ def compress(
         "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes(),
     }
+    if timed:
+        totals["keep"][of] = cost_of(ladders, picks) / sum(each.dense for each in timed.values())
+        totals["timings"] = [row for each in {id(t): t for t in timed.values()}.values() for row in each.table]
     title = f"{type(method).__name__}: {len(sites)} layers at keep {keep:g} of their {of}"
     curves = {name: c.spectrum.tolist() for name, c in choices.items() if c.spectrum is not None}
     return Report(title, rows, "layers", totals, curves)
@@ -359,6 +378,90 @@ def fold(model: nn.Module) -> nn.Module:
     return folded
 
 
+def initialise(model: nn.Module, start: Start, *, where: Where | None = None, seed: int = 0) -> Report:
+    """Replace the weights of a model by structured ones to train from scratch, in place; their values are lost.
+
+    Args:
+        model: any module, freshly made.
+        start: from :mod:`rankwise.starts`.
+        where: which layers; None selects all weight matrices but embeddings and output heads.
+        seed: of all random numbers; the same in every process of a distributed run.
+
+    Raises:
+        ValueError: if no layer is selected.
+
+    >>> from torch import nn
+    >>> net = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8))
+    >>> from rankwise import starts
+    >>> report = initialise(net, starts.SparsePlusLowRankStart(rank=4))
+    >>> [row["params_after"] for row in report.rows]
+    [820, 326]
+    """
+    if not isinstance(start, Start):
+        raise TypeError(f"start must be an object from rankwise.starts, got {start!r}.")
+    sites, generator = select(model, where), Generator().manual_seed(seed)
+    rows = []
+    for name, site in track(sites.items(), "new matrices"):
+        m, n = site.weight.shape
+        matrix = start.matrix(m, n, generator).to(device=site.weight.device, dtype=site.weight.dtype)
+        rows.append(
+            {
+                "name": name,
+                "params_before": site.weight.numel(),
+                "params_after": matrix.params,
+                "rank": matrix.rank,
+            }
+        )
+        replace(model, site, matrix)
+    before, after = (sum(row[key] for row in rows) for key in ("params_before", "params_after"))
+    title = f"{type(start).__name__}: {len(sites)} layers to train from scratch"
+    return Report(title, rows, "layers", {"keep": {"params": after / before}})
+
+
+def trainable_low_rank(model: nn.Module) -> Report:
+    """Let only the low-rank matrices of a compressed model be trained, in place; all else is frozen.
+
+    Dense layers, embeddings, heads and normalisations stay as they are, and so do other terms of a sum, such as
+    the low-bit one of :class:`rankwise.compressors.GptqPlusLowRank`.
+
+    Returns:
+        a report with a row for each trainable matrix; its totals say how many numbers train, of how many.
+
+    Raises:
+        ValueError: if there is none.
+
+    References: training the low-rank components alone is WeLore's, arXiv 2407.11239.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from rankwise.compressors import PlainSvd
+    >>> net = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 8))
+    >>> _ = compress(net, PlainSvd(), keep=0.5, where=lambda name, _: name == "0")
+    >>> trainable_low_rank(net).totals
+    {'trainable': 448, 'params': 744}
+    """
+    matrices = {
+        f"{name}.{path}" if path else name: part
+        for name, layer in structured(model).items()
+        for path, part in layer.matrix.named_modules()
+        if isinstance(part, (LowRank, PivotedLowRank))
+    }
+    if not matrices:
+        raise ValueError("the model has no low-rank matrix to train; compress it with a low-rank method first.")
+    model.requires_grad_(False)
+    rows = []
+    for name, matrix in matrices.items():
+        matrix.requires_grad_(True)
+        count = sum(parameter.numel() for parameter in matrix.parameters())
+        rows.append({"name": name, "kind": type(matrix).__name__, "rank": matrix.rank, "trainable": count})
+    parameters = list(model.parameters())
+    totals = {
+        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+        "params": sum(p.numel() for p in parameters),
+    }
+    return Report(f"{len(rows)} low-rank matrices train", rows, "layers", totals)
+
+
 def check_weights(sites: Mapping[str, Site]) -> None:
     """Raise if a weight holds NaN or infinity."""
     for name, site in sites.items():
@@ -440,6 +543,25 @@ def _choices(name: str, site: Site, method: Compressor, statistics: Statistics) 
         raise CalibrationError(f"layer {name}: {error} Or leave the layer out with 'where'.") from error
 
 
+def _bias_costs(choices: Choices, site: Site) -> dict[Unit, int]:
+    """What the biases cost that a layer gets where it had none."""
+    count = 0 if choices.mean is None else site.unbiased * site.weight.shape[0]
+    return {"params": count, "bytes": count * site.weight.element_size(), "macs": 0}
+
+
+def _with_bias(choices: Choices, site: Site) -> Choices:
+    """Add to the costs of choices those of the biases that come with them."""
+    extra = _bias_costs(choices, site)
+    return dataclasses.replace(choices, costs={unit: cost + extra[unit] for unit, cost in choices.costs.items()})
+
+
+def _shift(site: Site, matrix: StructuredMatrix | None, choices: Choices) -> Tensor | None:
+    """How far the bias of a layer moves (m,), so that the mean of its outputs stays."""
+    if matrix is None or choices.mean is None:
+        return None
+    return (site.weight.double() - matrix.dense().detach().double()) @ choices.mean
+
+
 def _row(name: str, site: Site, matrix: StructuredMatrix | None, choices: Choices, predicted: float) -> dict:
     weight = site.weight
     measured = 0.0 if matrix is None else choices.error_of(weight.double() - matrix.dense().detach().double())
@@ -448,7 +570,9 @@ def _row(name: str, site: Site, matrix: StructuredMatrix | None, choices: Choice
         "kind": "Dense" if matrix is None else type(matrix).__name__,
         "rank": min(weight.shape) if matrix is None else matrix.rank,
         "params_before": weight.numel(),
-        "params_after": weight.numel() if matrix is None else matrix.params,
+        "params_after": weight.numel()
+        if matrix is None
+        else matrix.params + _bias_costs(choices, site)["params"],
         "predicted_error": predicted,
         "measured_error": measured,
     }

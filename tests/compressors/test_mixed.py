@@ -83,20 +83,3 @@ def test_low_bits_never_count_as_fewer_numbers():
     for choices, numbers in offers(PARTS[2]):
         assert bool((choices.costs["params"] > numbers).all())
         assert bool((choices.costs["bytes"] < 8 * numbers).all())
-
-
-@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
-def test_a_dictionary_takes_its_share(share: float):
-    for choices, numbers in offers(OrthogonalDictionary(share=share)):
-        assert len(choices.errors) == 1
-        assert 0.75 * share < float(choices.costs["params"][0]) / numbers <= 1.02 * share
-
-
-def test_a_dictionary_beats_low_rank_where_rows_lie_in_many_subspaces():
-    atoms = torch.linalg.qr(draw(24, 24))[0]
-    codes = draw(96, 24, seed=1) * (torch.rand(96, 24, generator=torch.Generator().manual_seed(2)) < 0.2)
-    weight, stats = codes @ atoms, fill(LossMetric.needs, draw(4000, 24, seed=3), draw(4000, 96, seed=4))
-    dictionary = OrthogonalDictionary(share=0.6, steps=30).choices(weight, stats)
-    low_rank = KroneckerFactoredSvd().choices(weight, stats)
-    affordable = low_rank.costs["params"] <= dictionary.costs["params"]
-    assert float(dictionary.errors[0]) < 0.7 * float(low_rank.errors[affordable].min())

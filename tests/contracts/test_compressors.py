@@ -40,8 +40,8 @@ def truncated(request: pytest.FixtureRequest) -> TruncatedSvd:
 
 
 def some(count: int) -> list[int]:
-    """At most about ten places, the first and the last among them."""
-    return sorted({*range(0, count, max(count // 8, 1)), count - 1})
+    """At most about ten places, the first and the last among them; there may be none for a tiny layer."""
+    return sorted({*range(0, count, max(count // 8, 1)), *range(count)[-1:]})
 
 
 def offer(method: Compressor, weight: Tensor, data: str = "many"):

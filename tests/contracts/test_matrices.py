@@ -75,6 +75,8 @@ def test_meta_device(matrix: StructuredMatrix):
     assert empty.adjoint(torch.empty(2, m, device="meta", dtype=torch.bfloat16)).shape == (2, n)
     assert empty.dense().shape == (m, n)
     assert matrix.to("meta").dense().is_meta
+    with torch.device("meta"):  # as transformers builds models
+        assert all(tensor.is_meta for tensor in from_spec(matrix.spec(), device="meta").state_dict().values())
 
 
 def test_compile(matrix: StructuredMatrix):
@@ -107,12 +109,15 @@ def test_macs_are_the_multiplications_of_forward():
     assert macs == {
         "Dense": 20,
         "Diagonal": 5,
+        "IndexedSparse": EXAMPLES["Sparse"]().macs,
         "LowRank": 18,
         "Permutation": 0,
         "PivotedLowRank": 2 * 4 + 3 * 2,
         "Product": 0 + 5 + 14,
         "Quantized": 20,
+        "Recomputed": 20,
         "Scaled": 20 + 18 + 5,
+        "SemiSparse": 5 * 4,
         "Sparse": EXAMPLES["Sparse"]().params - 3,
         "Sum": 20 + 18,
     }
@@ -161,6 +166,9 @@ def test_nested_expressions_round_trip():
         ({"kind": "PivotedLowRank", "shape": [3, 2], "rank": "1"}, "positive integer 'rank'"),
         ({"kind": "PivotedLowRank", "shape": [3, 2], "rank": 1}, "side"),
         ({"kind": "PivotedLowRank", "shape": [3, 2], "rank": 1, "side": ["rows"]}, "side"),
+        ({"kind": "SemiSparse", "shape": [3, 6], "group": 4, "kept": 2}, "divide"),
+        ({"kind": "SemiSparse", "shape": [3, 8], "group": 4, "kept": 5}, "kept must be <="),
+        ({"kind": "SemiSparse", "shape": [3, 8], "group": 4, "kept": 4}, "1 <= kept < group"),
         ({"kind": "Diagonal", "size": None}, "positive integer 'size'"),
         ({"kind": "Permutation", "shape": [2, 2]}, "positive integer 'size'"),
         ({"kind": "Sum"}, "members"),
@@ -172,6 +180,8 @@ def test_nested_expressions_round_trip():
         ({"kind": "Product", "members": {"kind": "Diagonal"}}, "members"),
         ({"kind": "Product", "members": [{"kind": "Diagonal", "size": n} for n in (1, 2)]}, "disagree"),
         ({"kind": "Scaled", "scale": 2.0}, "mapping"),
+        ({"kind": "Recomputed"}, "mapping"),
+        ({"kind": "IndexedSparse", "shape": [3, 2], "kept": 7}, "kept must be <="),
         ({"kind": "Scaled", "matrix": {"kind": "Diagonal", "size": 1}}, "scale"),
         ({"kind": "Scaled", "matrix": {"kind": "Diagonal", "size": 1}, "scale": "2"}, "scale"),
         ({"kind": "Scaled", "matrix": {"kind": "Diagonal", "size": 1}, "scale": float("inf")}, "scale"),

@@ -1,5 +1,6 @@
 """Sparse codes over atoms that are orthonormal in a metric."""
 
+import functools
 import itertools
 
 import pytest
@@ -8,12 +9,16 @@ from contracts.examples import draw
 from contracts.problems import correlated
 from torch import Tensor
 
-from rankwise.linalg import Metric, metric_norm, metric_svd, orthogonal_dictionary
+from rankwise.linalg import Metric, largest, metric_norm, metric_svd, orthogonal_dictionary
 
 
 def moment(n: int, seed: int) -> Tensor:
     rows = correlated(300, n, seed)
     return rows.mT @ rows / len(rows)
+
+
+def keep(count: int):
+    return functools.partial(largest, kept=count)
 
 
 METRICS = {
@@ -30,14 +35,14 @@ def metrics(request: pytest.FixtureRequest) -> tuple[Metric, Metric]:
 
 def test_all_entries_kept_is_the_best_low_rank_matrix(metrics: tuple[Metric, Metric]):
     weight = draw(14, 10)
-    codes, mask, atoms = orthogonal_dictionary(weight, *metrics, atoms=4, kept=14 * 4)
+    codes, mask, atoms = orthogonal_dictionary(weight, *metrics, atoms=4, choose=keep(14 * 4))
     assert bool(mask.all())
     left_out = float(metric_svd(weight, *metrics)[1][4:].square().sum())
     assert metric_norm(weight - codes @ atoms, *metrics) == pytest.approx(left_out, rel=1e-9)
 
 
 def test_places_and_orthonormality(metrics: tuple[Metric, Metric]):
-    codes, mask, atoms = orthogonal_dictionary(draw(14, 10), *metrics, atoms=7, kept=50)
+    codes, mask, atoms = orthogonal_dictionary(draw(14, 10), *metrics, atoms=7, choose=keep(50))
     assert int(mask.sum()) == 50
     assert not bool(codes[~mask].any())
     white = metrics[1].whiten(atoms.mT)
@@ -48,7 +53,7 @@ def test_more_steps_are_never_worse(metrics: tuple[Metric, Metric]):
     weight = draw(14, 10)
 
     def error(steps: int) -> float:
-        codes, _, atoms = orthogonal_dictionary(weight, *metrics, atoms=7, kept=50, steps=steps)
+        codes, _, atoms = orthogonal_dictionary(weight, *metrics, atoms=7, choose=keep(50), steps=steps)
         return metric_norm(weight - codes @ atoms, *metrics)
 
     errors = [error(steps) for steps in (1, 2, 4, 8)]
@@ -59,7 +64,7 @@ def test_more_steps_are_never_worse(metrics: tuple[Metric, Metric]):
 def test_values_solve_least_squares_on_their_places():
     metrics = METRICS["full"]()
     weight = draw(14, 10)
-    codes, mask, atoms = orthogonal_dictionary(weight, *metrics, atoms=7, kept=50, steps=2, solves=200)
+    codes, mask, atoms = orthogonal_dictionary(weight, *metrics, atoms=7, choose=keep(50), steps=2, solves=200)
     outputs, inputs = (metric.damped for metric in metrics)
     assert outputs is not None
     assert inputs is not None
@@ -71,12 +76,12 @@ def test_planted_codes_are_found():
     atoms = torch.linalg.qr(draw(10, 10))[0][:8]
     planted = draw(60, 8, seed=1) * (torch.rand(60, 8, generator=torch.Generator().manual_seed(0)) < 0.25)
     codes, _, found = orthogonal_dictionary(
-        planted @ atoms, Metric(), Metric(), atoms=8, kept=int((planted != 0).sum()), steps=60
+        planted @ atoms, Metric(), Metric(), atoms=8, choose=keep(int((planted != 0).sum())), steps=60
     )
     assert float((codes @ found - planted @ atoms).norm()) < 0.25 * float(planted.norm())
 
 
-@pytest.mark.parametrize(("atoms", "kept"), [(0, 1), (11, 20), (3, 0), (3, 43)])
-def test_impossible_sizes(atoms: int, kept: int):
+@pytest.mark.parametrize("atoms", [0, 11])
+def test_impossible_sizes(atoms: int):
     with pytest.raises(ValueError, match="cannot have"):
-        orthogonal_dictionary(draw(14, 10), Metric(), Metric(), atoms=atoms, kept=kept)
+        orthogonal_dictionary(draw(14, 10), Metric(), Metric(), atoms=atoms, choose=keep(1))

@@ -9,7 +9,7 @@ from torch import Generator, nn
 
 from rankwise.core.surgery import StructuredLinear
 from rankwise.linalg import pack, packed_bytes, unpack
-from rankwise.matrices import LowRank, Quantized, Scaled, Sparse, Sum
+from rankwise.matrices import LowRank, Quantized, Scaled, SemiSparse, Sparse, Sum
 from rankwise.models import sizes
 
 
@@ -52,6 +52,19 @@ def test_sparse_counts_its_bitmap_by_sixteenths():
     assert matrix.nbytes == int(floats) * 8 + int(byte_count) == int(mask.sum()) * 8 + 18
 
 
+@pytest.mark.parametrize(("kept", "group", "bits"), [(2, 4, 2), (1, 2, 1), (4, 8, 3), (1, 16, 4)])
+def test_semi_sparse_counts_its_places_by_bits(kept: int, group: int, bits: int):
+    weight = draw(6, 128)
+    matrix = SemiSparse.from_dense(weight, kept=kept, group=group)
+    matrix.check()
+    largest = weight.view(6, -1, group).abs().sort(dim=2, descending=True).values[:, :, :kept].sum()
+    assert float(matrix.dense().detach().abs().sum()) == pytest.approx(float(largest))
+    values = 6 * 128 * kept // group
+    assert matrix.params == values + -(-values * bits // 16)
+    assert matrix.nbytes == values * 8 + values * bits // 8
+    assert SemiSparse.stored(6, 128, kept, group) == (values, values * bits // 8)
+
+
 def test_sizes_of_a_model_count_packed_numbers():
     codes = torch.zeros(8, 16, dtype=torch.int64)
     low_bit = Quantized.from_codes(codes, torch.ones(8, 2), torch.ones(8, 2), bits=4, group=8)
@@ -68,6 +81,14 @@ def test_damaged_numbers():
         matrix.check()
     with pytest.raises(ValueError, match="bitmap"):
         Sparse(torch.ones(3), torch.zeros(3, 2, dtype=torch.uint8), 3)
+    semi = SemiSparse.from_dense(torch.eye(4), kept=2, group=4)
+    semi.places[0, 0] = 0  # the same place twice
+    with pytest.raises(ValueError, match="damaged"):
+        semi.check()
+    with pytest.raises(ValueError, match="2 of every 4"):
+        SemiSparse.from_dense(torch.eye(4), torch.eye(4).bool(), kept=2, group=4)
+    with pytest.raises(ValueError, match="uint8"):
+        SemiSparse(torch.ones(2, 4), torch.zeros(2, 1, dtype=torch.uint8), kept=2, group=4)
     with pytest.raises(TypeError, match="values"):
         Sparse(torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.uint8), 3)
     with pytest.raises(ValueError, match="4-bit codes"):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ import torch
 import typer
 from torch import Tensor
 
-from ..core.choices import UNITS, Unit
+from ..core.choices import BUDGETS, Unit
 from ..core.data import batches_of
 from ..core.labels import Labels
 from ..core.report import Report
@@ -27,7 +28,8 @@ def compress(
     model: Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or an embedded model.")],
     keep: Annotated[float, typer.Option(help="Size afterwards as a share of the size before, in (0, 1].")],
     method: Annotated[str, typer.Option(help="See `rankwise list`; NAME+NAME mixes.")] = "kronecker-factored-svd",
-    of: Annotated[str, typer.Option(help="What keep is a share of: params, bytes or macs.")] = "params",
+    of: Annotated[str, typer.Option(help="What keep is a share of: params, bytes, macs or latency.")] = "params",
+    latency_rows: Annotated[int, typer.Option(help="Input rows at once that latency is measured with.")] = 64,
     allocate: Annotated[
         str | None, typer.Option(help="See `rankwise list`; default: what suits the method.")
     ] = None,
@@ -68,14 +70,16 @@ def compress(
     for flag, value, least in (
         ("--calibration-tokens", calibration_tokens, 1),
         ("--window", window, 2),
+        ("--latency-rows", latency_rows, 1),
         ("--max-tokens", max_tokens, 2),
         ("--eval-window", eval_window, 2),
     ):
         at_least(flag, value, least)
     from .. import allocators, compressors, preconditioners
     from ..core import labels as kinds
+    from ..core.latency import time_matrices
 
-    unit: Unit = pick("--of", of, {name: name for name in UNITS})
+    unit: Unit = pick("--of", of, {name: name for name in BUDGETS})
     words = [*(settings or []), *([] if gauge is None else [f"gauge={gauge}"])]
     chosen = build_mix(method, registry(compressors), words, compressors.Mixed)
     allocator = None if allocate is None else pick("--allocate", allocate, registry(allocators))
@@ -119,6 +123,7 @@ def compress(
         keep=keep,
         data=source if statistics is None else statistics,
         of=unit,
+        timer=functools.partial(time_matrices, rows=latency_rows),
         allocate=allocator,
         where=layers,
     )

@@ -60,7 +60,8 @@ class KroneckerFactoredPruning(LossMetric):
 
         kept = sorted({entries(share) for share in (SHARES if self.share is None else (self.share,))})
         exact = kept if len(kept) == 1 or weight.numel() < SMALL else [entries(share) for share in FITTED]
-        fitted = torch.tensor([splitting.error(self._fit(splitting, count)) for count in exact]).double()
+        fits = [splitting.error(self._fit(splitting, count)) for count in exact]
+        fitted = torch.tensor(fits, dtype=torch.float64)
         numbers = torch.tensor(kept)
         errors = fitted
         if exact is not kept:  # the logarithm of the error is near a parabola over the logit of what is removed
@@ -79,11 +80,11 @@ class KroneckerFactoredPruning(LossMetric):
         )
 
     def _fit(self, splitting: Splitting, kept: int) -> Tensor:
-        start = splitting.nearest(lambda x: x * largest(x, kept), self.steps, WEIGHTS, splitting.target)
-        return splitting.refit(largest(start, kept), start, self.solves)
+        start = splitting.nearest(lambda x: x * largest(x.abs(), kept), self.steps, WEIGHTS, splitting.target)
+        return splitting.refit(largest(start.abs(), kept), start, self.solves)
 
     def _build(self, weight: Tensor, stats: Stats, kept: int) -> StructuredMatrix:
         splitting = Splitting(weight, *self.metrics(stats))
         values = self._fit(splitting, kept)
-        places = largest(values, kept).bool()
+        places = largest(values.abs(), kept)
         return Sparse.from_dense(splitting.plain(values).to(weight.dtype), places)

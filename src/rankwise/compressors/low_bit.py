@@ -57,8 +57,9 @@ class LowBit(LossMetric):
             [
                 metric_norm(weight.double() - self.rounded(weight, metrics, bits).dense().double(), *metrics)
                 for bits in exact
-            ]
-        ).double()
+            ],
+            dtype=torch.float64,
+        )
         errors = fitted
         if exact is not widths:  # each further bit halves the rounding, as far as the grid fits the numbers
             logs = fitted.clamp_min(torch.finfo(torch.float64).tiny).log()

@@ -1,21 +1,16 @@
 """Sparse combinations of atoms that are orthonormal in the inputs' metric (COMPOT)."""
 
 from dataclasses import dataclass
+from functools import partial
 
-import torch
 from torch import Tensor
 
-from ..core.choices import Choices
-from ..core.statistics import Stats
-from ..linalg import Metric, metric_norm, orthogonal_dictionary
-from ..matrices import Dense, Product, Sparse, StructuredMatrix
-from .loss_metric import LossMetric
-
-SHARES = (0.3, 0.45, 0.6, 0.75)
+from ..linalg import Metric, largest, largest_in_groups, orthogonal_dictionary
+from .sparse_dictionary import SparseDictionary
 
 
 @dataclass(frozen=True, kw_only=True)
-class OrthogonalDictionary(LossMetric):
+class OrthogonalDictionary(SparseDictionary):
     """Write the rows or columns of the weight as sparse combinations of atoms, so that the loss changes little.
 
     A low-rank matrix puts all rows into one subspace; here each row has its own, spanned by some of the atoms.
@@ -27,6 +22,8 @@ class OrthogonalDictionary(LossMetric):
         share: of its dense size that a layer takes; None offers 0.3, 0.45, 0.6 and 0.75.
         atoms_per_entry: atoms for each entry kept in an average row.
         steps: turns of choosing places, values and atoms.
+        pattern: where entries may stand. With 2:4, two of every four neighbours are kept, two bits say where each
+            stands, and rows are always written.
         input_shrinkage: see :class:`KroneckerFactoredSvd`.
         input_damping: see :class:`KroneckerFactoredSvd`.
         output_damping: see :class:`KroneckerFactoredSvd`.
@@ -35,59 +32,18 @@ class OrthogonalDictionary(LossMetric):
         arXiv 2509.22075.
     """
 
-    share: float | None = None
-    atoms_per_entry: float = 2.0
-    steps: int = 8
+    def entries(self, rows: int, atoms: int) -> int:
+        """As many as make the ratio, over all rows together."""
+        return max(int(rows * atoms / self.atoms_per_entry), 1)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.share is not None and not 0 < self.share < 1:
-            raise ValueError(f"share must be > 0 and < 1, got {self.share}.")
-        if not 1 <= self.atoms_per_entry < float("inf"):
-            raise ValueError(f"atoms_per_entry must be a finite number >= 1, got {self.atoms_per_entry}.")
-        if self.steps < 1:
-            raise ValueError(f"steps must be >= 1, got {self.steps}.")
-
-    def choices(self, weight: Tensor, stats: Stats) -> Choices:
-        """Offer one or several sizes."""
-        rows, length = max(weight.shape), min(weight.shape)  # what is written, and how long it is
-        metrics = self.metrics(stats)
-        shares = SHARES if self.share is None else [self.share]
-        sizes = list(dict.fromkeys(self._sizes(rows, length, share) for share in shares))
-        errors = [
-            metric_norm(weight - self._fit(weight, metrics, *size).dense().detach(), *metrics) for size in sizes
-        ]
-        floats = torch.tensor([atoms * length + kept for atoms, kept in sizes])
-        tall = weight.shape[0] >= weight.shape[1]
-        places = [(rows, atoms) if tall else (atoms, rows) for atoms, _ in sizes]
-        bitmaps = torch.tensor([int(Sparse.stored(*place, floats)[1][0]) for place in places])
-        return Choices(
-            costs={
-                "params": floats + (bitmaps + 1) // 2,
-                "bytes": floats * weight.element_size() + bitmaps,
-                "macs": floats,
-            },
-            errors=self.scale * torch.tensor(errors).double(),
-            total=self.scale * metric_norm(weight, *metrics),
-            build=lambda i: self._fit(weight, self.metrics(stats), *sizes[i]).to(weight.dtype),
-            error_of=self.error_of(stats),
+    def decompose(
+        self, weight: Tensor, outputs: Metric, inputs: Metric, atoms: int, kept: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Take turns of two closed-form steps."""
+        choose, group = partial(largest, kept=kept), 1
+        if self.groups is not None:
+            few, group = self.groups
+            choose = partial(largest_in_groups, kept=few, group=group)
+        return orthogonal_dictionary(
+            weight, outputs, inputs, atoms=atoms, choose=choose, group=group, steps=self.steps
         )
-
-    def _sizes(self, rows: int, length: int, share: float) -> tuple[int, int]:
-        """How many atoms, and entries of all rows, take this share of the dense size."""
-        atoms = int(share * rows * length / (length + rows * (1 / self.atoms_per_entry + 1 / 16)))
-        atoms = min(max(atoms, 1), length)
-        return atoms, max(int(rows * atoms / self.atoms_per_entry), 1)
-
-    def _fit(self, weight: Tensor, metrics: tuple[Metric, Metric], atoms: int, kept: int) -> StructuredMatrix:
-        """Return the matrix in float64."""
-        outputs, inputs = metrics
-        if weight.shape[0] >= weight.shape[1]:
-            codes, mask, basis = orthogonal_dictionary(
-                weight, outputs, inputs, atoms=atoms, kept=kept, steps=self.steps
-            )
-            return Product(Sparse.from_dense(codes, mask), Dense(basis))
-        codes, mask, basis = orthogonal_dictionary(
-            weight.mT, inputs, outputs, atoms=atoms, kept=kept, steps=self.steps
-        )
-        return Product(Dense(basis.mT.contiguous()), Sparse.from_dense(codes.mT, mask.mT))

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..matrices import StructuredMatrix
 
-Unit = Literal["params", "bytes", "macs"]
-UNITS: tuple[Unit, ...] = get_args(Unit)
+Unit = Literal["params", "bytes", "macs", "latency"]
+BUDGETS: tuple[Unit, ...] = get_args(Unit)
+UNITS: tuple[Unit, ...] = ("params", "bytes", "macs")  # what a method states; latency is measured
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Choices:
         build: makes choice i, in the dtype of the weight.
         error_of: measures the damage of an (m, n) change of the weight, with the same formula as ``errors``.
         spectrum: the singular values that the errors are sums of, largest first, where there are any.
+        mean: E[x] (n,), where the errors hold once D E[x], for the change D of the weight, is added to the bias.
     """
 
     costs: Mapping[Unit, Tensor]
@@ -32,6 +34,7 @@ class Choices:
     build: Callable[[int], StructuredMatrix]
     error_of: Callable[[Tensor], float]
     spectrum: Tensor | None = None
+    mean: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,18 @@ class Ladder:
 
     @classmethod
     def of(cls, choices: Choices, unit: Unit, dense: int) -> "Ladder":
-        """Keep the choices that are cheaper than the dense layer, and add the dense layer."""
+        """Keep the choices that are cheaper than the dense layer, and add the dense layer.
+
+        A choice that costs as much as another and errs no less, or more and no less, is left out.
+        """
         costs = choices.costs[unit]
         index = (costs < dense).nonzero()[:, 0]
-        index = index[costs[index].argsort(stable=True)]
+        index = index[choices.errors[index].argsort(stable=True)]
+        index = index[costs[index].argsort(stable=True)]  # by cost, then by error
+        least = choices.errors[index].cummin(0).values
+        better = torch.ones(len(index), dtype=torch.bool)
+        better[1:] = choices.errors[index][1:] < least[:-1]
+        index = index[better]
         errors = torch.cat([choices.errors[index].double(), torch.zeros(1, dtype=torch.float64)])
         costs = torch.cat([costs[index], torch.tensor([dense])])
         return cls(costs, errors, index, choices.total, choices.spectrum)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from ..matrices import StructuredMatrix
 from .choices import Choices
@@ -57,3 +57,11 @@ class Preconditioner(abc.ABC):
 
         Matrices and biases come by layer name, and so do the statistics.
         """
+
+
+class Start(abc.ABC):
+    """Makes the structured matrix with which the training of a layer begins."""
+
+    @abc.abstractmethod
+    def matrix(self, m: int, n: int, generator: Generator) -> StructuredMatrix:
+        """Return a random (m, n) matrix in float32, drawn from the generator alone."""

@@ -185,7 +185,7 @@ class StructuredLinear(nn.Module):
         super().__init__()
         if bias is not None and bias.shape != (matrix.shape[0],):
             raise ValueError(f"bias must have shape ({matrix.shape[0]},), got {tuple(bias.shape)}.")
-        self.matrix = matrix
+        self.matrix, self.biased = matrix, False  # whether the layer got a bias that its architecture lacks
         self.bias = None if bias is None else _parameter(bias)
         self.view = view or LinearView()
         like = next((t for t in matrix.state_dict().values() if t.is_floating_point()), None)
@@ -228,6 +228,11 @@ class Site:
     def name(self) -> str:
         """The path that reports use."""
         return self.names[0]
+
+    @property
+    def unbiased(self) -> int:
+        """How many of the places have no bias: one for all, or none."""
+        return len(self.names) if getattr(self.layer, "bias", None) is None else 0
 
     @property
     def weight(self) -> Tensor:
@@ -275,11 +280,16 @@ def select(model: nn.Module, where: Where | None = None) -> dict[str, Site]:
     return {site.name: site for site in sites.values()}
 
 
-def replace(model: nn.Module, site: Site, matrix: StructuredMatrix) -> None:
-    """Put a structured matrix in all places of a site; biases stay where they are."""
+def replace(model: nn.Module, site: Site, matrix: StructuredMatrix, shift: Tensor | None = None) -> None:
+    """Put a structured matrix in all places of a site; biases stay where they are, or move by ``shift`` (m,)."""
     for name in site.names:
         old: Any = model.get_submodule(name)
-        set_module(model, name, StructuredLinear(matrix, old.bias, site.view).train(old.training))
+        bias = old.bias
+        if shift is not None:
+            bias = shift.to(site.weight.dtype) if bias is None else (bias.detach() + shift).to(bias.dtype)
+        new = StructuredLinear(matrix, bias, site.view).train(old.training)
+        new.biased = shift is not None and old.bias is None
+        set_module(model, name, new)
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -295,7 +305,8 @@ def fold(model: nn.Module) -> nn.Module:
     weights: dict[int, Any] = {}
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if isinstance(layer, StructuredLinear):
-            plain = layer.dense().train(layer.training)
+            plain: Any = layer.dense().train(layer.training)
+            plain.biased = layer.biased
             plain.weight = weights.setdefault(id(layer.matrix), plain.weight)
             set_module(model, name, plain)
     return model

@@ -1,13 +1,18 @@
 """Pure functions on tensors."""
 
 from .categorical import draw_categorical
-from .dictionary import orthogonal_dictionary
+from .dictionary import learned_dictionary, orthogonal_dictionary
+from .entries import fit_entries
 from .interpolative import interpolative_rows
+from .k_svd import k_svd
+from .masks import draw_places, largest, largest_in_groups
 from .metric import Metric, metric_norm, metric_svd, truncated_factors
 from .packing import pack, packed_bytes, unpack
 from .parabola import parabola
 from .rounding import Rounded, choose_grids, nearest_codes, round_to_grid
-from .splitting import Splitting, largest
+from .sparse_coding import matching_pursuit
+from .sparse_plus_low_rank import sparse_plus_low_rank
+from .splitting import Splitting
 
 __all__ = [
     "Metric",
@@ -15,8 +20,14 @@ __all__ = [
     "Splitting",
     "choose_grids",
     "draw_categorical",
+    "draw_places",
+    "fit_entries",
     "interpolative_rows",
+    "k_svd",
     "largest",
+    "largest_in_groups",
+    "learned_dictionary",
+    "matching_pursuit",
     "metric_norm",
     "metric_svd",
     "nearest_codes",
@@ -25,6 +36,7 @@ __all__ = [
     "packed_bytes",
     "parabola",
     "round_to_grid",
+    "sparse_plus_low_rank",
     "truncated_factors",
     "unpack",
 ]

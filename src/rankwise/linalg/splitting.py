@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .entries import fit_entries
 from .metric import Metric
 
 RELAXATION = 1.6  # how far each step goes, as a multiple of the step of the plain method
@@ -94,25 +95,9 @@ class Splitting:
         """Approach the best Z that is zero outside a mask by conjugate gradients.
 
         Args:
-            mask: (m, n), 0 or 1.
+            mask: (m, n) bool.
             start: (m, n) first values.
             solves: how many steps.
         """
-        z = start * mask
-        residual = mask * self.image(self.target - z)
-        step, power = residual, residual.square().sum()
-        for _ in range(solves):
-            if not power > 0:
-                break
-            image = mask * self.image(step)
-            length = power / (step * image).sum()
-            z, residual = z + length * step, residual - length * image
-            power, before = residual.square().sum(), power
-            step = residual + power / before * step
-        return z
-
-
-def largest(x: Tensor, kept: int) -> Tensor:
-    """Return the mask (m, n) of the ``kept`` largest entries; of equals, some."""
-    places = x.abs().flatten().topk(kept, sorted=False).indices
-    return torch.zeros(x.numel(), dtype=x.dtype, device=x.device).index_fill(0, places, 1).view_as(x)
+        moment = self.image(self.target)
+        return fit_entries(moment, mask, self.outputs, self.inputs, start * mask, steps=solves)

@@ -10,20 +10,26 @@ from .base import StructuredMatrix
 from .dense import Dense
 from .diagonal import Diagonal
 from .expressions import Product, Scaled, Sum
+from .indexed_sparse import IndexedSparse
 from .low_rank import LowRank, PivotedLowRank
 from .permutation import Permutation
 from .quantized import Quantized
+from .recomputed import Recomputed
+from .semi_sparse import SemiSparse
 from .sparse import Sparse
 
 __all__ = [
     "Dense",
     "Diagonal",
+    "IndexedSparse",
     "LowRank",
     "Permutation",
     "PivotedLowRank",
     "Product",
     "Quantized",
+    "Recomputed",
     "Scaled",
+    "SemiSparse",
     "Sparse",
     "StructuredMatrix",
     "Sum",

@@ -94,5 +94,5 @@ class Sparse(StructuredMatrix):
         """The spec's number of entries, not initialised, at the first places."""
         m, n = shape_of(spec)
         kept = size(spec, "kept", largest=m * n)
-        mask = (torch.arange(m * n) < kept).view(m, n)
+        mask = (torch.arange(m * n, device="cpu") < kept).view(m, n)
         return cls(torch.empty(kept, **where), pack(mask, 1).to(where.get("device") or "cpu"), n)

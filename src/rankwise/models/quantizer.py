@@ -25,12 +25,16 @@ TRIGGER = "transformers.quantizers.auto"
 def describe(model: nn.Module) -> list[dict[str, Any]]:
     """List the structured matrices of a model as data: ``{"names": [layer, ...], "spec": {...}}`` each.
 
+    Layers that got a bias which their architecture lacks stand under ``"biased"`` too.
+
     Layers that share a matrix stand in one entry; its tensors are stored under the first name.
     """
     groups: dict[int, dict[str, Any]] = {}
     for name, layer in structured(model).items():
         entry = groups.setdefault(id(layer.matrix), {"names": [], "spec": layer.matrix.spec()})
         entry["names"].append(name)
+        if layer.biased:
+            entry.setdefault("biased", []).append(name)
     return list(groups.values())
 
 
@@ -51,7 +55,7 @@ def install(model: nn.Module, groups: Any, dtype: torch.dtype, prefix: str = "")
     """
     layers = dict(model.named_modules(remove_duplicate=False))
     sharing: dict[str, str] = {}
-    for names, spec in _entries(groups):
+    for names, biased, spec in _entries(groups):
         owner = None
         for written in names:
             spellings = (written, written.removeprefix(prefix), prefix + written)
@@ -60,7 +64,7 @@ def install(model: nn.Module, groups: Any, dtype: torch.dtype, prefix: str = "")
                 raise ValueError(
                     f"layer {written} is in the config, but {type(model).__name__} does not have it."
                 )
-            new = layers[name] = _structured(name, layers[name], spec, dtype)
+            new = layers[name] = _structured(name, layers[name], spec, dtype, written in biased)
             set_module(model, name, new)
             if owner is None:
                 owner = name
@@ -113,18 +117,21 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-def _entries(groups: Any) -> Iterator[tuple[list[str], Any]]:
+def _entries(groups: Any) -> Iterator[tuple[list[str], list[str], Any]]:
     if not isinstance(groups, list):
         raise ValueError(f"matrices in the config must be a list of names and specs, got {str(groups)[:80]!r}.")
     for group in groups:
         names = group.get("names") if isinstance(group, Mapping) else None
         if not names or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"matrices in the config holds a damaged entry {str(group)[:80]!r}.")
-        yield names, group.get("spec")
+        biased = group.get("biased", [])
+        if not isinstance(biased, list) or not set(map(str, biased)) <= set(names):
+            raise ValueError(f"matrices in the config holds a damaged entry {str(group)[:80]!r}.")
+        yield names, biased, group.get("spec")
 
 
-def _structured(name: str, layer: nn.Module, spec: Any, dtype: torch.dtype) -> StructuredLinear:
-    """Build the structured layer of a spec; the bias of the old one stays."""
+def _structured(name: str, layer: nn.Module, spec: Any, dtype: torch.dtype, biased: bool) -> StructuredLinear:
+    """Build the structured layer of a spec; the bias of the old one stays, or is made if there is to be one."""
     if isinstance(layer, StructuredLinear):
         raise ValueError(f"layer {name} is named twice in the config.")
     view = view_of(layer)
@@ -138,7 +145,11 @@ def _structured(name: str, layer: nn.Module, spec: Any, dtype: torch.dtype) -> S
     if matrix.shape != shape:
         raise ValueError(f"layer {name} is {shape}, but its spec in the config is {tuple(matrix.shape)}.")
     bias: Any = layer.bias
-    return StructuredLinear(matrix, bias, view).train(layer.training)
+    if biased and bias is None:
+        bias = torch.empty(matrix.shape[0], dtype=dtype, device="meta")
+    new = StructuredLinear(matrix, bias, view).train(layer.training)
+    new.biased = biased
+    return new
 
 
 def _check_tensors(path: str, matrix: StructuredMatrix) -> None:

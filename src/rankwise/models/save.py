@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..core.surgery import structured
+from ..core.surgery import StructuredLinear, structured
 from .quantizer import FORMAT, METHOD, describe
 
 
@@ -46,6 +46,12 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
             f"model must be one of transformers, got {type(model).__name__}; of other modules save the "
             "state_dict and the matrix.spec() of each StructuredLinear."
         )
+    for name, layer in model.named_modules():
+        if getattr(layer, "biased", False) and not isinstance(layer, StructuredLinear):
+            raise ValueError(
+                f"layer {name} got a bias from compression, for which {type(model).__name__} has no place; "
+                "save the model before it is folded."
+            )
     folder = Path(os.path.abspath(folder))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists already; remove it or give another path.")
