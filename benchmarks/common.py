@@ -1,5 +1,6 @@
 """What the benchmarks share: texts, the environment, and results that survive an interrupt."""
 
+import contextlib
 import json
 import lzma
 import os
@@ -7,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import torch
 import transformers
 
 import rankwise
+from rankwise.core.methods import Compressor
+from rankwise.core.surgery import select, set_module
 from rankwise.models import embedded_texts
 
 RESULTS = Path(__file__).parent / "results"
@@ -55,6 +59,37 @@ def read(path: Path) -> str:
     """Read an .xz text."""
     with lzma.open(path, "rt", encoding="utf-8", errors="replace") as file:
         return file.read()
+
+
+@dataclass(frozen=True)
+class Remember(Compressor):
+    """A method that decomposes a weight once and offers the same choices to every budget."""
+
+    method: Compressor
+    known: dict = field(default_factory=dict)
+
+    @property
+    def needs(self):
+        return self.method.needs
+
+    @property
+    def comparable(self):
+        return self.method.comparable
+
+    def choices(self, weight, stats):
+        key = weight.data_ptr()
+        if key not in self.known:
+            self.known[key] = self.method.choices(weight, stats)
+        return self.known[key]
+
+
+@contextlib.contextmanager
+def restoring(model):
+    """Put back the layers that a compression inside replaces."""
+    before = {path: model.get_submodule(path) for site in select(model).values() for path in site.names}
+    yield
+    for path, layer in before.items():
+        set_module(model, path, layer)
 
 
 class Rows:

@@ -4,8 +4,9 @@ Every row is one compressed model: method, gauge, allocation, calibration data, 
 and the gap in nats to the dense model on the same tokens. Rows are written as they are made; a second run of the
 same command goes on. Texts: CPython's help topics and, with --data, wikitext2 valid and a C4 slice, each scored
 on its last tokens (wikitext2: the first), windows of 1024. No calibration set holds a token that is scored.
-Parts: the bars that the project is judged by, on all texts; the grid of methods, gauges and allocations; and
-calibration sets and sizes. The last two score fewer tokens, of the first two texts.
+Parts: the bars that the project is judged by, on all texts; the grid of methods, gauges and allocations; other
+structures than truncations; and calibration sets and sizes. All but the first score fewer tokens, the grid and
+the last of the first two texts.
 
     python benchmarks/compression_quality.py --data DATA \
         --json benchmarks/results/compression_quality.json
@@ -14,47 +15,23 @@ calibration sets and sizes. The last two score fewer tokens, of the first two te
 import argparse
 import copy
 import itertools
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from common import Rows, read, texts
+from common import Remember, Rows, read, restoring, texts
 from torch import Tensor
 
 import rankwise
 from rankwise import allocators, compressors
 from rankwise.core import labels
-from rankwise.core.methods import Compressor
-from rankwise.core.surgery import select, set_module
 from rankwise.models import embedded_texts, sample
 from rankwise.models.texts import tokens as ids_of
 
 BASELINE = {"method": "WhitenedSvd", "gauge": "factors", "allocate": "uniform", "calibration": "topics"}
 BEST = {"method": "KroneckerFactoredSvd", "gauge": "pivot", "allocate": "water_filling"}
+PRUNED = {"method": "KroneckerFactoredPruning", "gauge": "", "allocate": "water_filling"}
 METHODS = ("PlainSvd", "ActivationAwareSvd", "WhitenedSvd", "FisherSvd", "KroneckerFactoredSvd")
 MIX = {"topics": 0.25, "wiki": 0.33, "c4": 0.25, "python": 0.17}
-
-
-@dataclass(frozen=True)
-class Remember(Compressor):
-    """A method that decomposes a weight once and offers the same choices to every budget."""
-
-    method: Compressor
-    known: dict = field(default_factory=dict)
-
-    @property
-    def needs(self):
-        return self.method.needs
-
-    @property
-    def comparable(self):
-        return self.method.comparable
-
-    def choices(self, weight, stats):
-        key = weight.data_ptr()
-        if key not in self.known:
-            self.known[key] = self.method.choices(weight, stats)
-        return self.known[key]
 
 
 class Bench:
@@ -70,7 +47,7 @@ class Bench:
     def scored(self, part):
         """Return the tokens that a part scores."""
         n = self.options.eval_tokens if part == "bars" else self.options.grid_tokens
-        names = list(self.texts) if part == "bars" else list(self.texts)[:2]
+        names = list(self.texts) if part in ("bars", "structures") else list(self.texts)[:2]
         return {name: self.texts[name][:n] if name == "wikitext2" else self.texts[name][-n:] for name in names}
 
     def score(self, part, about=None, **key):
@@ -133,21 +110,22 @@ class Bench:
             return
         statistics = self.calibrate(calibration, tokens)
         if (method, gauge) not in self.remembered:
-            self.remembered[method, gauge] = Remember(getattr(compressors, method)(gauge=gauge))
-        before = {path: self.model.get_submodule(path) for s in select(self.model).values() for path in s.names}
-        report = rankwise.compress(
-            self.model, self.remembered[method, gauge], keep=keep, data=statistics,
-            allocate=getattr(allocators, allocate),
-        )  # fmt: skip
-        about = {
-            "kept": report.totals["keep"],
-            "seconds": report.totals["seconds"],  # a method's first row holds its decompositions
-            "left_dense": sum(row["kind"] == "Dense" for row in report.rows),
-            "predicted_error": sum(row["predicted_error"] for row in report.rows),
-        }
-        self.score(part, about, **key)
-        for path, layer in before.items():
-            set_module(self.model, path, layer)
+            kind = getattr(compressors, method)
+            self.remembered[method, gauge] = Remember(kind(gauge=gauge) if gauge else kind())
+        with restoring(self.model):
+            report = rankwise.compress(
+                self.model, self.remembered[method, gauge], keep=keep, data=statistics,
+                allocate=getattr(allocators, allocate),
+            )  # fmt: skip
+            kinds = [row["kind"] for row in report.rows]
+            about = {
+                "kept": report.totals["keep"],
+                "seconds": report.totals["seconds"],  # a method's first row holds its decompositions
+                "left_dense": kinds.count("Dense"),
+                "kinds": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
+                "predicted_error": sum(row["predicted_error"] for row in report.rows),
+            }
+            self.score(part, about, **key)
 
 
 def bars(options):
@@ -155,6 +133,7 @@ def bars(options):
     for keep in (0.9, 0.8, 0.6):
         yield {**BASELINE, "tokens": 24576, "keep": keep}
         yield {**BEST, "calibration": "topics", "tokens": 24576, "keep": keep}
+        yield {**PRUNED, "calibration": "topics", "tokens": 24576, "keep": keep}
     for keep in (0.9, 0.8):
         yield {**BEST, "calibration": "self", "tokens": 24576, "keep": keep}
 
@@ -167,11 +146,24 @@ def grid(options):
             yield {**about, "calibration": "topics", "tokens": 24576, "keep": keep}
 
 
+def structures(options):
+    """Structures beside the best truncation, on all texts."""
+    for keep in (0.9, 0.8, 0.6, 0.4):
+        yield {**BASELINE, "tokens": 24576, "keep": keep}
+        for method in ("OrthogonalDictionary", "KroneckerFactoredPruning"):
+            about = {"method": method, "gauge": "", "allocate": "water_filling"}
+            yield {**about, "calibration": "topics", "tokens": 24576, "keep": keep}
+        yield {**BEST, "calibration": "topics", "tokens": 24576, "keep": keep}
+
+
 def calibration(options):
     """The best method under several calibration sets and sizes."""
     for name, count in itertools.product(("topics", "mix", "self"), options.tokens):
         for keep in (0.9, 0.8):
             yield {**BEST, "calibration": name, "tokens": count, "keep": keep}
+
+
+PARTS = {"bars": bars, "grid": grid, "structures": structures, "calibration": calibration}
 
 
 def main():
@@ -182,7 +174,7 @@ def main():
         "--data", help="folder with wikitext2/ and calib_mix/; without it, topics alone are scored"
     )
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--part", action="append", choices=("bars", "grid", "calibration"), help="default: all")
+    parser.add_argument("--part", action="append", choices=list(PARTS), help="default: all")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6, 0.5], help="of the grid")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 24576, 65536])
     parser.add_argument("--eval-tokens", type=int, default=16384, help="of each text, scored by the bars")
@@ -190,11 +182,10 @@ def main():
     parser.add_argument("--bfloat16", action="store_true", help="calibration passes in bfloat16")
     options = parser.parse_args()
     bench = Bench(options)
-    parts = {"bars": bars, "grid": grid, "calibration": calibration}
-    chosen = options.part or list(parts)
+    chosen = options.part or list(PARTS)
     for part in chosen:
         bench.score(part, method="dense")
-    jobs = [(part, job) for part in chosen for job in parts[part](options)]
+    jobs = [(part, job) for part in chosen for job in PARTS[part](options)]
     sets = list(dict.fromkeys((job["calibration"], job["tokens"]) for _, job in jobs))
     for part, job in sorted(jobs, key=lambda each: sets.index((each[1]["calibration"], each[1]["tokens"]))):
         bench.compressed(part, **job)

@@ -1,0 +1,92 @@
+"""Which method loses how much at which number of bits a weight: integers beside each other at equal bytes.
+
+Every row is SmolLM2-135M in bfloat16 with its decoder matrices replaced: bits a weight with scales, offsets and
+bitmaps counted, and for each text the gap in nats to the dense model on the same tokens. The first rows have one
+width in all layers (rounding to nearest on the best range, and GPTQ); the others spend a budget of bytes over
+layers. Rows are written as they are made; a second run of the same command goes on.
+
+    python benchmarks/low_bit.py --data DATA --json benchmarks/results/low_bit.json
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from common import Remember, Rows, restoring, texts
+
+import rankwise
+from rankwise.allocators import uniform, water_filling
+from rankwise.compressors import Gptq, KroneckerFactoredPruning, KroneckerFactoredRounding, Mixed
+from rankwise.models.texts import tokens as ids_of
+
+BUDGETS = (4.0, 3.0, 2.5)
+
+
+def fixed():
+    """One width in all layers."""
+    for bits, group in ((8, 128), (4, 128), (4, 32), (3, 128), (2, 64), (2, 128)):
+        yield f"round to nearest, {bits} bits, group {group}", Gptq(bits=bits, group=group, feedback=False)
+    for bits, group in ((4, 128), (3, 128), (2, 64), (2, 128)):
+        yield f"GPTQ, {bits} bits, group {group}", Gptq(bits=bits, group=group)
+
+
+def searched(options):
+    """A budget over layers."""
+    rounding = KroneckerFactoredRounding(group=options.group)
+    yield "Gptq", Remember(Gptq(group=options.group))
+    yield "KroneckerFactoredRounding", Remember(rounding)
+    if options.mixed:
+        yield "Mixed: rounding and pruning", Remember(Mixed(methods=(rounding, KroneckerFactoredPruning())))
+
+
+def main():
+    """Run what is not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", required=True, help="the result; an existing one is continued")
+    parser.add_argument("--data", help="folder with wikitext2/ and calib_mix/; without it, topics alone")
+    parser.add_argument("--calibration-tokens", type=int, default=24576, help="of topics")
+    parser.add_argument("--eval-tokens", type=int, default=4096, help="of each text")
+    parser.add_argument("--group", type=int, default=128, help="of the methods that spend a budget")
+    parser.add_argument("--mixed", action="store_true", help="let layers be pruned instead")
+    options = parser.parse_args()
+    rows = Rows(Path(options.json))
+    model, tokenizer = rankwise.load("smollm2-135m", dtype=torch.bfloat16)
+    ids = {name: ids_of(tokenizer, text) for name, text in texts(options.data).items()}
+    n = options.eval_tokens
+    scored = {name: each[:n] if name == "wikitext2" else each[-n:] for name, each in ids.items()}
+
+    def score():
+        return {row["name"]: row["nats"] for row in rankwise.evaluate(model, tokenizer, scored).rows}
+
+    if not rows.has(method="dense"):
+        rows.add(method="dense", bits=16.0, nats=score())
+    dense = rows.find(method="dense")["nats"]
+    statistics = rankwise.calibrate(model, Gptq.needs, data=ids["topics"][: options.calibration_tokens])
+
+    def row(name, method, keep, allocate):
+        if rows.has(method=name, budget=keep * 16):
+            return
+        with restoring(model):
+            report = rankwise.compress(model, method, keep=keep, of="bytes", data=statistics, allocate=allocate)
+            nats = score()
+            rows.add(
+                method=name,
+                budget=keep * 16,
+                bits=16 * report.totals["keep"]["bytes"],
+                nats=nats,
+                gap={text: nats[text] - dense[text] for text in nats},
+                predicted_error=sum(r["predicted_error"] for r in report.rows),
+                seconds=report.totals["seconds"],
+                kinds={k: sum(r["kind"] == k for r in report.rows) for k in {r["kind"] for r in report.rows}},
+            )
+
+    for name, method in fixed():
+        row(name, method, 0.99, uniform)
+    for name, method in searched(options):
+        for bits in BUDGETS:
+            row(name, method, bits / 16, water_filling)
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()
