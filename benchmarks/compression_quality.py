@@ -147,13 +147,10 @@ def grid(options):
 
 
 def structures(options):
-    """Structures beside the best truncation, on all texts."""
-    for keep in (0.9, 0.8, 0.6, 0.4):
-        yield {**BASELINE, "tokens": 24576, "keep": keep}
-        for method in ("OrthogonalDictionary", "KroneckerFactoredPruning"):
-            about = {"method": method, "gauge": "", "allocate": "water_filling"}
-            yield {**about, "calibration": "topics", "tokens": 24576, "keep": keep}
-        yield {**BEST, "calibration": "topics", "tokens": 24576, "keep": keep}
+    """Structures beside truncations, on all texts."""
+    dictionary = {**PRUNED, "method": "OrthogonalDictionary"}
+    for about, keep in itertools.product((BASELINE, BEST, PRUNED, dictionary), (0.8, 0.6, 0.4)):
+        yield {**about, "calibration": "topics", "tokens": 24576, "keep": keep}
 
 
 def calibration(options):

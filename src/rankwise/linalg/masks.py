@@ -12,7 +12,7 @@ def largest(score: Tensor, kept: int) -> Tensor:
     [[True, False], [False, True]]
     """
     mask = torch.zeros_like(score, dtype=torch.bool)
-    mask.view(-1)[score.flatten().topk(kept).indices] = True
+    mask.view(-1)[score.flatten().topk(kept, sorted=False).indices] = True
     return mask
 
 
