@@ -10,11 +10,10 @@ from ..core.choices import UNITS, Choices
 from ..core.methods import Compressor
 from ..core.statistics import Statistic, Stats
 from ..matrices import StructuredMatrix
-from .gptq import Gptq
-from .gptq_plus_low_rank import GptqPlusLowRank
+from .kronecker_factored_pruning import KroneckerFactoredPruning
+from .kronecker_factored_rounding import KroneckerFactoredRounding
 from .kronecker_factored_svd import KroneckerFactoredSvd
 from .loss_metric import LossMetric
-from .orthogonal_dictionary import OrthogonalDictionary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +29,8 @@ class Mixed(Compressor):
 
     methods: tuple[LossMetric, ...] = (
         KroneckerFactoredSvd(),
-        OrthogonalDictionary(),
-        Gptq(),
-        GptqPlusLowRank(),
+        KroneckerFactoredPruning(),
+        KroneckerFactoredRounding(),
     )
     needs: ClassVar[tuple[type[Statistic], ...]] = LossMetric.needs
     comparable: ClassVar[bool] = True
