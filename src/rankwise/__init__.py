@@ -7,6 +7,7 @@ from .core.report import Report
 from .core.surgery import StructuredLinear
 from .models import evaluate, load, save
 from .models.quantizer import register_when_ready
+from .streaming import compress_folder
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "allocators",
     "calibrate",
     "compress",
+    "compress_folder",
     "compressors",
     "evaluate",
     "fold",

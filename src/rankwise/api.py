@@ -130,12 +130,7 @@ def compress(
     >>> [row["rank"] for row in report.rows], round(report.totals["keep"]["params"], 2)
     ([15, 5], 0.74)
     """
-    if not isinstance(method, Compressor):
-        raise TypeError(f"method must be an object from rankwise.compressors, got {method!r}.")
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep must be > 0 and <= 1, got {keep}.")
-    if of not in UNITS:
-        raise ValueError(f"of must be one of {', '.join(UNITS)}, got {of!r}.")
+    check_arguments(method, keep, of)
     sites = select(model, where)
     check_weights(sites)
     if not isinstance(data, Statistics):
@@ -145,7 +140,7 @@ def compress(
     seconds = {"statistics": statistics.seconds}
     start = time.perf_counter()
     choices = {
-        name: _choices(name, site, method, statistics) for name, site in track(sites.items(), "factorisation")
+        name: choices_of(name, site, method, statistics) for name, site in track(sites.items(), "factorisation")
     }
     seconds["factorisation"] = time.perf_counter() - start
     start = time.perf_counter()
@@ -166,7 +161,8 @@ def compress(
         if step < len(ladders[name].index):
             matrix = choices[name].build(int(ladders[name].index[step]))
         matrices[name] = matrix
-        rows.append(_row(name, site, matrix, choices[name], float(ladders[name].errors[step])))
+        measured = 0.0 if matrix is None else measured_error(site.weight, matrix, choices[name])
+        rows.append(row_of(name, site.weight, matrix, float(ladders[name].errors[step]), measured))
     for name, matrix in matrices.items():
         if matrix is not None:
             replace(model, sites[name], matrix)
@@ -176,15 +172,8 @@ def compress(
         unit: sum(dense[n][unit] if x is None else matrix_costs(x)[unit] for n, x in matrices.items())
         for unit in UNITS
     }
-    totals = {
-        "method": described(method),
-        "keep": {unit: after[unit] / before[unit] for unit in UNITS},
-        "seconds": seconds,
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
-    title = f"{type(method).__name__}: {len(sites)} layers at keep {keep:g} of their {of}"
     curves = {name: c.spectrum.tolist() for name, c in choices.items() if c.spectrum is not None}
-    return Report(title, rows, "layers", totals, curves)
+    return report_of(method, f"keep {keep:g} of their {of}", rows, before, after, seconds, curves)
 
 
 def inspect(model: nn.Module, measures: Sequence[Measure] | None = None, *, where: Where | None = None) -> Report:
@@ -226,6 +215,16 @@ def fold(model: nn.Module) -> nn.Module:
     folded = fold_layers(model)
     forget(folded)
     return folded
+
+
+def check_arguments(method: Compressor, keep: float, of: Unit) -> None:
+    """Raise if a method, a share or a unit is none."""
+    if not isinstance(method, Compressor):
+        raise TypeError(f"method must be an object from rankwise.compressors, got {method!r}.")
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep must be > 0 and <= 1, got {keep}.")
+    if of not in UNITS:
+        raise ValueError(f"of must be one of {', '.join(UNITS)}, got {of!r}.")
 
 
 def check_weights(sites: Mapping[str, Site]) -> None:
@@ -271,16 +270,23 @@ def _statistics(
     )
 
 
-def _choices(name: str, site: Site, method: Compressor, statistics: Statistics) -> Choices:
+def choices_of(name: str, site: Site, method: Compressor, statistics: Statistics) -> Choices:
+    """Ask a method for the choices of a layer; an error names the layer."""
     try:
         return method.choices(site.weight, statistics.of(name, method.needs))
     except ValueError as error:
         raise CalibrationError(f"layer {name}: {error} Or leave the layer out with 'where'.") from error
 
 
-def _row(name: str, site: Site, matrix: StructuredMatrix | None, choices: Choices, predicted: float) -> dict:
-    weight = site.weight
-    measured = 0.0 if matrix is None else choices.error_of(weight.double() - matrix.dense().detach().double())
+def measured_error(weight: Tensor, matrix: StructuredMatrix, choices: Choices) -> float:
+    """Measure the damage of a matrix in place of a weight, in the units of the method."""
+    return choices.error_of(weight.double() - matrix.dense().detach().double())
+
+
+def row_of(
+    name: str, weight: Tensor, matrix: StructuredMatrix | None, predicted: float, measured: float
+) -> dict[str, Any]:
+    """Describe a layer and the matrix that takes its place, or None, for a report."""
     return {
         "name": name,
         "kind": "Dense" if matrix is None else type(matrix).__name__,
@@ -290,3 +296,32 @@ def _row(name: str, site: Site, matrix: StructuredMatrix | None, choices: Choice
         "predicted_error": predicted,
         "measured_error": measured,
     }
+
+
+def report_of(
+    method: Compressor,
+    budget: str,
+    rows: Sequence[Mapping[str, Any]],
+    before: Mapping[Any, int],
+    after: Mapping[Any, int],
+    seconds: Mapping[str, float],
+    curves: Mapping[str, Sequence[float]],
+) -> Report:
+    """Put the report of a compression together.
+
+    Args:
+        method: that was used.
+        budget: in words.
+        rows: from :func:`row_of`.
+        before: cost of all layers before, by unit.
+        after: and afterwards.
+        seconds: of each stage.
+        curves: the spectrum of each layer.
+    """
+    totals = {
+        "method": described(method),
+        "keep": {unit: after[unit] / before[unit] for unit in UNITS},
+        "seconds": dict(seconds),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    return Report(f"{type(method).__name__}: {len(rows)} layers at {budget}", rows, "layers", totals, curves)
