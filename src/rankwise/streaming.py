@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -98,7 +97,8 @@ def compress_folder(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already; remove it or give another path.")
     run = _Run(source, out, method, data if method.needs else None, where, labels, window, seed, dtype)
-    return run.finish(keep, of, allocate or (water_filling if method.comparable else uniform))
+    with contextlib.closing(run.steps):
+        return run.finish(keep, of, allocate or (water_filling if method.comparable else uniform))
 
 
 class _Run:
@@ -136,9 +136,9 @@ class _Run:
             "seed": seed,
             "versions": {"rankwise": __version__, "torch": torch.__version__},
         }
-        self.steps = Steps(out.with_name(f"{out.name}.partial"), about)
         self.checkpoint.fill_all_but(self.chain.path)
         self.resident = {name for name, tensor in tensors_of(self.model).items() if not tensor.is_meta}
+        self.steps = Steps(out.with_name(f"{out.name}.partial"), about)
         self.sweeps = Sweeps(
             self.checkpoint, self.chain, self.steps, batches, self.parts, method.needs, loss, seed
         )
@@ -246,7 +246,7 @@ class _Run:
         config = with_specs(self.checkpoint.config, sorted(groups, key=lambda group: order[group["names"][0]]))
         config.architectures, config.dtype = [type(self.model).__name__], self.checkpoint.dtype
         assemble(config, shards, self.checkpoint.folder, self.steps.folder, self.out)
-        shutil.rmtree(self.steps.folder)
+        self.steps.remove()
 
     def _seconds(self) -> dict[str, float]:
         """How long the finished steps took, as in the report of a compression in memory."""

@@ -1,5 +1,6 @@
 """A long work in steps that a killed run takes up again: the files of each appear whole, or not at all."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -7,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from .files import sync, write_text
 
-MANIFEST = "manifest.json"
+MANIFEST, LOCK = "manifest.json", "lock"
 
 
 class Steps:
@@ -29,27 +30,23 @@ class Steps:
         about: JSON data that the results depend on.
 
     Raises:
-        ValueError: if the folder holds something else, or a work that was about something else.
+        ValueError: if the folder holds something else, or a work that was about something else, or one that
+            another process is at.
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
         self.folder, self.about = folder, json.loads(json.dumps(about))
         self.known: dict[str, Any] = {}
         path = folder / MANIFEST
-        if path.is_file():
-            try:
-                found = json.loads(path.read_text(encoding="utf-8"))
-                self.known, before = found["steps"], found["about"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path} is damaged; remove {folder} to start again.") from error
-            self._compare(before)
-            for left in folder.glob(".*.tmp"):
-                shutil.rmtree(left, ignore_errors=True)
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not path.is_file() and folder.exists() and (not folder.is_dir() or _foreign(folder)):
             raise ValueError(f"{folder} exists, but is no unfinished run; remove it or give another path.")
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._write()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.lock = _lock(folder)
+        try:
+            self._open(path)
+        except BaseException:
+            self.close()
+            raise
 
     def run(
         self, name: str, make: Callable[[Path], Mapping[str, Any]], about: Mapping[str, Any] | None = None
@@ -90,6 +87,15 @@ class Steps:
             shutil.rmtree(temporary, ignore_errors=True)
         return figures
 
+    def remove(self) -> None:
+        """Remove everything; the work is over."""
+        self.close()
+        shutil.rmtree(self.folder)
+
+    def close(self) -> None:
+        """Let another run continue."""
+        self.lock.close()
+
     def has(self, name: str) -> bool:
         """Whether a step is finished and its files are there."""
         files = self.known[name]["files"] if name in self.known else {}
@@ -118,6 +124,19 @@ class Steps:
         with safe_open(path, framework="pt") as opened:
             return {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118 (no mapping)
 
+    def _open(self, path: Path) -> None:
+        if not path.is_file():
+            self._write()
+            return
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            self.known, before = found["steps"], found["about"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged; remove {self.folder} to start again.") from error
+        self._compare(before)
+        for left in self.folder.glob(".*.tmp"):
+            shutil.rmtree(left, ignore_errors=True)
+
     def _compare(self, before: Mapping[str, Any]) -> None:
         for key in self.about.keys() | before.keys():
             if (old := before.get(key)) != (new := self.about.get(key)):
@@ -134,6 +153,25 @@ class Steps:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file."""
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, {"format": "pt"})
+
+
+def _foreign(folder: Path) -> bool:
+    """Whether there is a file that a run does not leave when it is killed at its very beginning."""
+    return any(file.name != LOCK and not file.name.startswith(f".{MANIFEST}.") for file in folder.iterdir())
+
+
+def _lock(folder: Path) -> IO[str]:
+    """Return an open file that only one process has at a time, where the system knows such locks."""
+    opened = (folder / LOCK).open("w")
+    with contextlib.suppress(ImportError):
+        import fcntl
+
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            opened.close()
+            raise ValueError(f"another run is at work in {folder}; wait until it has ended.") from error
+    return opened
 
 
 def _digest(file: Path) -> str:

@@ -74,8 +74,21 @@ class Chain:
         self.form: Callable[[Tensor], Any] = lambda x: x
 
     def enter(self, batch: Batch) -> Tensor:
-        """Return the hidden state that enters the first block."""
-        return self._until(batch, lambda call: call.x)
+        """Return the hidden state that enters the first block.
+
+        Raises:
+            ValueError: if something else that enters it has a gradient too.
+        """
+
+        def stand_in(call: Call) -> Tensor:
+            if any(tensor.requires_grad for tensor in _tensors_in(call.others)):
+                raise ValueError(
+                    f"layers before the blocks at {self.path} also reach them past the hidden state, which "
+                    "cannot be streamed; compress in memory, or leave them out with 'where'."
+                )
+            return call.x
+
+        return self._until(batch, stand_in)
 
     def block(self, i: int, batch: Batch, x: Tensor) -> Tensor:
         """Return what block i makes of a hidden state."""
@@ -109,6 +122,7 @@ class Chain:
         Raises:
             ValueError: if it is not.
         """
+        rest: list[Any] = []
 
         def first(call: Call) -> Tensor:
             output = call.run(call.x)
@@ -118,15 +132,19 @@ class Chain:
                     f"{self.names[0]} turns {tuple(call.x.shape)} into {tuple(y.shape)}; only blocks that "
                     "keep the shape of the hidden state can be streamed: compress in memory."
                 )
-            self.form = _form_of(output)
+            if isinstance(output, tuple):
+                rest.extend(output[1:])
+                self.form = lambda x: (x, *rest)
             return y
 
         self._until(batch, first)
         one, other = (self._others(batch, change) for change in (torch.ones_like, torch.zeros_like))
-        if len(one) != len(other) or not all(map(torch.equal, one, other)):
+        passed_on = any(t is each for t in one for each in rest)
+        rest[:] = [None if isinstance(each, Tensor) else each for each in rest]  # such as attention weights
+        if passed_on or len(one) != len(other) or not all(map(torch.equal, one, other)):
             raise ValueError(
-                f"the blocks at {self.path} take more than one input that depends on the hidden state, which "
-                "cannot be streamed; compress in memory."
+                f"the blocks at {self.path} pass on more than the hidden state, which cannot be streamed; "
+                "compress in memory."
             )
 
     def _others(self, batch: Batch, change: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -189,20 +207,13 @@ def hidden_of(output: Any) -> Tensor:
     """Return the hidden state in the output of a block: the output, or the first of several.
 
     Raises:
-        ValueError: if there is none, or there are other tensors.
+        ValueError: if it is no tensor.
     """
-    first, *rest = output if isinstance(output, tuple) else (output,)
-    if not isinstance(first, Tensor) or any(_tensors_in(rest)):
-        raise ValueError("a block returns several tensors, which cannot be streamed; compress in memory.")
-    return first
-
-
-def _form_of(output: Any) -> Callable[[Tensor], Any]:
-    """Return what puts a hidden state in the place where a block's output has it."""
-    if isinstance(output, Tensor):
-        return lambda x: x
-    rest = output[1:]
-    return lambda x: (x, *rest)
+    hidden = output[0] if isinstance(output, tuple) else output
+    if not isinstance(hidden, Tensor):
+        kind = type(hidden).__name__
+        raise ValueError(f"a block returns a {kind}, which cannot be streamed; compress in memory.")
+    return hidden
 
 
 def _called(i: int, forward: Callable[..., Any], stand_in: StandIn) -> Callable[..., Any]:

@@ -50,6 +50,19 @@ def load(
         raise ValueError(f"{source} cannot be loaded: {_one_line(error)}") from error
 
 
+def load_tokenizer(source: str | Path) -> Any:
+    """Load the tokenizer of a model alone, or return None if there is none.
+
+    Raises:
+        ValueError: if there is no such model, or it is a GGUF file.
+    """
+    folder = find(source, trust=False)
+    if folder.is_file():
+        raise ValueError(f"{source} is one GGUF file; give a folder.")
+    with quiet():
+        return tokenizer_of(folder, trust=False)
+
+
 def find(source: str | Path, trust: bool) -> Path:
     """Return the folder or the GGUF file that a source stands for."""
     name, path = str(source), Path(source).expanduser()
