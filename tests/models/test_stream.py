@@ -406,6 +406,16 @@ def test_a_damaged_checkpoint_is_named(damage, dense, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_tensor_that_nobody_reads_is_named(dense, whole, tmp_path):
+    def add(file: Path) -> None:
+        save_file({**load_file(file), "model.layers.1.strange.weight": torch.ones(2)}, file, {"format": "pt"})
+
+    folder = damaged_copy(dense, tmp_path / "dense", add)
+    with pytest.warns(UserWarning, match=r"1 tensors of .* are not used: model\.layers\.1\.strange\.weight"):
+        run(folder, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(whole)
+
+
 def test_arguments_are_checked_before_anything_is_written(dense, whole, tmp_path):
     cases = [
         ({"data": None}, "needs calibration data"),

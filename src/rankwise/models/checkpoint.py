@@ -4,6 +4,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,12 @@ class Checkpoint:
         with quiet():
             found = self._fill(lambda name: not inside(name))
             found.missing_keys = {name for name in found.missing_keys if not inside(name)}
+            found.unexpected_keys = set(self.places.values()) - self.model.state_dict().keys()
             found = self.model._finalize_model_loading(self.model, self.loading, found)
         self._check(found, lambda name: not inside(name))
+        if unread := sorted(found.unexpected_keys):
+            names = ", ".join(unread[:3])
+            warnings.warn(f"{len(unread)} tensors of {self.folder} are not used: {names} ...", stacklevel=2)
         self.model.eval().requires_grad_(False)
 
     @contextlib.contextmanager
