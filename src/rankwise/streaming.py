@@ -116,15 +116,17 @@ class _Run:
         seed: int,
         dtype: torch.dtype | None,
     ) -> None:
-        self.source, self.out, self.method = source, out, method
+        import transformers
+
+        from . import __version__
+
+        self.out, self.method = out, method
         self.checkpoint = Checkpoint(source, dtype)
         self.model = self.checkpoint.model
         _without_cache(self.model.config)
         self.sites = select(self.model, where)
         self.chain = Chain(self.model, find_blocks(self.model))
         self.parts = parts_of(self.chain, self.sites)
-        from . import __version__
-
         loss, batches = labels or label_kinds.automatic, [] if data is None else batches_of(data, window=window)
         about = {
             "checkpoint": self.checkpoint.identity(),
@@ -134,7 +136,7 @@ class _Run:
             "data": digest_of(batches),
             "labels": getattr(loss, "__qualname__", repr(loss)),
             "seed": seed,
-            "versions": {"rankwise": __version__, "torch": torch.__version__},
+            "versions": [__version__, torch.__version__, transformers.__version__],
         }
         self.checkpoint.fill_all_but(self.chain.path)
         self.resident = {name for name, tensor in tensors_of(self.model).items() if not tensor.is_meta}
@@ -240,9 +242,8 @@ class _Run:
     def _assemble(self, groups: Sequence[Any]) -> None:
         """Put the shards together and remove the rest."""
         order = {name: i for i, (name, _) in enumerate(self.model.named_modules(remove_duplicate=False))}
-        shards = [
-            self.steps.folder / f"shard-{self._number(part)}" / SHARD for part in (OUTSIDE, *self.chain.names)
-        ]
+        steps = [f"shard-{self._number(part)}" for part in (OUTSIDE, *self.chain.names)]
+        shards = [self.steps.file(step, SHARD) for step in steps]
         config = with_specs(self.checkpoint.config, sorted(groups, key=lambda group: order[group["names"][0]]))
         config.architectures, config.dtype = [type(self.model).__name__], self.checkpoint.dtype
         assemble(config, shards, self.checkpoint.folder, self.steps.folder, self.out)

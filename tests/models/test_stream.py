@@ -301,6 +301,17 @@ def test_a_damaged_step_is_named_and_a_missing_one_is_made_again(dense, whole, t
     assert contents(run(dense, tmp_path / "out")) == contents(whole)
 
 
+def test_a_damaged_shard_is_not_taken(dense, tmp_path, monkeypatch):
+    assert interrupted(dense, tmp_path / "out", monkeypatch, 10)
+    damaged = tmp_path / "out.partial" / "shard-1" / "model.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{damaged} is damaged"):
+        run(dense, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_damaged_manifest_is_named(dense, tmp_path, monkeypatch):
     assert interrupted(dense, tmp_path / "out", monkeypatch, 1)
     (tmp_path / "out.partial" / "manifest.json").write_text("{")

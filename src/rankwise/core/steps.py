@@ -110,8 +110,8 @@ class Steps:
         """Return how long each finished step took."""
         return {name: step["seconds"] for name, step in self.known.items()}
 
-    def tensors(self, name: str, file: str) -> dict[str, Tensor]:
-        """Read a file of a finished step.
+    def file(self, name: str, file: str) -> Path:
+        """Return the path of a file of a finished step.
 
         Raises:
             ValueError: if it is not what was written.
@@ -121,7 +121,11 @@ class Steps:
             raise ValueError(
                 f"{path} is damaged; remove the folder {path.parent} and run the same again, which makes it anew."
             )
-        with safe_open(path, framework="pt") as opened:
+        return path
+
+    def tensors(self, name: str, file: str) -> dict[str, Tensor]:
+        """Read a file of a finished step, which :meth:`file` checks."""
+        with safe_open(self.file(name, file), framework="pt") as opened:
             return {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118 (no mapping)
 
     def _open(self, path: Path) -> None:
