@@ -578,6 +578,31 @@ def test_encoder_decoders_are_refused(kind, tmp_path):
         run(folder, tmp_path / "out", data=batches)
 
 
+class Both(transformers.LlamaForCausalLM):
+    """Runs its head on the embeddings as well, for no effect."""
+
+    def forward(self, input_ids: Tensor, **options: Any) -> Any:
+        embedded = self.model.embed_tokens(input_ids)
+        return super().forward(inputs_embeds=embedded + 0 * self.lm_head(embedded).sum(), **options)
+
+
+class Never(transformers.LlamaForCausalLM):
+    """Has a layer that nothing runs."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.idle = nn.Linear(4, 4)
+
+
+@pytest.mark.parametrize(("kind", "places"), [(Both, "both before and after"), (Never, "never")])
+def test_a_layer_outside_the_blocks_is_reached_in_one_place(kind, places, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["transformers"], kind.__name__, kind, raising=False)
+    folder = source(lambda: kind(llama(tie_word_embeddings=False).config), tmp_path / "dense")
+    batches = [{"input_ids": part} for part in plain()]
+    with pytest.raises(CalibrationError, match=f"reached {places}"):
+        run(folder, tmp_path / "out", data=batches, where=lambda name, layer: True)
+
+
 def test_a_weight_shared_by_blocks_is_refused(dense, tmp_path, monkeypatch):
     build = transformers.LlamaForCausalLM.__init__
 

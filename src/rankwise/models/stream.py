@@ -165,8 +165,6 @@ class Sweeps:
         """Run what comes before the blocks, and back to it if gradients are needed."""
         if not self.parts[OUTSIDE]:
             return
-        counted = self.steps.figures("after")["statistics"]["layers"]
-        sites = {name: site for name, site in self.parts[OUTSIDE].items() if name not in counted}
 
         def each(b: int, batch: Batch, watch: Watch) -> Mapping[str, Tensor]:
             with watch.on(self.chain.model), torch.set_grad_enabled(self.gradients):
@@ -175,8 +173,12 @@ class Sweeps:
                     x.backward(self._read("gradient-0", b))
             return {}
 
-        if sites:
-            self._step("before", sites, each)
+        self._step("before", self.parts[OUTSIDE], each, some=True)
+        before, after = (self.steps.figures(step)["statistics"]["layers"] for step in ("before", "after"))
+        for name in self.parts[OUTSIDE]:
+            if (name in before) == (name in after):
+                places = "both before and after the blocks" if name in before else "never"
+                raise CalibrationError(f"layer {name} is reached {places}; leave it out with 'where'.")
 
     def _step(
         self, name: str, sites: Mapping[str, Site], each: Each, part: str | None = None, some: bool = False
