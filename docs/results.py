@@ -172,6 +172,27 @@ def cost() -> list[str]:
     ]
 
 
+def streaming() -> list[str]:
+    """Memory of a streamed compression, and whether kills change its result."""
+    found = load("streaming")
+    if found is None:
+        return []
+    gib, same = 2**30, "the same bits as" if found["bit_identical"] else "other bits than"
+    cells = [
+        [name, str(run["killed"]), f"{run['wall_seconds']:.0f}", f"{run['peak_memory_bytes'] / gib:.2f}"]
+        for name, run in [("whole", found["uninterrupted"]), *[("again", run) for run in found["killed"]]]
+    ]
+    return [
+        *_head("A checkpoint streamed block by block", found),
+        f"A random Llama of {found['blocks']} blocks and {found['total_bytes'] / gib:.2f} GiB in bfloat16, "
+        f"{found['tokens']} tokens; embeddings, head and three blocks take "
+        f"{found['embeddings_and_3_blocks_bytes'] / gib:.2f} GiB. The layers compressed are those of "
+        f"`{found['layers']}`. The run that was killed made {same} the one that was not.",
+        "",
+        *table(["run", "killed", "seconds", "peak GiB of the process"], cells),
+    ]
+
+
 def _head(title: str, found: dict) -> list[str]:
     about = found["environment"]
     made = f"torch {about['torch']}, {about['threads']} threads, commit {about['commit']}"
@@ -181,7 +202,8 @@ def _head(title: str, found: dict) -> list[str]:
 def page() -> str:
     """Return the whole page."""
     lines = ["# Results", "", "Generated from `benchmarks/results/*.json` by `python docs/results.py`.", ""]
-    return "\n".join([*lines, *quality(), *damping(), *prediction(), *speed(), *cost()]).rstrip() + "\n"
+    parts = (quality, damping, prediction, speed, cost, streaming)
+    return "\n".join([*lines, *(line for part in parts for line in part())]).rstrip() + "\n"
 
 
 def readme() -> str:

@@ -362,3 +362,24 @@ def test_a_wrong_time_is_named(folder, text, time):
 @pytest.mark.parametrize("flag", ["--heal-checkpoint", "--heal-also"])
 def test_flags_about_healing_need_it(folder, text, flag):
     refused(run(*small(folder, text, flag, "x")), f"{flag} needs --heal")
+
+
+def test_compress_a_stream(folder, text, tmp_path):
+    out, figures = tmp_path / "out", tmp_path / "figures.json"
+    result = run(*small(folder, text, "--stream", "--out", out, "--json", figures))
+    assert result.exit_code == 0, result.output
+    assert "Traceback" not in result.output
+    found = json.loads(figures.read_text())
+    assert found["file_bytes"] == sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    known = tmp_path / "known.json"
+    result = run(*small(folder, text, "--json", known))
+    assert result.exit_code == 0, result.output
+    assert found["keep"] == json.loads(known.read_text())["keep"]
+    assert "<svg" in (out / "report.html").read_text()
+    measured = ["--text", f"words={text}", "--window", 64, "--max-tokens", 512]
+    assert run("evaluate", out, *measured).exit_code == 0
+    refused(run(*small(folder, text, "--stream")), "--out")
+    refused(run(*small(folder, text, "--stream", "--out", tmp_path / "x", "--eval", f"words={text}")), "evaluate")
+    without = ["compress", folder, "--keep", 0.8, "--stream", "--out", tmp_path / "x"]
+    refused(run(*without), "--data")
+    assert run(*without, "--method", "plain-svd").exit_code == 0

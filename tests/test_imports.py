@@ -14,7 +14,7 @@ LAYERS = [
     {"core"},
     {"measures", "compressors", "allocators", "preconditioners", "starts", "models"},
     {"api"},
-    {"quickstart"},
+    {"quickstart", "streaming", "training"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

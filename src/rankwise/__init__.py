@@ -1,12 +1,14 @@
 """Inspect, compress, adapt, train and merge neural networks through the structure of their matrices."""
 
 from . import allocators, compressors, matrices, measures, preconditioners, starts
-from .api import calibrate, compress, fold, heal, initialise, inspect, trainable_low_rank
+from .api import calibrate, compress, fold, inspect
 from .core.errors import CalibrationError
 from .core.report import Report
 from .core.surgery import StructuredLinear
 from .models import evaluate, load, save
 from .models.quantizer import register_when_ready
+from .streaming import compress_folder
+from .training import heal, initialise, trainable_low_rank
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,6 +18,7 @@ __all__ = [
     "allocators",
     "calibrate",
     "compress",
+    "compress_folder",
     "compressors",
     "evaluate",
     "fold",

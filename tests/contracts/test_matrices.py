@@ -71,6 +71,8 @@ def test_meta_device(matrix: StructuredMatrix):
     m, n = matrix.shape
     empty = from_spec(matrix.spec(), device="meta", dtype=torch.bfloat16)
     assert all(tensor.is_meta for tensor in empty.state_dict().values())
+    with torch.device("meta"):  # as transformers builds a model
+        assert from_spec(matrix.spec(), device="meta").shape == matrix.shape
     assert empty(torch.empty(2, n, device="meta", dtype=torch.bfloat16)).shape == (2, m)
     assert empty.adjoint(torch.empty(2, m, device="meta", dtype=torch.bfloat16)).shape == (2, n)
     assert empty.dense().shape == (m, n)

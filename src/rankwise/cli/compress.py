@@ -61,10 +61,17 @@ def compress(
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     seed: Annotated[int, typer.Option(help="For sampled sequences and labels.")] = 0,
     out: Annotated[Path | None, typer.Option(help="New folder for the compressed model.")] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="For a model larger than memory; run again to continue. Needs --out.")
+    ] = False,
     json: Annotated[Path | None, typer.Option(help="File for the figures.")] = None,
     html: Annotated[Path | None, typer.Option(help="File for the report; default: report.html in --out.")] = None,
 ) -> None:
-    """Compress a model to a budget, evaluate it before and after, and save it."""
+    """Compress a model to a budget, evaluate it before and after, and save it.
+
+    With --stream only one block at a time is in memory. A run that was killed continues where it was when the
+    same command is given again; what it needs for that lies in the folder OUT.partial until OUT is complete.
+    """
     if not 0 < keep <= 1:
         raise ValueError(f"--keep must be > 0 and <= 1, got {keep}.")
     for flag, value, least in (
@@ -99,12 +106,37 @@ def compress(
     html_at = html or (None if out is None else out / "report.html")
     check_file("--html", html)
     calibration, evaluation = data_texts(data or []), named_texts("--eval", eval_ or [])
+    limit = calibration_tokens // max(len(calibration), 1)
 
-    from .. import api, models
+    from .. import api, models, streaming, training
 
+    if stream:
+        if out is None:
+            raise ValueError("--stream needs --out, the folder for the compressed model.")
+        if evaluation:
+            raise ValueError("--stream does not evaluate; run rankwise evaluate on the new folder afterwards.")
+        if chosen.needs and not calibration:
+            raise ValueError("--stream cannot sample from a model that is not in memory; give texts with --data.")
+        say(f"compressing {model} block by block; a run that is killed continues when it is started again")
+        heads, _ = cut(models.load_tokenizer(model) if calibration else None, calibration, [], limit, max_tokens)
+        report = streaming.compress_folder(
+            model,
+            out,
+            chosen,
+            keep=keep,
+            data=[batch for ids in heads for batch in batches_of(ids, window=window)] or None,
+            of=unit,
+            allocate=allocator,
+            where=layers,
+            labels=gradients,
+            seed=seed,
+            dtype=precision,
+        )
+        figures = {**report.totals, "perplexity": {}, "file_bytes": file_bytes(out)}
+        finish(report, model, figures, json, html_at)
+        return
     say(f"loading {model}")
     network, tokenizer = models.load(model, dtype=precision)
-    limit = calibration_tokens // max(len(calibration), 1)
     heads, tails = cut(tokenizer, calibration, evaluation, limit, max_tokens)
     batches = [batch for ids in heads for batch in batches_of(ids, window=window)]
     sizes = {"dense": models.sizes(network)}
@@ -131,10 +163,10 @@ def compress(
     healing: dict[str, Any] = {}
     if before is not None and seconds is not None:
         say(f"healing for {heal} with {heal_method}")
-        healed = api.heal(
+        healed = training.heal(
             network,
             before,
-            data=api.portions(heads, window) if heads else "self",
+            data=training.portions(heads, window) if heads else "self",
             method=healer,
             budget=seconds,
             statistics=statistics,
@@ -159,8 +191,13 @@ def compress(
         say(f"saving to {out}")
         models.save(network, out, tokenizer)
         totals["file_bytes"] = file_bytes(out)
+    finish(report, model, totals, json, html_at)
+
+
+def finish(report: Report, model: str, totals: Mapping[str, Any], json: Path | None, html: Path | None) -> None:
+    """Write the report with its last figures, and print its summary."""
     report = dataclasses.replace(report, title=f"{model}, {report.title}", totals=totals)
-    write_report(report, json, html_at)
+    write_report(report, json, html)
     typer.echo(summary(report))
 
 

@@ -53,19 +53,20 @@ class KroneckerFactoredPruning(LossMetric):
         """Offer one or many sizes."""
         metrics = self.metrics(stats)
         splitting = Splitting(weight, *metrics)
-        bitmap = int(Sparse.stored(*weight.shape, torch.zeros(1))[1])
+        m, n = weight.shape
+        bitmap = int(Sparse.stored(m, n, torch.zeros(1))[1])
 
         def entries(share: float) -> int:
-            return max(int(share * weight.numel()) - (bitmap + 1) // 2, 1)
+            return max(int(share * (m * n)) - (bitmap + 1) // 2, 1)
 
         kept = sorted({entries(share) for share in (SHARES if self.share is None else (self.share,))})
-        exact = kept if len(kept) == 1 or weight.numel() < SMALL else [entries(share) for share in FITTED]
+        exact = kept if len(kept) == 1 or m * n < SMALL else [entries(share) for share in FITTED]
         fits = [splitting.error(self._fit(splitting, count)) for count in exact]
         fitted = torch.tensor(fits, dtype=torch.float64)
         numbers = torch.tensor(kept)
         errors = fitted
         if exact is not kept:  # the logarithm of the error is near a parabola over the logit of what is removed
-            x, at = ((1 - each.double() / weight.numel()).logit() for each in (torch.tensor(exact), numbers))
+            x, at = ((1 - each.double() / (m * n)).logit() for each in (torch.tensor(exact), numbers))
             errors = parabola(x, fitted.clamp_min(torch.finfo(torch.float64).tiny).log(), at).exp()
         return Choices(
             costs={
@@ -80,7 +81,10 @@ class KroneckerFactoredPruning(LossMetric):
         )
 
     def _fit(self, splitting: Splitting, kept: int) -> Tensor:
-        start = splitting.nearest(lambda x: x * largest(x.abs(), kept), self.steps, WEIGHTS, splitting.target)
+        def project(x: Tensor) -> Tensor:
+            return x * largest(x.abs(), kept)
+
+        start = splitting.nearest(project, steps=self.steps, weights=WEIGHTS, start=splitting.target)
         return splitting.refit(largest(start.abs(), kept), start, self.solves)
 
     def _build(self, weight: Tensor, stats: Stats, kept: int) -> StructuredMatrix:

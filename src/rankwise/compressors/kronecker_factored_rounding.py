@@ -48,6 +48,6 @@ class KroneckerFactoredRounding(LowBit):
         def project(x: Tensor) -> Tensor:
             return scale * nearest_codes(x, scale, offset, bits) + offset
 
-        found = splitting.nearest(project, self.steps, WEIGHTS, splitting.target)
+        found = splitting.nearest(project, steps=self.steps, weights=WEIGHTS, start=splitting.target)
         codes = nearest_codes(found, scale, offset, bits).to(torch.uint8)
-        return Rounded(codes, *(grid.to(weight.dtype) for grid in grids), self.group)
+        return Rounded(codes, grids[0].to(weight.dtype), grids[1].to(weight.dtype), self.group)

@@ -185,8 +185,13 @@ class Statistics:
         return have
 
 
-class _Watch:
-    """Hooks that fill the statistics of the sites while the model runs."""
+class Watch:
+    """Fills the statistics of some sites while their model runs inside :meth:`on`.
+
+    Args:
+        sites: the layers to watch, from :func:`rankwise.core.surgery.select`.
+        needs: the statistics to fill.
+    """
 
     def __init__(self, sites: Mapping[str, Site], needs: Iterable[type[Statistic]]) -> None:
         self.sites, self.needs = sites, tuple(dict.fromkeys(needs))
@@ -196,17 +201,49 @@ class _Watch:
         self.leader: dict[str, str] = {}  # layer -> the first layer that saw the same input
         self.gradients = any(need.side != "input" for need in self.needs)
 
-    def begin(self, mask: Tensor | None) -> None:
-        self.mask = mask
+    @contextlib.contextmanager
+    def on(self, model: nn.Module) -> Iterator[None]:
+        """Have every run of the model counted; :meth:`begin` comes before each."""
+        places = [(model.get_submodule(path), name) for name, site in self.sites.items() for path in site.names]
+        unique = {id(layer): (layer, name) for layer, name in places}.values()
+
+        def hook(name: str) -> Callable[[nn.Module, Any, Any], Tensor]:
+            return lambda _, inputs, y: self._fill(name, inputs[0], y)
+
+        handles = [layer.register_forward_hook(hook(name)) for layer, name in unique]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def begin(self, batch: Batch) -> None:
+        """Start a batch; a keyword ``attention_mask`` in it marks padding, which does not count."""
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        self.mask = None if mask is None else mask.bool()
         self.seen.clear()
+
+    def result(self) -> dict[str, dict[type[Statistic], Statistic]]:
+        """Return the statistics of each site.
+
+        Raises:
+            CalibrationError: if no batch reached one.
+        """
+        for name in self.sites:
+            if name not in self.layers:
+                raise CalibrationError(f"layer {name} was never reached by the data; leave it out with 'where'.")
+            if not all(statistic.count for statistic in self.layers[name].values()):
+                raise CalibrationError(f"the loss does not depend on layer {name}; leave it out with 'where'.")
+        return self.layers
 
     def rows(self, x: Tensor) -> Tensor:
         """Flatten (..., k) to (t, k) without padding."""
         if self.mask is not None and x.shape[:-1] == self.mask.shape:
-            return x[self.mask]
+            return x[self.mask.to(x.device)]
         return x.flatten(0, -2)
 
-    def __call__(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+    def _fill(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """Count the input and the output of a layer; return what takes the place of the output."""
         site = self.sites[name]
         leader = self._leader(name, x)
         x = x.detach()
@@ -304,38 +341,21 @@ def collect(
     Raises:
         CalibrationError: if there is no batch, if a layer is never reached, or if a number is not finite.
     """
-    start, watch, count = time.perf_counter(), _Watch(sites, needs), 0
-    places = [(model.get_submodule(path), name) for name, site in sites.items() for path in site.names]
-    unique = {id(layer): (layer, name) for layer, name in places}.values()
-
-    def hook(name: str) -> Callable[[nn.Module, Any, Any], Tensor]:
-        return lambda _, inputs, y: watch(name, inputs[0], y)
-
-    handles = [layer.register_forward_hook(hook(name)) for layer, name in unique]
+    start, watch, count = time.perf_counter(), Watch(sites, needs), 0
     device = next(model.parameters()).device
     cast = torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None)
-    try:
-        with frozen(model), torch.set_grad_enabled(watch.gradients):
-            for batch in track(batches, "statistics", total):
-                arguments, options = call_of(batch, device)
-                mask = options.get("attention_mask")
-                watch.begin(mask.bool() if mask is not None else None)
-                with cast:
-                    output = model(*arguments, **options)
-                if watch.gradients:
-                    labels(output, batch, generator).backward()
-                count += 1
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watch.on(model), frozen(model), torch.set_grad_enabled(watch.gradients):
+        for batch in track(batches, "statistics", total):
+            arguments, options = call_of(batch, device)
+            watch.begin(batch)
+            with cast:
+                output = model(*arguments, **options)
+            if watch.gradients:
+                labels(output, batch, generator).backward()
+            count += 1
     if count == 0:
         raise CalibrationError("the calibration data is empty; give at least one batch.")
-    for name in sites:
-        if name not in watch.layers:
-            raise CalibrationError(f"layer {name} was never reached by the data; leave it out with 'where'.")
-        if not all(statistic.count for statistic in watch.layers[name].values()):
-            raise CalibrationError(f"the loss does not depend on layer {name}; leave it out with 'where'.")
-    return Statistics(watch.layers, time.perf_counter() - start, peak_memory_bytes())
+    return Statistics(watch.result(), time.perf_counter() - start, peak_memory_bytes())
 
 
 def call_of(batch: Batch, device: torch.device) -> tuple[list[Any], dict[str, Any]]:

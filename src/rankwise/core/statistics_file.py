@@ -2,17 +2,18 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from . import statistics as kinds
 from .errors import CalibrationError
 from .fingerprint import fingerprint
-from .statistics import Statistic, Statistics
+from .statistics import Statistic, Statistics, Stats
 
 FORMAT = 1
 
@@ -26,23 +27,16 @@ def save_statistics(statistics: Statistics, path: str | Path, model: nn.Module, 
         model: the model that they are about, unchanged.
         about: what data they come from; a reader may ask for the same.
     """
-    distinct = {id(s): s for stats in statistics.layers.values() for s in stats.values()}
-    number = {key: str(i) for i, key in enumerate(distinct)}
-    header = {
+    tensors, listing = pack(statistics.layers)
+    header = listing | {
         "format": FORMAT,
         "model": fingerprint(model),
         "about": about,
         "seconds": statistics.seconds,
         "peak_memory_bytes": statistics.peak_memory_bytes,
-        "counts": [s.count for s in distinct.values()],
-        "layers": {
-            name: {kind.__name__: number[id(s)] for kind, s in stats.items()}
-            for name, stats in statistics.layers.items()
-        },
     }
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    tensors = {number[key]: s.sum.cpu().contiguous() for key, s in distinct.items()}
     try:
         save_file(tensors, temporary, metadata={"rankwise": json.dumps(header)})
         temporary.replace(path)
@@ -72,20 +66,37 @@ def load_statistics(path: str | Path, model: nn.Module, about: str | None = None
         raise CalibrationError(f"{path} is about another model or other weights; collect again.")
     if about is not None and header["about"] != about:
         raise CalibrationError(f"{path} is about other data ({header['about']!r}, not {about!r}); collect again.")
+    return Statistics(unpack(tensors, header), header["seconds"], header["peak_memory_bytes"])
+
+
+def pack(layers: Mapping[str, Stats]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the sums of some layers as tensors for a file, and JSON data that says which is which."""
+    distinct = {id(s): s for stats in layers.values() for s in stats.values()}
+    number = {key: str(i) for i, key in enumerate(distinct)}
+    tensors = {number[key]: s.sum.cpu().contiguous() for key, s in distinct.items()}
+    return tensors, {
+        "counts": [s.count for s in distinct.values()],
+        "layers": {
+            name: {kind.__name__: number[id(s)] for kind, s in stats.items()} for name, stats in layers.items()
+        },
+    }
+
+
+def unpack(tensors: Mapping[str, Tensor], listing: Mapping[str, Any]) -> dict[str, Stats]:
+    """Return the statistics that :func:`pack` took apart; layers that shared one share it again."""
     sums: dict[tuple[str, str], Statistic] = {}
 
     def restore(kind_name: str, key: str) -> Statistic:
         if (kind_name, key) not in sums:
             statistic = _kind(kind_name).__new__(_kind(kind_name))
-            statistic.sum, statistic.count = tensors[key], header["counts"][int(key)]
+            statistic.sum, statistic.count = tensors[key], listing["counts"][int(key)]
             sums[kind_name, key] = statistic
         return sums[kind_name, key]
 
-    layers = {
+    return {
         name: {_kind(kind): restore(kind, key) for kind, key in stats.items()}
-        for name, stats in header["layers"].items()
+        for name, stats in listing["layers"].items()
     }
-    return Statistics(layers, header["seconds"], header["peak_memory_bytes"])
 
 
 def _kind(name: str) -> type[Statistic]:

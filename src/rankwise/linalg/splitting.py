@@ -1,5 +1,6 @@
 """The member of a set that is nearest to a matrix in a metric, for sets onto which plain projection is easy."""
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 
@@ -83,7 +84,8 @@ class Splitting:
         fixed = curvature * (u.mT @ self.target @ v)
         dual = torch.zeros_like(self.target)  # the multipliers, divided by the weight of the step
         z, mixed, before = project(start), start, weights[0]
-        for weight in torch.logspace(*torch.tensor(weights).log10().tolist(), steps).tolist():
+        first, last = (math.log10(weight) for weight in weights)
+        for weight in torch.logspace(first, last, steps).tolist():
             dual *= before / weight
             x = u @ ((fixed + weight * (u.mT @ (z - dual) @ v)) / (curvature + weight)) @ v.mT
             mixed = RELAXATION * x + (1 - RELAXATION) * z + dual

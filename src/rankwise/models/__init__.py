@@ -2,7 +2,7 @@
 
 from .causal import generate
 from .evaluate import evaluate, sizes
-from .load import load
+from .load import load, load_tokenizer
 from .sampling import sample
 from .save import forget, predicted_bytes, save
 from .speed import speed
@@ -14,6 +14,7 @@ __all__ = [
     "forget",
     "generate",
     "load",
+    "load_tokenizer",
     "predicted_bytes",
     "read_text",
     "sample",

@@ -38,19 +38,32 @@ def load(
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}.")
-    folder = _find(source, trust_remote_code)
+    folder = find(source, trust_remote_code)
     if folder.is_file():
         return from_gguf(folder, dtype or torch.float32)
-    _check_files(folder)
+    check_files(folder)
     register_when_ready()
     try:
-        with _quiet():
-            return _model(folder, dtype, trust_remote_code), _tokenizer(folder, trust_remote_code)
+        with quiet():
+            return _model(folder, dtype, trust_remote_code), tokenizer_of(folder, trust_remote_code)
     except Exception as error:  # what transformers raises is of any kind and many lines
         raise ValueError(f"{source} cannot be loaded: {_one_line(error)}") from error
 
 
-def _find(source: str | Path, trust: bool) -> Path:
+def load_tokenizer(source: str | Path) -> Any:
+    """Load the tokenizer of a model alone, or return None if there is none.
+
+    Raises:
+        ValueError: if there is no such model, or it is a GGUF file.
+    """
+    folder = find(source, trust=False)
+    if folder.is_file():
+        raise ValueError(f"{source} is one GGUF file; give a folder.")
+    with quiet():
+        return tokenizer_of(folder, trust=False)
+
+
+def find(source: str | Path, trust: bool) -> Path:
     """Return the folder or the GGUF file that a source stands for."""
     name, path = str(source), Path(source).expanduser()
     if name in EMBEDDED:
@@ -85,7 +98,7 @@ def _from_hub(name: str, trust: bool) -> Path:
         ) from error
 
 
-def _check_files(folder: Path) -> None:
+def check_files(folder: Path) -> None:
     """Say what is wrong with a folder in better words than transformers."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json; give a folder that save_pretrained or rankwise wrote.")
@@ -106,7 +119,7 @@ def _model(folder: Path, dtype: torch.dtype | None, trust: bool) -> Any:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-    model, found = _kind(config).from_pretrained(
+    model, found = kind_of(config).from_pretrained(
         folder,
         config=config,
         dtype=dtype or "auto",
@@ -131,7 +144,7 @@ def _model(folder: Path, dtype: torch.dtype | None, trust: bool) -> Any:
     return model.eval()
 
 
-def _kind(config: Any) -> Any:
+def kind_of(config: Any) -> Any:
     """Return the class that a config names, or the automatic one that fits best."""
     import transformers
     from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
@@ -143,7 +156,7 @@ def _kind(config: Any) -> Any:
     return AutoModelForCausalLM if name.endswith(("ForCausalLM", "LMHeadModel")) else AutoModel
 
 
-def _tokenizer(folder: Path, trust: bool) -> Any:
+def tokenizer_of(folder: Path, trust: bool) -> Any:
     """Return the tokenizer, or None if there are no files of one; transformers would then make an empty one."""
     from transformers import AutoTokenizer
 
@@ -153,7 +166,7 @@ def _tokenizer(folder: Path, trust: bool) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers from printing what becomes an error or a warning here."""
     from transformers.utils import logging
 

@@ -4,7 +4,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..core.files import sync, write_text
 from ..core.surgery import StructuredLinear, structured
 from .quantizer import FORMAT, METHOD, describe
+
+INDEX = "model.safetensors.index.json"
+SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")  # files beside the weights
 
 
 def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
@@ -58,12 +62,12 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     own = model.config
     try:
-        model.config = _described(model)
-        tensors = _tensors(model)
+        model.config = with_specs(model.config, describe(model))
+        tensors = tensors_of(model)
         model.save_pretrained(temporary, state_dict=dict(tensors), save_original_format=False)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        _verify(tensors, temporary)
+        verify(tensors, temporary)
         if folder.exists():
             folder.rmdir()
         temporary.rename(folder)
@@ -71,6 +75,49 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
         model.config = own
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def assemble(config: Any, shards: Sequence[Path], source: Path, work: Path, folder: Path) -> None:
+    """Make a folder as :func:`save` does, of shards that are written and verified already.
+
+    Args:
+        config: of the compressed model, from :func:`with_specs`.
+        shards: safetensors files, which stay where they are.
+        source: folder whose tokenizer and other small files are copied.
+        work: an existing folder on the same disk as ``folder``.
+        folder: a new or empty one; it appears when it is complete.
+    """
+    temporary = work / f".{folder.name}.{os.getpid()}.tmp"
+    temporary.mkdir()
+    try:
+        config.save_pretrained(temporary)
+        places, sizes = {}, 0
+        for i, shard in enumerate(shards):
+            file = temporary / f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            _link(shard, file)
+            with safe_open(file, framework="pt") as opened:
+                places |= dict.fromkeys(opened.keys(), file.name)
+                sizes += file.stat().st_size
+        index = {"metadata": {"total_size": sizes}, "weight_map": dict(sorted(places.items()))}
+        write_text(temporary / INDEX, json.dumps(index, indent=2) + "\n")
+        for file in sorted(file for pattern in SMALL for file in source.glob(pattern)):
+            if file.name not in ("config.json", INDEX):
+                shutil.copyfile(file, temporary / file.name)
+        sync(temporary)
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _link(file: Path, other: Path) -> None:
+    """Give a file a second name, or copy it where that is not possible."""
+    try:
+        os.link(file, other)
+    except OSError:
+        shutil.copyfile(file, other)
+        sync(other)
 
 
 def predicted_bytes(model: nn.Module) -> int:
@@ -83,7 +130,7 @@ def predicted_bytes(model: nn.Module) -> int:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     ordered = sorted(  # as safetensors lays them out
-        _tensors(model).items(),
+        tensors_of(model).items(),
         key=lambda item: (-item[1].element_size(), not item[1].is_floating_point(), item[0]),
     )
     for name, tensor in ordered:
@@ -107,12 +154,11 @@ def _method(config: Any) -> str | None:
     return found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
 
 
-def _described(model: Any) -> Any:
+def with_specs(own: Any, groups: Sequence[Any]) -> Any:
     """Return a copy of a model's config with the specs of its structured matrices, or without old ones."""
     from .. import __version__
 
-    config = copy.deepcopy(model.config)
-    groups, method = describe(model), _method(config)
+    config, method = copy.deepcopy(own), _method(own)
     if groups and method not in (None, METHOD):
         raise ValueError(f"the model is quantised by {method}; structured layers cannot be saved beside that.")
     if method == METHOD:
@@ -123,7 +169,7 @@ def _described(model: Any) -> Any:
     return config
 
 
-def _tensors(model: Any) -> dict[str, Tensor]:
+def tensors_of(model: Any) -> dict[str, Tensor]:
     """Return what the file of a model holds: all tensors by the names that they have in it."""
     from transformers import PreTrainedModel
     from transformers.core_model_loading import revert_weight_conversion
@@ -159,7 +205,7 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape
 
 
-def _verify(tensors: Mapping[str, Tensor], folder: Path) -> None:
+def verify(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Raise unless the files of a folder hold these tensors, bit by bit, and no others."""
     found = set()
     for file in sorted(folder.glob("*.safetensors")):

@@ -1,0 +1,209 @@
+"""A checkpoint that stays on disk: its model is built without values, and parts of it are filled when needed."""
+
+import contextlib
+import copy
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .load import check_files, find, kind_of, quiet
+
+Wanted = Callable[[str], bool]
+
+
+class Checkpoint:
+    """A folder of safetensors and its model, whose tensors are on the meta device until they are filled.
+
+    Args:
+        source: what :func:`rankwise.load` takes, but no GGUF file.
+        dtype: of the weights; None keeps those of the checkpoint.
+
+    Raises:
+        ValueError: if there is no such model, its files are damaged, or it is quantised or compressed already.
+    """
+
+    def __init__(self, source: str | Path, dtype: torch.dtype | None = None) -> None:
+        from transformers import AutoConfig
+
+        self.folder = find(source, trust=False)
+        if self.folder.is_file():
+            raise ValueError(f"{source} is one GGUF file, which cannot be streamed; convert it to safetensors.")
+        check_files(self.folder)
+        self.config = AutoConfig.from_pretrained(self.folder)
+        if found := getattr(self.config, "quantization_config", None):
+            raise ValueError(f"{source} is compressed by {found.get('quant_method')} already; give the original.")
+        self.files = self._files()
+        self.dtype = dtype or self._dtype()
+        with quiet(), torch.device("meta"):
+            kind: Any = kind_of(self.config)
+            build = kind._from_config if hasattr(kind, "_from_config") else kind.from_config
+            self.model: Any = build(copy.deepcopy(self.config), dtype=self.dtype)
+        self.model.eval().requires_grad_(False)
+        self.loading: Any = self._loading()
+        self.places = self._places()
+
+    def identity(self) -> dict[str, Any]:
+        """Return what tells this checkpoint from others: of each file the size, date and hash of the header."""
+        config = (self.folder / "config.json").read_bytes()
+        found: dict[str, Any] = {"config.json": hashlib.blake2b(config, digest_size=16).hexdigest()}
+        for file in sorted(set(self.files.values())):
+            about = file.stat()
+            with file.open("rb") as opened:
+                header = opened.read(8 + int.from_bytes(opened.read(8), "little"))
+            digest = hashlib.blake2b(header, digest_size=16).hexdigest()
+            found[file.name] = [about.st_size, about.st_mtime_ns, digest]
+        return found
+
+    def fill_all_but(self, part: str) -> None:
+        """Fill everything that is not under a path, buffers that are in no file included.
+
+        Raises:
+            ValueError: if a tensor is missing, damaged or not finite.
+        """
+        inside = _under(part)
+        with quiet():
+            found = self._fill(lambda name: not inside(name))
+            found.missing_keys = {name for name in found.missing_keys if not inside(name)}
+            found.unexpected_keys = set(self.places.values()) - self.model.state_dict().keys()
+            found = self.model._finalize_model_loading(self.model, self.loading, found)
+        self._check(found, lambda name: not inside(name))
+        if unread := sorted(found.unexpected_keys):
+            names = ", ".join(unread[:3])
+            warnings.warn(f"{len(unread)} tensors of {self.folder} are not used: {names} ...", stacklevel=2)
+        self.model.eval().requires_grad_(False)
+
+    @contextlib.contextmanager
+    def filled(self, part: str) -> Iterator[nn.Module]:
+        """Fill the module at a path, and empty it again.
+
+        Raises:
+            ValueError: if a tensor is missing, damaged or not finite.
+        """
+        module = self.model.get_submodule(part)
+        try:
+            self._check(self._fill(_under(part)), _under(part))
+            yield module.requires_grad_(False)
+        finally:
+            empty(module)
+
+    def _files(self) -> dict[str, Path]:
+        """Return the file of each tensor."""
+        index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
+        if single.is_file():
+            names = [single.name]
+        elif index.is_file():
+            try:
+                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{index} is damaged ({error}); get it again.") from error
+        else:
+            raise ValueError(f"{self.folder} has neither {single.name} nor {index.name}; get the model again.")
+        found = {}
+        for name in names:
+            if not (self.folder / name).is_file():
+                raise ValueError(f"{self.folder / name} is missing; get it again.")
+            with safe_open(self.folder / name, framework="pt") as opened:
+                found |= dict.fromkeys(opened.keys(), self.folder / name)
+        return found
+
+    def _dtype(self) -> torch.dtype:
+        """The type of the weights as transformers sees it: what the config says, else the first tensor's."""
+        if isinstance(self.config.dtype, torch.dtype):
+            return self.config.dtype
+        for key, file in self.files.items():
+            with safe_open(file, framework="pt") as opened:
+                dtype = opened.get_slice(key)[..., :0].dtype
+            if dtype.is_floating_point:
+                return dtype
+        raise ValueError(f"{self.folder} holds no floating-point tensor.")
+
+    def _loading(self) -> Any:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        rules: Any = get_model_conversion_mapping(self.model)
+        return LoadStateDictConfig(
+            pretrained_model_name_or_path=str(self.folder),
+            ignore_mismatched_sizes=True,  # they are an error below, with their names
+            dtype=self.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.dtype),
+            weight_mapping=rules,
+        )
+
+    def _places(self) -> dict[str, str]:
+        """Return the tensor of the model, or the first of several, that each tensor of the files becomes."""
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        rules, state = self.loading.weight_mapping, self.model.state_dict()
+        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        prefix = self.model.base_model_prefix
+        places = {}
+        for key in self.files:
+            places[key], _ = rename_source_key(key, renamings, converters, prefix, state)
+            if places[key] not in state and key in state:
+                places[key], _ = rename_source_key(key, [], [], prefix, state)
+        return places
+
+    def _fill(self, wanted: Wanted) -> Any:
+        """Load the tensors whose places are wanted; return what transformers found missing or of a wrong size."""
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+
+        tensors = {key: self._read(key) for key, place in self.places.items() if wanted(place)}
+        with quiet(), _without_bars():
+            return convert_and_load_state_dict_in_model(self.model, tensors, self.loading)[0]
+
+    def _read(self, key: str) -> Tensor:
+        file = self.files[key]
+        try:
+            with safe_open(file, framework="pt") as opened:
+                tensor = opened.get_tensor(key).clone()  # mapped memory counts until it is let go
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{key} cannot be read from {file} ({error}); get the file again.") from error
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{key} in {file} holds NaN or infinity; get a sound checkpoint.")
+        return tensor
+
+    def _check(self, found: Any, wanted: Wanted) -> None:
+        for name, stored, own in sorted(found.mismatched_keys):
+            raise ValueError(f"{name} is {tuple(stored)} in the checkpoint, but {tuple(own)} in the model.")
+        for name, error in sorted(found.conversion_errors.items()):
+            raise ValueError(f"{name} cannot be made of the tensors in {self.folder}: {error}")
+        missing = sorted(name for name in found.missing_keys if wanted(name))
+        if missing:
+            raise ValueError(f"{missing[0]} is not in {self.folder}, as {len(missing)} of these tensors in all.")
+
+
+def empty(module: nn.Module) -> None:
+    """Let go of the values that a checkpoint would fill; shapes and types stay."""
+    for path, tensor in module.state_dict(keep_vars=True).items():
+        parent, _, name = path.rpartition(".")
+        owner, bare = module.get_submodule(parent), tensor.detach().to("meta")
+        setattr(
+            owner, name, nn.Parameter(bare, requires_grad=False) if isinstance(tensor, nn.Parameter) else bare
+        )
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers from showing a progress bar for each part."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    try:
+        logging.disable_progress_bar()
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _under(part: str) -> Wanted:
+    return lambda name: name.startswith(f"{part}.")

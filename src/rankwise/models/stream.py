@@ -1,0 +1,234 @@
+"""Statistics of a model that does not fit in memory: two sweeps over its blocks."""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from ..core.errors import CalibrationError
+from ..core.labels import Labels
+from ..core.progress import track
+from ..core.statistics import Batch, Statistic, Stats, Watch
+from ..core.statistics_file import pack, unpack
+from ..core.steps import Steps, write_tensors
+from ..core.surgery import Site
+from .blocks import Chain
+from .checkpoint import Checkpoint
+
+SUMS = "statistics.safetensors"
+OUTSIDE = ""  # the path of the part that is not in the blocks
+
+Each = Callable[[int, Batch, Watch], Mapping[str, Tensor]]
+
+
+def parts_of(chain: Chain, sites: Mapping[str, Site]) -> dict[str, dict[str, Site]]:
+    """Return the sites of each block by its path, and of the part outside.
+
+    Raises:
+        ValueError: if a weight stands in two of them.
+    """
+    parts: dict[str, dict[str, Site]] = {part: {} for part in (*chain.names, OUTSIDE)}
+    for name, site in sites.items():
+        found = {
+            next((part for part in chain.names if path.startswith(f"{part}.")), OUTSIDE) for path in site.names
+        }
+        if len(found) > 1:
+            raise ValueError(
+                f"layers {' and '.join(site.names[:2])} share a weight, which cannot be streamed; "
+                "compress in memory, or leave them out with 'where'."
+            )
+        parts[found.pop()][name] = site
+    return parts
+
+
+def digest_of(batches: Iterable[Batch]) -> str:
+    """Return a hash of calibration data."""
+    digest = hashlib.blake2b(digest_size=16)
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        elif isinstance(value, Mapping):
+            add([part for item in value.items() for part in item])
+        elif isinstance(value, (list, tuple)):
+            digest.update(f"{len(value)} parts".encode())
+            for part in value:
+                add(part)
+        else:
+            digest.update(repr(value).encode())
+
+    add(list(batches))
+    return digest.hexdigest()
+
+
+class Sweeps:
+    """Collects what :func:`rankwise.core.statistics.collect` does, with one block in memory at a time.
+
+    The forward sweep runs all batches through one block after the other; ``hidden-i`` holds what enters block i.
+    If gradients are needed, the backward sweep runs each block again, from the last to the first, and passes
+    on the gradients of what it was given; ``gradient-i`` holds those of ``hidden-i``.
+
+    Args:
+        checkpoint: whose part outside the blocks is filled.
+        chain: its model.
+        steps: where everything is kept.
+        batches: what the model takes.
+        parts: from :func:`parts_of`.
+        needs: the statistics to fill.
+        labels: see :func:`rankwise.core.statistics.collect`.
+        seed: of the labels.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        chain: Chain,
+        steps: Steps,
+        batches: Sequence[Batch],
+        parts: Mapping[str, Mapping[str, Site]],
+        needs: Sequence[type[Statistic]],
+        labels: Labels,
+        seed: int,
+    ) -> None:
+        self.checkpoint, self.chain, self.steps, self.batches = checkpoint, chain, steps, batches
+        self.parts, self.needs, self.labels, self.seed = parts, needs, labels, seed
+        self.gradients = any(need.side != "input" for need in needs)
+        self.count = len(chain.names)
+
+    def run(self) -> None:
+        """Make both sweeps, or what is missing of them."""
+        with self.checkpoint.filled(self.chain.names[0]), torch.no_grad():
+            self.chain.learn(self.batches[0])
+        self._step("hidden-0", {}, lambda b, batch, watch: {"x": self.chain.enter(batch)})
+        for i in track(range(self.count), "forward"):
+            self._forward(i)
+        self._after()
+        if self.gradients:
+            for i in track(range(self.count - 1, -1, -1), "backward", self.count):
+                self._backward(i)
+        self._before()
+
+    def statistics(self, part: str) -> dict[str, Stats]:
+        """Return the statistics of the layers of a part."""
+        if part == OUTSIDE:
+            return self._sums("after") | self._sums("before")
+        i = self.chain.names.index(part)
+        return self._sums(f"gradient-{i}" if self.gradients else f"hidden-{i + 1}")
+
+    def _forward(self, i: int) -> None:
+        part = self.chain.names[i]
+
+        def each(b: int, batch: Batch, watch: Watch) -> Mapping[str, Tensor]:
+            with watch.on(self.chain.model):
+                y = self.chain.block(i, batch, self._read(f"hidden-{i}", b))
+            _check(y, f"block {part} makes hidden states")
+            return {"x": y}
+
+        self._step(f"hidden-{i + 1}", {} if self.gradients else self.parts[part], each, part)
+
+    def _backward(self, i: int) -> None:
+        part = self.chain.names[i]
+        later = "after" if i + 1 == self.count else f"gradient-{i + 1}"
+
+        def each(b: int, batch: Batch, watch: Watch) -> Mapping[str, Tensor]:
+            x = self._read(f"hidden-{i}", b).requires_grad_()
+            with watch.on(self.chain.model), torch.enable_grad():
+                y = self.chain.block(i, batch, x)
+                y.backward(self._read(later, b))
+            return {"x": _gradient(x, f"block {part}")}
+
+        self._step(f"gradient-{i}", self.parts[part], each, part)
+
+    def _after(self) -> None:
+        """Run what comes after the blocks, from the loss if gradients are needed."""
+        if not self.gradients and not self.parts[OUTSIDE]:
+            return
+        generator = Generator().manual_seed(self.seed)
+
+        def each(b: int, batch: Batch, watch: Watch) -> Mapping[str, Tensor]:
+            x = self._read(f"hidden-{self.count}", b).requires_grad_(self.gradients)
+            with torch.set_grad_enabled(self.gradients), contextlib.ExitStack() as after:
+                output = self.chain.leave(batch, x, lambda: after.enter_context(watch.on(self.chain.model)))
+                if not self.gradients:
+                    return {}
+                self.labels(output, batch, generator).backward()
+            return {"x": _gradient(x, "the part after the blocks")}
+
+        self._step("after", self.parts[OUTSIDE], each, some=True)
+
+    def _before(self) -> None:
+        """Run what comes before the blocks, and back to it if gradients are needed."""
+        if not self.parts[OUTSIDE]:
+            return
+
+        def each(b: int, batch: Batch, watch: Watch) -> Mapping[str, Tensor]:
+            with watch.on(self.chain.model), torch.set_grad_enabled(self.gradients):
+                x = self.chain.enter(batch)
+                if x.requires_grad:
+                    x.backward(self._read("gradient-0", b))
+            return {}
+
+        self._step("before", self.parts[OUTSIDE], each, some=True)
+        before, after = (self.steps.figures(step)["statistics"]["layers"] for step in ("before", "after"))
+        for name in self.parts[OUTSIDE]:
+            if (name in before) == (name in after):
+                places = "both before and after the blocks" if name in before else "never"
+                raise CalibrationError(f"layer {name} is reached {places}; leave it out with 'where'.")
+
+    def _step(
+        self, name: str, sites: Mapping[str, Site], each: Each, part: str | None = None, some: bool = False
+    ) -> None:
+        """Run all batches through something, and keep what it returns and the statistics that it fills.
+
+        Args:
+            name: of the step.
+            sites: the layers to watch.
+            each: is given the number of a batch, the batch, and what fills the statistics.
+            part: path of the module that has to be filled.
+            some: whether not all of the sites need be reached.
+        """
+
+        def make(folder: Path) -> dict[str, Any]:
+            watch = Watch(sites, self.needs)
+            filled = contextlib.nullcontext() if part is None else self.checkpoint.filled(part)
+            with filled, torch.no_grad():
+                for b, batch in enumerate(self.batches):
+                    watch.begin(batch)
+                    write_tensors(folder / _file(b), each(b, batch, watch))
+            if some:
+                watch.sites = {name: site for name, site in sites.items() if name in watch.layers}
+            tensors, listing = pack(watch.result())
+            write_tensors(folder / SUMS, tensors)
+            return {"statistics": listing}
+
+        self.steps.run(name, make)
+
+    def _read(self, step: str, b: int) -> Tensor:
+        return self.steps.tensors(step, _file(b))["x"]
+
+    def _sums(self, step: str) -> dict[str, Stats]:
+        if not self.steps.has(step):
+            return {}
+        listing = self.steps.figures(step)["statistics"]
+        return unpack(self.steps.tensors(step, SUMS), listing)
+
+
+def _file(b: int) -> str:
+    return f"{b}.safetensors"
+
+
+def _gradient(x: Tensor, what: str) -> Tensor:
+    if x.grad is None:
+        raise CalibrationError(f"the loss does not depend on what enters {what}; use other labels.")
+    return _check(x.grad, f"{what} makes gradients")
+
+
+def _check(x: Tensor, what: str) -> Tensor:
+    if not bool(x.isfinite().all()):
+        raise CalibrationError(f"{what} that are not finite; use float32, or look at the weights.")
+    return x

@@ -1,0 +1,281 @@
+"""Compression of a checkpoint that does not fit in memory, block by block, resumable after a kill."""
+
+import contextlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .allocators import uniform, water_filling
+from .api import (
+    check_arguments,
+    choices_of,
+    dense_costs,
+    described,
+    matrix_costs,
+    measured_error,
+    report_of,
+    row_of,
+)
+from .core import labels as label_kinds
+from .core.choices import UNITS, Allocator, Ladder, Unit, cost_of
+from .core.data import batches_of
+from .core.labels import Labels
+from .core.methods import Compressor
+from .core.progress import track
+from .core.report import Report
+from .core.statistics import Batch, Statistics
+from .core.steps import Steps, write_tensors
+from .core.surgery import Where, replace, select
+from .models.blocks import Chain, find_blocks
+from .models.checkpoint import Checkpoint
+from .models.save import assemble, tensors_of, verify, with_specs
+from .models.stream import OUTSIDE, Sweeps, digest_of, parts_of
+
+LADDERS, SHARD = "ladders.safetensors", "model.safetensors"
+
+
+def compress_folder(
+    source: str | Path,
+    out: str | Path,
+    method: Compressor,
+    *,
+    keep: float,
+    data: Tensor | Iterable[Batch] | None = None,
+    of: Unit = "params",
+    allocate: Allocator | None = None,
+    where: Where | None = None,
+    labels: Labels | None = None,
+    window: int = 512,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+) -> Report:
+    """Compress a checkpoint that does not fit in memory; the result is what :func:`compress` and ``save`` make.
+
+    In memory are the embeddings, the head, one block, the statistics of one block and the activations of one
+    batch. All else is on disk, in the folder ``<out>.partial`` beside ``out``: hidden states and their gradients
+    for each block, statistics (for each layer a square of its inputs and one of its outputs in float32, more
+    than the weights themselves), and the new shards. Every finished step stays there: the same call continues a
+    run that was killed, with the same result bit by bit; ``keep``, ``of`` and ``allocate`` may differ. When
+    ``out`` is complete, that folder is removed.
+
+    Args:
+        source: a folder of safetensors, a hub id, or an embedded model, of transformers.
+        out: a new or empty folder; it appears when it is complete.
+        method: from :mod:`rankwise.compressors`.
+        keep: as in :func:`compress`.
+        data: token ids, (t,) or (b, t), or batches as the model takes them; None for a method that needs
+            none. Sequences cannot be sampled from a model that is not in memory.
+        of: as in :func:`compress`.
+        allocate: as in :func:`compress`.
+        where: as in :func:`compress`; called with the model on the meta device.
+        labels: from :mod:`rankwise.core.labels`; None means labels drawn from the model.
+        window: as in :func:`calibrate`.
+        seed: for the labels.
+        dtype: of the weights; None keeps those of the checkpoint.
+
+    Returns:
+        the report that :func:`compress` returns.
+
+    Raises:
+        ValueError: if an argument is wrong, the checkpoint is damaged, ``out`` is in use, its unfinished run was
+            about something else, or the model is no chain of blocks.
+        CalibrationError: if the data does not reach a layer, or a number is not finite.
+        OSError: if the disk is full; finished steps are kept.
+    """
+    check_arguments(method, keep, of)
+    if of not in UNITS:
+        raise ValueError(f"a stream is budgeted in {', '.join(UNITS)}, not in {of}.")
+    if method.needs and data is None:
+        raise ValueError(
+            f"{type(method).__name__} needs calibration data, and a streamed model cannot be sampled from; "
+            "give token ids or batches as data."
+        )
+    out = Path(os.path.abspath(out))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists already; remove it or give another path.")
+    run = _Run(source, out, method, data if method.needs else None, where, labels, window, seed, dtype)
+    with contextlib.closing(run.steps):
+        return run.finish(keep, of, allocate or (water_filling if method.comparable else uniform))
+
+
+class _Run:
+    """The steps of one streamed compression."""
+
+    def __init__(
+        self,
+        source: str | Path,
+        out: Path,
+        method: Compressor,
+        data: Tensor | Iterable[Batch] | None,
+        where: Where | None,
+        labels: Labels | None,
+        window: int,
+        seed: int,
+        dtype: torch.dtype | None,
+    ) -> None:
+        import transformers
+
+        from . import __version__
+
+        self.out, self.method = out, method
+        self.checkpoint = Checkpoint(source, dtype)
+        self.model = self.checkpoint.model
+        _without_cache(self.model.config)
+        self.sites = select(self.model, where)
+        self.chain = Chain(self.model, find_blocks(self.model))
+        self.parts = parts_of(self.chain, self.sites)
+        loss, batches = labels or label_kinds.automatic, [] if data is None else batches_of(data, window=window)
+        about = {
+            "checkpoint": self.checkpoint.identity(),
+            "dtype": str(self.checkpoint.dtype),
+            "method": described(method),
+            "layers": list(self.sites),
+            "data": digest_of(batches),
+            "labels": getattr(loss, "__qualname__", repr(loss)),
+            "seed": seed,
+            "versions": [__version__, torch.__version__, transformers.__version__],
+        }
+        self.checkpoint.fill_all_but(self.chain.path)
+        self.resident = {name for name, tensor in tensors_of(self.model).items() if not tensor.is_meta}
+        self.steps = Steps(out.with_name(f"{out.name}.partial"), about)
+        self.sweeps = Sweeps(
+            self.checkpoint, self.chain, self.steps, batches, self.parts, method.needs, loss, seed
+        )
+
+    def finish(self, keep: float, of: Unit, allocate: Allocator) -> Report:
+        """Make every step that is missing, and the folder."""
+        if self.method.needs:
+            self.sweeps.run()
+        for part in track(self.parts, "factorisation"):
+            self._choose(part)
+        dense = {name: dense_costs(site.weight) for name, site in self.sites.items()}
+        budget = int(keep * sum(each[of] for each in dense.values()))
+        ladders = self._ladders(of)
+        picks = allocate(ladders, budget)
+        if (cost := cost_of(ladders, picks)) > budget:
+            raise RuntimeError(f"allocator {allocate} spent {cost} of {budget}.")
+        made = [
+            self._write(part, {name: (ladders[name], picks[name]) for name in self.parts[part]})
+            for part in track(self.parts, "new matrices")  # the part outside comes last
+        ]
+        rows = {row["name"]: row for each in made for row in each["rows"]}
+        costs = {name: cost for each in made for name, cost in each["costs"].items()}
+        report = report_of(
+            self.method,
+            f"keep {keep:g} of their {of}",
+            [rows[name] for name in self.sites],
+            {unit: sum(each[unit] for each in dense.values()) for unit in UNITS},
+            {unit: sum(each[unit] for each in costs.values()) for unit in UNITS},
+            self._seconds(),
+            {name: ladder.spectrum.tolist() for name, ladder in ladders.items() if ladder.spectrum is not None},
+        )
+        self._assemble([group for each in made for group in each["groups"]])
+        return report
+
+    def _choose(self, part: str) -> None:
+        """Keep what the allocator needs to know of the layers of a part."""
+
+        def make(folder: Path) -> dict[str, Any]:
+            tensors, totals = {}, {}
+            with self._filled(part):
+                statistics = self._statistics(part)
+                for name, site in self.parts[part].items():
+                    choices, dense = choices_of(name, site, self.method, statistics), dense_costs(site.weight)
+                    if choices.mean is not None:
+                        raise ValueError(
+                            f"{type(self.method).__name__} gives layers a bias, which a stream cannot; "
+                            "compress the model in memory."
+                        )
+                    totals[name] = choices.total
+                    for unit in UNITS:
+                        ladder = Ladder.of(choices, unit, dense[unit])
+                        parts = {"costs": ladder.costs, "errors": ladder.errors, "index": ladder.index}
+                        tensors |= {f"{name} {unit} {key}": value for key, value in parts.items()}
+                    if choices.spectrum is not None:
+                        tensors[f"{name} spectrum"] = choices.spectrum
+            write_tensors(folder / LADDERS, tensors)
+            return totals
+
+        if self.parts[part]:
+            self.steps.run(f"choices-{self._number(part)}", make)
+
+    def _ladders(self, of: Unit) -> dict[str, Ladder]:
+        """Return the ladders of all layers, in the order of the model."""
+        found = {}
+        for part, sites in self.parts.items():
+            if sites:
+                step = f"choices-{self._number(part)}"
+                totals, tensors = self.steps.figures(step), self.steps.tensors(step, LADDERS)
+                for name in sites:
+                    costs, errors, index = (tensors[f"{name} {of} {key}"] for key in ("costs", "errors", "index"))
+                    found[name] = Ladder(costs, errors, index, totals[name], tensors.get(f"{name} spectrum"))
+        return {name: found[name] for name in self.sites}
+
+    def _write(self, part: str, picks: Mapping[str, tuple[Ladder, int]]) -> dict[str, Any]:
+        """Make the new matrices of a part and write its shard."""
+        chosen = {name: int(ladder.index[i]) for name, (ladder, i) in picks.items() if i < len(ladder.index)}
+
+        def make(folder: Path) -> dict[str, Any]:
+            rows, costs, groups = [], {}, []
+            with self._filled(part), torch.no_grad():
+                statistics = self._statistics(part) if chosen else None
+                for name, (ladder, i) in picks.items():
+                    site, matrix, measured = self.sites[name], None, 0.0
+                    if statistics is not None and name in chosen:
+                        choices = choices_of(name, site, self.method, statistics)
+                        matrix = choices.build(chosen[name])
+                        measured = measured_error(site.weight, matrix, choices)
+                    rows.append(row_of(name, site.weight, matrix, float(ladder.errors[i]), measured))
+                    costs[name] = dense_costs(site.weight) if matrix is None else matrix_costs(matrix)
+                    if matrix is not None:
+                        replace(self.model, site, matrix)
+                        groups.append({"names": list(site.names), "spec": matrix.spec()})
+                tensors = {
+                    name: tensor
+                    for name, tensor in tensors_of(self.model).items()
+                    if not tensor.is_meta and (part == OUTSIDE or name not in self.resident)
+                }
+                write_tensors(folder / SHARD, tensors)
+                verify(tensors, folder)
+            return {"rows": rows, "costs": costs, "groups": groups}
+
+        return self.steps.run(f"shard-{self._number(part)}", make, chosen)
+
+    def _assemble(self, groups: Sequence[Any]) -> None:
+        """Put the shards together and remove the rest."""
+        order = {name: i for i, (name, _) in enumerate(self.model.named_modules(remove_duplicate=False))}
+        steps = [f"shard-{self._number(part)}" for part in (OUTSIDE, *self.chain.names)]
+        shards = [self.steps.file(step, SHARD) for step in steps]
+        config = with_specs(self.checkpoint.config, sorted(groups, key=lambda group: order[group["names"][0]]))
+        config.architectures, config.dtype = [type(self.model).__name__], self.checkpoint.dtype
+        assemble(config, shards, self.checkpoint.folder, self.steps.folder, self.out)
+        self.steps.remove()
+
+    def _seconds(self) -> dict[str, float]:
+        """How long the finished steps took, as in the report of a compression in memory."""
+        kinds = {"choices": "factorisation", "shard": "new matrices"}
+        found = {"statistics": 0.0, "factorisation": 0.0, "new matrices": 0.0}
+        for name, seconds in self.steps.seconds().items():
+            found[kinds.get(name.partition("-")[0], "statistics")] += seconds
+        return found
+
+    def _statistics(self, part: str) -> Statistics:
+        return Statistics(self.sweeps.statistics(part) if self.method.needs else {}, 0.0, 0)
+
+    def _filled(self, part: str) -> AbstractContextManager[Any]:
+        return contextlib.nullcontext() if part == OUTSIDE else self.checkpoint.filled(part)
+
+    def _number(self, part: str) -> str:
+        return "outside" if part == OUTSIDE else str(self.chain.names.index(part))
+
+
+def _without_cache(config: Any) -> None:
+    """Have blocks keep no keys and values: each is run more than once."""
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "use_cache"):
+            part.use_cache = False
