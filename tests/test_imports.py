@@ -13,13 +13,14 @@ LAYERS = [
     {"matrices"},
     {"core"},
     {"measures", "compressors", "allocators", "models"},
+    {"exporters"},
     {"api"},
     {"quickstart"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-HEAVY = {"transformers", "matplotlib", "rich", "typer", "jinja2", "tokenizers", "huggingface_hub", "gguf"}
-LIGHT = ("linalg", "matrices", "core", "measures", "compressors", "allocators", "api")
+HEAVY = {"transformers", "matplotlib", "rich", "typer", "jinja2", "tokenizers", "huggingface_hub", "gguf", "onnx"}
+LIGHT = ("linalg", "matrices", "core", "measures", "compressors", "allocators", "exporters", "api")
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or path.stem in LEVEL)
 
 

@@ -1,7 +1,7 @@
 """Inspect, compress, adapt, train and merge neural networks through the structure of their matrices."""
 
-from . import allocators, compressors, matrices, measures
-from .api import calibrate, compress, fold, inspect
+from . import allocators, compressors, exporters, matrices, measures
+from .api import calibrate, compress, export, fold, inspect
 from .core.errors import CalibrationError
 from .core.report import Report
 from .core.surgery import StructuredLinear
@@ -18,6 +18,8 @@ __all__ = [
     "compress",
     "compressors",
     "evaluate",
+    "export",
+    "exporters",
     "fold",
     "inspect",
     "load",

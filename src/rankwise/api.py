@@ -1,8 +1,10 @@
 """The verbs: each selects layers, collects statistics, asks a method, and returns a report."""
 
 import dataclasses
+import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,6 +16,7 @@ from .core import labels as label_kinds
 from .core.choices import UNITS, Allocator, Choices, Ladder, Unit, cost_of
 from .core.data import batches_of
 from .core.errors import CalibrationError
+from .core.files import new_folder
 from .core.labels import Labels
 from .core.memory import peak_memory_bytes
 from .core.methods import Compressor, Measure
@@ -22,6 +25,7 @@ from .core.report import Report
 from .core.statistics import Batch, Statistic, Statistics, collect
 from .core.surgery import Site, StructuredLinear, Where, replace, select, structured
 from .core.surgery import fold as fold_layers
+from .exporters.base import Exporter, Source
 from .matrices import StructuredMatrix
 from .measures.spectral import SpectralMeasure, singular_values
 from .models import forget, sample
@@ -228,6 +232,38 @@ def fold(model: nn.Module) -> nn.Module:
     return folded
 
 
+def export(model: nn.Module | str | Path, to: Exporter, out: str | Path, *, tokenizer: Any = None) -> Path:
+    """Write a model, compressed or not, in a format that other tools read.
+
+    Args:
+        model: a module, which stays as it is, or what :func:`rankwise.load` takes. A folder is the better choice
+            for a large model: most formats then read one tensor at a time.
+        to: from :mod:`rankwise.exporters`.
+        out: a new or empty folder. A call that fails leaves nothing under this name.
+        tokenizer: of transformers, for a model in memory; a folder has its own.
+
+    Returns:
+        the folder.
+
+    Raises:
+        TypeError: if an argument is of the wrong kind.
+        ValueError: if ``out`` holds something, there is no such model, or it does not fit the format.
+        OSError: if the disk is full.
+    """
+    if not isinstance(to, Exporter):
+        raise TypeError(f"to must be an object from rankwise.exporters, such as Dense(), got {to!r}.")
+    if tokenizer is not None and not isinstance(model, nn.Module):
+        raise ValueError("a tokenizer is given for a model in memory only; a folder has its own.")
+    out = Path(out).absolute()
+    with (
+        new_folder(out) as made,
+        tempfile.TemporaryDirectory(dir=_parent(out), prefix=f".{out.name}.") as scratch,
+    ):
+        made.mkdir()
+        to.write(Source(model, tokenizer, Path(scratch)), made)
+    return out
+
+
 def check_weights(sites: Mapping[str, Site]) -> None:
     """Raise if a weight holds NaN or infinity."""
     for name, site in sites.items():
@@ -252,6 +288,12 @@ def dense_costs(weight: Tensor) -> dict[Unit, int]:
 def matrix_costs(matrix: StructuredMatrix) -> dict[Unit, int]:
     """What a structured matrix costs."""
     return {"params": matrix.params, "bytes": matrix.nbytes, "macs": matrix.macs}
+
+
+def _parent(out: Path) -> Path:
+    if not out.parent.is_dir():
+        raise ValueError(f"{out}: the folder {out.parent} does not exist; make it first.")
+    return out.parent
 
 
 def _statistics(

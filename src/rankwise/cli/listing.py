@@ -13,13 +13,14 @@ from .options import describe, registry
 
 @app.command("list")
 def methods() -> None:
-    """Print every method, allocator and measure, with the fields that --set takes."""
-    from .. import allocators, compressors, measures
+    """Print every method, allocator, measure and format, with the fields that --set takes."""
+    from .. import allocators, compressors, exporters, measures
 
     sections: dict[str, ModuleType] = {
         "Methods (compress --method NAME --set field=value)": compressors,
         "Allocators (compress --allocate NAME)": allocators,
         "Measures (inspect)": measures,
+        "Formats (export --to NAME --set field=value)": exporters,
     }
     for title, package in sections.items():
         typer.echo(f"{title}\n")

@@ -14,6 +14,7 @@ from .embedded import EMBEDDED, embedded_folder
 from .gguf import from_gguf
 from .quantizer import register_when_ready
 
+BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")  # what stands beside the weights
 _TOKENIZERS = ("tokenizer*", "vocab.*", "spiece.model", "sentencepiece*", "*.tiktoken")
 
 
@@ -38,19 +39,19 @@ def load(
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}.")
-    folder = _find(source, trust_remote_code)
+    folder = find(source, trust_remote_code)
     if folder.is_file():
         return from_gguf(folder, dtype or torch.float32)
-    _check_files(folder)
+    check_files(folder)
     register_when_ready()
     try:
         with _quiet():
-            return _model(folder, dtype, trust_remote_code), _tokenizer(folder, trust_remote_code)
+            return _model(folder, dtype, trust_remote_code), tokenizer_of(folder, trust_remote_code)
     except Exception as error:  # what transformers raises is of any kind and many lines
         raise ValueError(f"{source} cannot be loaded: {_one_line(error)}") from error
 
 
-def _find(source: str | Path, trust: bool) -> Path:
+def find(source: str | Path, trust: bool = False) -> Path:
     """Return the folder or the GGUF file that a source stands for."""
     name, path = str(source), Path(source).expanduser()
     if name in EMBEDDED:
@@ -68,15 +69,7 @@ def _find(source: str | Path, trust: bool) -> Path:
 def _from_hub(name: str, trust: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = [
-        "*.safetensors",
-        "*.json",
-        "*.txt",
-        "*.model",
-        "*.jinja",
-        "*.tiktoken",
-        *(["*.py"] if trust else []),
-    ]
+    wanted = ["*.safetensors", *BESIDE, *(["*.py"] if trust else [])]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]))
     except (OSError, ValueError) as error:
@@ -85,7 +78,7 @@ def _from_hub(name: str, trust: bool) -> Path:
         ) from error
 
 
-def _check_files(folder: Path) -> None:
+def check_files(folder: Path) -> None:
     """Say what is wrong with a folder in better words than transformers."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json; give a folder that save_pretrained or rankwise wrote.")
@@ -106,7 +99,7 @@ def _model(folder: Path, dtype: torch.dtype | None, trust: bool) -> Any:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-    model, found = _kind(config).from_pretrained(
+    model, found = kind_of(config).from_pretrained(
         folder,
         config=config,
         dtype=dtype or "auto",
@@ -131,7 +124,7 @@ def _model(folder: Path, dtype: torch.dtype | None, trust: bool) -> Any:
     return model.eval()
 
 
-def _kind(config: Any) -> Any:
+def kind_of(config: Any) -> Any:
     """Return the class that a config names, or the automatic one that fits best."""
     import transformers
     from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
@@ -143,7 +136,7 @@ def _kind(config: Any) -> Any:
     return AutoModelForCausalLM if name.endswith(("ForCausalLM", "LMHeadModel")) else AutoModel
 
 
-def _tokenizer(folder: Path, trust: bool) -> Any:
+def tokenizer_of(folder: Path, trust: bool = False) -> Any:
     """Return the tokenizer, or None if there are no files of one; transformers would then make an empty one."""
     from transformers import AutoTokenizer
 
