@@ -290,12 +290,6 @@ def matrix_costs(matrix: StructuredMatrix) -> dict[Unit, int]:
     return {"params": matrix.params, "bytes": matrix.nbytes, "macs": matrix.macs}
 
 
-def _parent(out: Path) -> Path:
-    if not out.parent.is_dir():
-        raise ValueError(f"{out}: the folder {out.parent} does not exist; make it first.")
-    return out.parent
-
-
 def _statistics(
     model: nn.Module,
     method: Compressor,

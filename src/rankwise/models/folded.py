@@ -26,7 +26,7 @@ class Folded(Mapping[str, Tensor]):
 
     Attributes:
         config: what ``config.json`` holds, without the specs of structured matrices.
-        layers: the structured layers by name, without values.
+        layers: the structured layers by their names in the file, without values.
 
     Raises:
         ValueError: if a file is missing or damaged, or the model is quantised by another tool.
@@ -46,16 +46,16 @@ class Folded(Mapping[str, Tensor]):
             with torch.device("meta"):
                 kind = kind_of(config)
                 model = kind._from_config(config) if hasattr(kind, "_from_config") else kind.from_config(config)
-            self._owners = install(model, groups, torch.float32, f"{model.base_model_prefix}.")
-            self.layers = structured(model)
-            for name, owner in self._owners.items():
-                self.layers[name].matrix = self.layers[owner].matrix
+            sharing = install(model, groups, torch.float32, f"{model.base_model_prefix}.")
+            found = structured(model)
+            for name, owner in sharing.items():
+                found[name].matrix = found[owner].matrix
+            written = _written(model, found)
+            self.layers = {written[name]: layer for name, layer in found.items()}
+            self._owners = {written[name]: written[owner] for name, owner in sharing.items()}
         for name in self.layers:
             if f"{name}.weight" not in self._files:
-                raise ValueError(
-                    f"{self.folder}: layer {name} has another name in the file; load the model, "
-                    "fold it with rankwise.fold and save that."
-                )
+                raise ValueError(f"{self.folder}: layer {name} is not in the checkpoint; it is incomplete.")
         self._parts = {name for name in self._files if self._layer(name) is not None}
 
     def __iter__(self) -> Iterator[str]:
@@ -130,6 +130,16 @@ def _groups(quantization: Any) -> Any:
 def _names(file: Path) -> list[str]:
     with safe_open(file, framework="pt") as opened:
         return list(opened.keys())
+
+
+def _written(model: Any, layers: Mapping[str, StructuredLinear]) -> dict[str, str]:
+    """Return the name that each layer has in a file; transformers' newer models keep older names there."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    names = list(layers)
+    numbered = {f"{name}.weight": torch.tensor(i) for i, name in enumerate(names)}
+    found = revert_weight_conversion(model, numbered)
+    return {names[int(number)]: name.removesuffix(".weight") for name, number in found.items()}
 
 
 def _restored(layer: StructuredLinear, weight: Tensor) -> Tensor:
