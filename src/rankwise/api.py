@@ -257,7 +257,7 @@ def export(model: nn.Module | str | Path, to: Exporter, out: str | Path, *, toke
     out = Path(out).absolute()
     with (
         new_folder(out) as made,
-        tempfile.TemporaryDirectory(dir=_parent(out), prefix=f".{out.name}.") as scratch,
+        tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch,
     ):
         made.mkdir()
         to.write(Source(model, tokenizer, Path(scratch)), made)

@@ -1,5 +1,6 @@
 """Formats that other tools read. What ``__all__`` names is what ``rankwise export --to`` offers."""
 
 from .dense import Dense
+from .gguf import Gguf
 
-__all__ = ["Dense"]
+__all__ = ["Dense", "Gguf"]
