@@ -255,6 +255,8 @@ def export(model: nn.Module | str | Path, to: Exporter, out: str | Path, *, toke
     if tokenizer is not None and not isinstance(model, nn.Module):
         raise ValueError("a tokenizer is given for a model in memory only; a folder has its own.")
     out = Path(out).absolute()
+    if not out.parent.is_dir():
+        raise ValueError(f"{out}: the folder {out.parent} does not exist; make it first.")
     with (
         new_folder(out) as made,
         tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch,

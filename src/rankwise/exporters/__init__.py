@@ -2,5 +2,6 @@
 
 from .dense import Dense
 from .gguf import Gguf
+from .onnx import Onnx
 
-__all__ = ["Dense", "Gguf"]
+__all__ = ["Dense", "Gguf", "Onnx"]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..models import load, save
@@ -41,13 +42,13 @@ class Source:
             )
         return folder
 
-    def model(self) -> nn.Module:
-        """Return the model in memory; a folder is loaded first.
+    def model(self, dtype: torch.dtype) -> nn.Module:
+        """Return the model in memory; a folder is loaded first, in a type.
 
         Raises:
             ValueError: if it cannot be loaded.
         """
-        return self.given if isinstance(self.given, nn.Module) else load(self.given)[0]
+        return self.given if isinstance(self.given, nn.Module) else load(self.given, dtype=dtype)[0]
 
 
 class Exporter(abc.ABC):

@@ -37,9 +37,7 @@ def architecture_of(config: Any) -> Architecture:
     """
     known = KNOWN.get(config.model_type)
     if known is None:
-        raise ValueError(
-            f"models of type {config.model_type} are not written to GGUF; known are {', '.join(KNOWN)}."
-        )
+        raise ValueError(f"a {config.model_type} cannot be written to GGUF; known are {', '.join(KNOWN)}.")
     if config.hidden_act != "silu":
         raise ValueError(f"llama.cpp computes silu in this kind of model, not {config.hidden_act}.")
     rope = config.rope_parameters
@@ -91,7 +89,8 @@ def row_order(config: Any, name: str) -> Tensor | None:
     """Return the order in which the rows of a weight or bias are stored, or None if it is their own.
 
     >>> import types
-    >>> config = types.SimpleNamespace(model_type="llama", head_dim=4, num_attention_heads=2, num_key_value_heads=1)
+    >>> heads = {"head_dim": 4, "num_attention_heads": 2, "num_key_value_heads": 1}
+    >>> config = types.SimpleNamespace(model_type="llama", **heads)
     >>> row_order(config, "model.layers.0.self_attn.q_proj.weight").tolist()
     [0, 2, 1, 3, 4, 6, 5, 7]
     """

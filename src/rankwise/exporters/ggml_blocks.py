@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..linalg import unpack
+from ..linalg import pack, unpack
 from ..matrices import Quantized
 
 BLOCK = 32
@@ -38,8 +38,8 @@ def plain(tensor: Tensor, kind: str) -> Stored:
 def low_bit(matrix: Quantized, rows: Tensor | None = None) -> Stored | None:
     """Store low-bit integers in blocks that hold exactly the same numbers, or return None if there are none.
 
-    Q4_1 holds up to 4 bits and Q5_1 holds 5, as ``scale * code + offset`` with both in float16. A group of columns
-    must be some whole blocks, and scale and offset must be float16 numbers.
+    Q4_1 holds up to 4 bits and Q5_1 holds 5, as ``scale * code + offset`` with both in float16. A group of
+    columns must be some whole blocks, and scale and offset must be float16 numbers.
 
     Args:
         matrix: of any number of bits.
@@ -55,9 +55,7 @@ def low_bit(matrix: Quantized, rows: Tensor | None = None) -> Stored | None:
     codes = unpack(matrix.packed, matrix.bits)[rows, :n].view(m, n // BLOCK, BLOCK)
     fields = [half.contiguous().view(torch.uint8) for half in halves]
     if matrix.bits == 5:
-        fields.append(
-            (codes.view(m, -1, 4, 8) >> 4 << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
-        )
+        fields.append(pack((codes >> 4).view(-1, BLOCK), 1).view(m, n // BLOCK, 4))
     low = codes & 15
     fields.append(low[..., :16] | low[..., 16:] << 4)
     return Stored("Q5_1" if matrix.bits == 5 else "Q4_1", torch.cat(fields, -1).flatten(1).numpy())

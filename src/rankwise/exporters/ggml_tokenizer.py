@@ -4,7 +4,10 @@ import json
 from typing import Any
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # kinds of tokens
-QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 GPT2 = "bytes after words"
 SPLITS: dict[tuple[str, ...], str] = {  # how text is cut before the merges -> llama.cpp's name for it
@@ -76,7 +79,7 @@ def _data(tokenizer: Any) -> dict[str, Any]:
 
 def _split(data: dict[str, Any]) -> str:
     """Return llama.cpp's name for the way a tokenizer cuts texts before it merges."""
-    given = data.get("pre_tokenizer") or {"type": "nothing"}
+    given: dict[str, Any] = data.get("pre_tokenizer") or {"type": "nothing"}
     steps = tuple(map(_step, given["pretokenizers"] if given["type"] == "Sequence" else [given]))
     name = SPLITS.get(steps)
     if name is None or bool(data["model"].get("ignore_merges")) > (name == "llama-bpe"):

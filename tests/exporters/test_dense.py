@@ -1,109 +1,22 @@
-"""Exported models are what other tools open, and compute what the compressed model computes."""
+"""A dense export is an ordinary folder, and computes what the compressed model computes."""
 
 import json
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from structures import IDS, STRUCTURES, bert, filled, gpt2, left_behind, low_rank, output, pivoted
 from tiny import llama
-from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    BertConfig,
-    BertModel,
-    GPT2Config,
-    GPT2LMHeadModel,
-    ViTConfig,
-    ViTModel,
-)
+from transformers import AutoModel, AutoModelForCausalLM, BertModel, ViTConfig, ViTModel
 
 import rankwise
-from rankwise.core.surgery import replace, select
 from rankwise.exporters import Dense
-from rankwise.matrices import Dense as Written
-from rankwise.matrices import (
-    Diagonal,
-    LowRank,
-    Permutation,
-    PivotedLowRank,
-    Product,
-    Quantized,
-    Scaled,
-    Sparse,
-    StructuredMatrix,
-    Sum,
-)
-
-IDS = torch.arange(12).view(2, 6)
-
-
-def quantized(m: int, n: int) -> Quantized:
-    codes = torch.randint(16, (m, n))
-    return Quantized.from_codes(
-        codes, torch.rand(m, -(-n // 32)) / 16, torch.randn(m, -(-n // 32)), bits=4, group=32
-    )
-
-
-def sparse(m: int, n: int) -> Sparse:
-    return Sparse.from_dense(torch.randn(m, n) * (torch.rand(m, n) < 0.3))
-
-
-def low_rank(m: int, n: int) -> LowRank:
-    return LowRank(torch.randn(m, 3), torch.randn(3, n) / 8)
-
-
-def pivoted(m: int, n: int) -> PivotedLowRank:
-    return PivotedLowRank.from_factors(torch.randn(m, 5), torch.randn(5, n) / 8)
-
-
-def around(m: int, n: int) -> Scaled:
-    middle = Written(torch.randn(m, n) / 8)
-    return Scaled(Product(Diagonal(torch.randn(m)), middle, Permutation(torch.randperm(n))), 0.5)
-
-
-def low_bit_and_low_rank(m: int, n: int) -> Sum:
-    return Sum(quantized(m, n), low_rank(m, n))
-
-
-STRUCTURES = [low_rank, pivoted, quantized, sparse, around, low_bit_and_low_rank]
-
-
-def structured(model: nn.Module, *kinds: Callable[[int, int], StructuredMatrix]) -> nn.Module:
-    """Put random matrices, of each kind in turn, in the place of all layers."""
-    torch.manual_seed(1)
-    for i, site in enumerate(select(model).values()):
-        matrix = kinds[i % len(kinds)](*site.weight.shape)
-        replace(model, site, matrix.to(site.weight.dtype))
-    return model
-
-
-def gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4)).eval()
-
-
-def bert() -> BertModel:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    return BertModel(BertConfig(**sizes, num_attention_heads=4, max_position_embeddings=64)).eval()
-
-
-def output(model: nn.Module, *inputs: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(*inputs)[0]
-
-
-def left_behind(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def test_a_dense_export_loads_without_rankwise(tmp_path):
-    model = structured(llama(), *STRUCTURES)
+    model = filled(llama(), *STRUCTURES)
     rankwise.save(model, tmp_path / "small")
     out = rankwise.export(tmp_path / "small", Dense(), tmp_path / "out")
     save_file({"logits": output(model, IDS)}, tmp_path / "expected.safetensors")
@@ -126,7 +39,7 @@ print(float((logits - load_file({str(tmp_path / "expected.safetensors")!r})["log
 @pytest.mark.parametrize("make", [llama, lambda: llama(tie_word_embeddings=False), gpt2, bert])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dense_exports_compute_the_same(make, dtype, tmp_path):
-    model = structured(make().to(dtype), low_rank, pivoted)
+    model = filled(make().to(dtype), low_rank, pivoted)
     out = rankwise.export(model, Dense(), tmp_path / "out")
     kind = AutoModel if isinstance(model, BertModel) else AutoModelForCausalLM
     other = kind.from_pretrained(out, dtype="auto").eval()
@@ -140,18 +53,18 @@ def test_shared_and_convolution_weights_fold(tmp_path):
     model = llama()
     first, second = (model.get_submodule(f"model.layers.{i}.self_attn.q_proj") for i in (0, 1))
     second.weight = first.weight
-    out = rankwise.export(structured(model, low_rank), Dense(), tmp_path / "llama")
+    out = rankwise.export(filled(model, low_rank), Dense(), tmp_path / "llama")
     torch.testing.assert_close(output(AutoModelForCausalLM.from_pretrained(out), IDS), output(model, IDS))
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     vit = ViTModel(ViTConfig(**sizes, image_size=16, patch_size=8)).eval()
-    out = rankwise.export(structured(vit, low_rank), Dense(), tmp_path / "vit")
+    out = rankwise.export(filled(vit, low_rank), Dense(), tmp_path / "vit")
     image = torch.randn(1, 3, 16, 16)
     torch.testing.assert_close(output(AutoModel.from_pretrained(out), image), output(vit, image))
 
 
 def test_shards_stay_below_their_size_and_files_come_along(tmp_path):
-    model = structured(llama(hidden_size=256, intermediate_size=512), low_rank)
+    model = filled(llama(hidden_size=256, intermediate_size=512), low_rank)
     rankwise.save(model, tmp_path / "small")
     (tmp_path / "small" / "tokenizer.json").write_text("{}")
     (tmp_path / "small" / "report.html").write_text("of the compression")
@@ -171,9 +84,9 @@ def test_what_cannot_be_exported_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere.*does not exist"):
         rankwise.export(tmp_path / "nowhere", Dense(), tmp_path / "out")
     with pytest.raises(ValueError, match="dense exists already"):
-        rankwise.export(structured(llama(), low_rank), Dense(), tmp_path / "dense")
+        rankwise.export(filled(llama(), low_rank), Dense(), tmp_path / "dense")
     with pytest.raises(ValueError, match=r"does not exist; make it first"):
-        rankwise.export(structured(llama(), low_rank), Dense(), tmp_path / "no" / "out")
+        rankwise.export(filled(llama(), low_rank), Dense(), tmp_path / "no" / "out")
     with pytest.raises(TypeError, match="rankwise"):
         rankwise.export(llama(), "dense", tmp_path / "out")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="shard must be"):
@@ -183,7 +96,7 @@ def test_what_cannot_be_exported_is_named(tmp_path):
 
 @pytest.mark.parametrize("damage", ["missing", "shape", "kind", "cut"])
 def test_a_damaged_folder_is_refused(damage, tmp_path):
-    rankwise.save(structured(llama(), pivoted), tmp_path / "small")
+    rankwise.save(filled(llama(), pivoted), tmp_path / "small")
     file = tmp_path / "small" / "model.safetensors"
     tensors, name = load_file(file), "model.layers.1.mlp.up_proj.matrix.mix"
     if damage == "missing":
@@ -202,7 +115,7 @@ def test_a_damaged_folder_is_refused(damage, tmp_path):
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path):
     """In a process of its own whose files may not grow beyond a limit, as on a disk that is full."""
-    rankwise.save(structured(llama(hidden_size=128), low_rank), tmp_path / "small")
+    rankwise.save(filled(llama(hidden_size=128), low_rank), tmp_path / "small")
     words = ["export", str(tmp_path / "small"), "--to", "dense", "--out", str(tmp_path / "out")]
     code = f"""
 import resource, signal, sys
