@@ -10,7 +10,7 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 
-from rankwise import allocators, compressors, matrices, measures
+from rankwise import allocators, compressors, exporters, matrices, measures
 from rankwise.cli.options import command_name
 
 TARGET = Path(__file__).with_name("methods.md")
@@ -24,6 +24,10 @@ SECTIONS: dict[str, tuple[types.ModuleType, str]] = {
         "`rankwise.compress(..., allocate=...)` and `rankwise compress --allocate NAME`.",
     ),
     "Measures": (measures, "`rankwise.inspect(model)` and `rankwise inspect`."),
+    "Formats": (
+        exporters,
+        "`rankwise.export(model, format, folder)` and `rankwise export --to NAME`.",
+    ),
     "Matrices": (matrices, "What a compressed layer holds, and what a saved model may contain."),
 }
 
@@ -41,7 +45,7 @@ def page() -> str:
 def entry(name: str, value: object, package: types.ModuleType) -> Iterator[str]:
     """Yield the paragraphs about one exported name."""
     yield f"### {name}"
-    if package in (compressors, allocators):
+    if package in (compressors, allocators, exporters):
         yield f"On the command line: `{command_name(name)}`."
     yield from paragraphs(inspect.getdoc(value) or "")
     if inspect.isclass(value) and dataclasses.is_dataclass(value) and dataclasses.fields(value):

@@ -13,14 +13,25 @@ LAYERS = [
     {"matrices"},
     {"core"},
     {"measures", "compressors", "allocators", "models"},
-    {"exporters"},
+    {"exporters", "serving"},
     {"api"},
     {"quickstart"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-HEAVY = {"transformers", "matplotlib", "rich", "typer", "jinja2", "tokenizers", "huggingface_hub", "gguf", "onnx"}
-LIGHT = ("linalg", "matrices", "core", "measures", "compressors", "allocators", "exporters", "api")
+HEAVY = {
+    "transformers",
+    "matplotlib",
+    "rich",
+    "typer",
+    "jinja2",
+    "tokenizers",
+    "huggingface_hub",
+    "gguf",
+    "onnx",
+    "vllm",
+}
+LIGHT = ("linalg", "matrices", "core", "measures", "compressors", "allocators", "exporters", "serving", "api")
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or path.stem in LEVEL)
 
 
