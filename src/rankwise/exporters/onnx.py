@@ -11,13 +11,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from ..core.surgery import fold, set_module, structured
-from ..matrices import Dense, Quantized, Sparse
+from ..core.surgery import fold, structured
+from ..matrices import (
+    Dense,
+    Diagonal,
+    LowRank,
+    Permutation,
+    PivotedLowRank,
+    Product,
+    Scaled,
+    StructuredMatrix,
+    Sum,
+)
 from ..models.causal import evaluating
 from .base import Exporter, Source
 
 LARGEST = 10**9  # bytes of weights in one file with the graph; more stand in a file beside it
 TOLERANCE = 1e-4
+APPLICABLE = (Dense, Diagonal, LowRank, Permutation, PivotedLowRank, Product, Scaled, Sum)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +68,14 @@ class Onnx(Exporter):
                 _compare(module, each, out / "model.onnx")
 
 
-def _written_out(model: nn.Module) -> nn.Module:
-    """Replace the matrices that write themselves out whenever they are applied; ONNX has no bits to unpack."""
-    for name, matrix in list(model.named_modules()):
-        if isinstance(matrix, (Quantized, Sparse)):
-            set_module(model, name, Dense(matrix.dense().detach()))
-    return model
+def _written_out(module: nn.Module) -> nn.Module:
+    """Replace the matrices inside a module that ONNX cannot apply as they are: it has no bits to unpack."""
+    for name, child in module.named_children():
+        if isinstance(child, StructuredMatrix) and not isinstance(child, APPLICABLE):
+            setattr(module, name, Dense(child.dense().detach()))
+        else:
+            _written_out(child)
+    return module
 
 
 class _First(nn.Module):

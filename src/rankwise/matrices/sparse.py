@@ -94,5 +94,7 @@ class Sparse(StructuredMatrix):
         """The spec's number of entries, not initialised, at the first places."""
         m, n = shape_of(spec)
         kept = size(spec, "kept", largest=m * n)
-        mask = (torch.arange(m * n) < kept).view(m, n)
-        return cls(torch.empty(kept, **where), pack(mask, 1).to(where.get("device") or "cpu"), n)
+        values = torch.empty(kept, **where)
+        with torch.device("cpu"):  # the bitmap has values, also where a model is built without any
+            bitmap = pack((torch.arange(m * n) < kept).view(m, n), 1)
+        return cls(values, bitmap.to(values.device), n)
