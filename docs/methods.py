@@ -10,7 +10,7 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 
-from rankwise import allocators, compressors, matrices, measures, preconditioners, starts
+from rankwise import allocators, compressors, exporters, matrices, measures, preconditioners, starts
 from rankwise.cli.options import command_name
 
 TARGET = Path(__file__).with_name("methods.md")
@@ -29,6 +29,10 @@ SECTIONS: dict[str, tuple[types.ModuleType, str]] = {
     ),
     "Starts": (starts, "`rankwise.initialise(model, start)`."),
     "Measures": (measures, "`rankwise.inspect(model)` and `rankwise inspect`."),
+    "Formats": (
+        exporters,
+        "`rankwise.export(model, format, folder)` and `rankwise export --to NAME`.",
+    ),
     "Matrices": (matrices, "What a compressed layer holds, and what a saved model may contain."),
 }
 
@@ -46,7 +50,7 @@ def page() -> str:
 def entry(name: str, value: object, package: types.ModuleType) -> Iterator[str]:
     """Yield the paragraphs about one exported name."""
     yield f"### {name}"
-    if package in (compressors, allocators, preconditioners):
+    if package in (compressors, allocators, preconditioners, exporters):
         yield f"On the command line: `{command_name(name)}`."
     yield from paragraphs(inspect.getdoc(value) or "")
     if inspect.isclass(value) and dataclasses.is_dataclass(value) and dataclasses.fields(value):

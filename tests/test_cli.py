@@ -96,7 +96,7 @@ def test_version():
 def test_list_names_everything_with_fields():
     shown = run("list").stdout
     fields = ("gauge: pivot | factors = pivot", "input_damping: float = 1e-06")
-    for name in ("kronecker-factored-svd: ", "water-filling: ", "spectrum-tail: ", *fields):
+    for name in ("kronecker-factored-svd: ", "water-filling: ", "spectrum-tail: ", "gguf: ", *fields):
         assert name in shown
 
 
@@ -383,3 +383,26 @@ def test_compress_a_stream(folder, text, tmp_path):
     without = ["compress", folder, "--keep", 0.8, "--stream", "--out", tmp_path / "x"]
     refused(run(*without), "--data")
     assert run(*without, "--method", "plain-svd").exit_code == 0
+
+
+def test_export_writes_a_folder_and_lists_its_files(folder, tmp_path):
+    assert (
+        run("compress", folder, "--keep", 0.5, "--method", "plain-svd", "--out", tmp_path / "small").exit_code
+        == 0
+    )
+    result = run("export", tmp_path / "small", "--to", "dense", "--out", tmp_path / "dense")
+    assert result.exit_code == 0, result.output
+    files = {path.name for path in (tmp_path / "dense").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= files
+    assert all(name in result.stdout for name in files)
+
+
+def test_export_refuses_in_one_line(folder, tmp_path):
+    out = ("--out", tmp_path / "out")
+    refused(run("export", folder, "--to", "dense", *out), "dense already")
+    refused(run("export", folder, "--to", "gguf", *out), "WordLevel", "byte-level BPE")
+    refused(run("export", folder, "--to", "ggu", *out), "did you mean gguf?", "dense, gguf, onnx")
+    refused(run("export", folder, "--to", "gguf", "--set", "dtype=q4", *out), "f16, bf16, f32")
+    refused(run("export", tmp_path / "nowhere", "--to", "dense", *out), "nowhere", "does not exist")
+    refused(run("export", folder, "--to", "dense", "--out", folder), "exists already")
+    assert list(tmp_path.iterdir()) == []

@@ -13,13 +13,25 @@ LAYERS = [
     {"matrices"},
     {"core"},
     {"measures", "compressors", "allocators", "preconditioners", "starts", "models"},
+    {"exporters", "serving"},
     {"api"},
     {"quickstart", "streaming", "training"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-HEAVY = {"transformers", "matplotlib", "rich", "typer", "jinja2", "tokenizers", "huggingface_hub", "gguf"}
-LIGHT = ("linalg", "matrices", "core", "measures", "compressors", "allocators", "preconditioners", "api")
+HEAVY = {
+    "transformers",
+    "matplotlib",
+    "rich",
+    "typer",
+    "jinja2",
+    "tokenizers",
+    "huggingface_hub",
+    "gguf",
+    "onnx",
+    "vllm",
+}
+LIGHT = (*(name for names in LAYERS[:4] for name in sorted(names - {"models"})), "exporters", "serving", "api")
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or path.stem in LEVEL)
 
 

@@ -27,8 +27,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import PreTrainedTokenizerFast
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: i for i, letter in enumerate(["<s>", *letters])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    vocabulary = {letter: i for i, letter in enumerate(["<s>", *letters, "th"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("t", "h")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     folder = tmp_path_factory.mktemp("readme")
@@ -61,5 +61,5 @@ def test_command_lines_run(place: Path, monkeypatch: pytest.MonkeyPatch):
         words = [shorter.get(word, word) for word in shlex.split(line)[1:]]
         result = CliRunner().invoke(app, [*words, *FEWER.get(words[0], [])])
         assert result.exit_code == 0, f"{line}\n{result.output}"
-    for name in ("spectra.json", "small.json", "small/config.json", "small/report.html"):
+    for name in ("spectra.json", "small.json", "small/config.json", "small/report.html", "small-gguf/model.gguf"):
         assert (place / name).is_file()

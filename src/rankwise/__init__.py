@@ -1,7 +1,7 @@
 """Inspect, compress, adapt, train and merge neural networks through the structure of their matrices."""
 
-from . import allocators, compressors, matrices, measures, preconditioners, starts
-from .api import calibrate, compress, fold, inspect
+from . import allocators, compressors, exporters, matrices, measures, preconditioners, starts
+from .api import calibrate, compress, export, fold, inspect
 from .core.errors import CalibrationError
 from .core.report import Report
 from .core.surgery import StructuredLinear
@@ -21,6 +21,8 @@ __all__ = [
     "compress_folder",
     "compressors",
     "evaluate",
+    "export",
+    "exporters",
     "fold",
     "heal",
     "initialise",

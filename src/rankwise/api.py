@@ -1,8 +1,10 @@
 """The verbs: each selects layers, collects statistics, asks a method, and returns a report."""
 
 import dataclasses
+import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,6 +16,7 @@ from .core import labels as label_kinds
 from .core.choices import BUDGETS, UNITS, Allocator, Choices, Ladder, Unit, cost_of
 from .core.data import batches_of
 from .core.errors import CalibrationError
+from .core.files import new_folder
 from .core.labels import Labels
 from .core.latency import Latency, Timer, latencies, time_matrices
 from .core.memory import peak_memory_bytes
@@ -23,6 +26,7 @@ from .core.report import Report
 from .core.statistics import Batch, Statistic, Statistics, collect
 from .core.surgery import Site, StructuredLinear, Where, replace, select, structured
 from .core.surgery import fold as fold_layers
+from .exporters.base import Exporter, Source
 from .matrices import StructuredMatrix
 from .measures.spectral import SpectralMeasure, singular_values
 from .models import forget, sample
@@ -236,6 +240,40 @@ def fold(model: nn.Module) -> nn.Module:
     folded = fold_layers(model)
     forget(folded)
     return folded
+
+
+def export(model: nn.Module | str | Path, to: Exporter, out: str | Path, *, tokenizer: Any = None) -> Path:
+    """Write a model, compressed or not, in a format that other tools read.
+
+    Args:
+        model: a module, which stays as it is, or what :func:`rankwise.load` takes. A folder is the better choice
+            for a large model: most formats then read one tensor at a time.
+        to: from :mod:`rankwise.exporters`.
+        out: a new or empty folder. A call that fails leaves nothing under this name.
+        tokenizer: of transformers, for a model in memory; a folder has its own.
+
+    Returns:
+        the folder.
+
+    Raises:
+        TypeError: if an argument is of the wrong kind.
+        ValueError: if ``out`` holds something, there is no such model, or it does not fit the format.
+        OSError: if the disk is full.
+    """
+    if not isinstance(to, Exporter):
+        raise TypeError(f"to must be an object from rankwise.exporters, such as Dense(), got {to!r}.")
+    if tokenizer is not None and not isinstance(model, nn.Module):
+        raise ValueError("a tokenizer is given for a model in memory only; a folder has its own.")
+    out = Path(out).absolute()
+    if not out.parent.is_dir():
+        raise ValueError(f"{out}: the folder {out.parent} does not exist; make it first.")
+    with (
+        new_folder(out) as made,
+        tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch,
+    ):
+        made.mkdir()
+        to.write(Source(model, tokenizer, Path(scratch)), made)
+    return out
 
 
 def check_arguments(method: Compressor, keep: float, of: Unit) -> None:

@@ -9,7 +9,7 @@ from torch import Generator, nn
 
 from rankwise.core.surgery import StructuredLinear
 from rankwise.linalg import pack, packed_bytes, unpack
-from rankwise.matrices import LowRank, Quantized, Scaled, SemiSparse, Sparse, Sum
+from rankwise.matrices import LowRank, Quantized, Scaled, SemiSparse, Sparse, Sum, from_spec
 from rankwise.models import sizes
 
 
@@ -99,3 +99,13 @@ def test_damaged_numbers():
         Quantized(
             torch.zeros(2, 9, dtype=torch.uint8), torch.ones(2, 1), torch.ones(2, 1), columns=8, bits=9, group=8
         )
+
+
+@pytest.mark.parametrize("kept", [1, 11, 12, 37, 55])
+def test_an_empty_sparse_matrix_is_made_on_any_device(kept):
+    spec = {"kind": "Sparse", "shape": [5, 11], "kept": kept}
+    made = from_spec(spec)
+    made.check()
+    assert torch.equal(made.mask().flatten(), torch.arange(55) < kept)
+    with torch.device("meta"):  # as transformers does while it loads
+        assert from_spec(spec).bitmap.is_meta

@@ -1,10 +1,11 @@
-"""The command line: ``rankwise compress | evaluate | inspect | list | quickstart``."""
+"""The command line: ``rankwise compress | evaluate | export | inspect | list | quickstart``."""
 
 from .app import app, main
 from .compress import compress
 from .evaluate import evaluate
+from .export import export
 from .inspect import inspect
 from .listing import methods
 from .start import quickstart
 
-__all__ = ["app", "compress", "evaluate", "inspect", "main", "methods", "quickstart"]
+__all__ = ["app", "compress", "evaluate", "export", "inspect", "main", "methods", "quickstart"]

@@ -13,14 +13,15 @@ from .options import describe, registry
 
 @app.command("list")
 def methods() -> None:
-    """Print every method, allocator and measure, with the fields that --set takes."""
-    from .. import allocators, compressors, measures, preconditioners
+    """Print every method, allocator, measure and format, with the fields that --set takes."""
+    from .. import allocators, compressors, exporters, measures, preconditioners
 
     sections: dict[str, ModuleType] = {
         "Methods (compress --method NAME --set field=value)": compressors,
         "Allocators (compress --allocate NAME)": allocators,
         "Preconditioners (compress --heal TIME --heal-method NAME)": preconditioners,
         "Measures (inspect)": measures,
+        "Formats (export --to NAME --set field=value)": exporters,
     }
     for title, package in sections.items():
         typer.echo(f"{title}\n")

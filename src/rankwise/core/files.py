@@ -1,7 +1,12 @@
-"""Where files are kept, and text files that appear whole or not at all."""
+"""Where files are kept, and files and folders that appear whole or not at all."""
 
+import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 
 def cache_folder() -> Path:
@@ -29,3 +34,28 @@ def write_text(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside a folder's, to be made and filled; it gets the folder's name at the end.
+
+    If the block raises, nothing is left under either name.
+
+    Raises:
+        ValueError: if the folder holds something already.
+        OSError: if the disk does not take what is written.
+    """
+    folder = Path(os.path.abspath(folder))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already; remove it or give another path.")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
+    except SafetensorError as error:  # what it raises on a full disk is no OSError
+        raise OSError(f"{folder} could not be written: {' '.join(str(error).split())}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

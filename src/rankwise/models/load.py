@@ -14,6 +14,7 @@ from .embedded import EMBEDDED, embedded_folder
 from .gguf import from_gguf
 from .quantizer import register_when_ready
 
+BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")  # what stands beside the weights
 _TOKENIZERS = ("tokenizer*", "vocab.*", "spiece.model", "sentencepiece*", "*.tiktoken")
 
 
@@ -63,7 +64,7 @@ def load_tokenizer(source: str | Path) -> Any:
         return tokenizer_of(folder, trust=False)
 
 
-def find(source: str | Path, trust: bool) -> Path:
+def find(source: str | Path, trust: bool = False) -> Path:
     """Return the folder or the GGUF file that a source stands for."""
     name, path = str(source), Path(source).expanduser()
     if name in EMBEDDED:
@@ -81,15 +82,7 @@ def find(source: str | Path, trust: bool) -> Path:
 def _from_hub(name: str, trust: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = [
-        "*.safetensors",
-        "*.json",
-        "*.txt",
-        "*.model",
-        "*.jinja",
-        "*.tiktoken",
-        *(["*.py"] if trust else []),
-    ]
+    wanted = ["*.safetensors", *BESIDE, *(["*.py"] if trust else [])]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]))
     except (OSError, ValueError) as error:
@@ -156,7 +149,7 @@ def kind_of(config: Any) -> Any:
     return AutoModelForCausalLM if name.endswith(("ForCausalLM", "LMHeadModel")) else AutoModel
 
 
-def tokenizer_of(folder: Path, trust: bool) -> Any:
+def tokenizer_of(folder: Path, trust: bool = False) -> Any:
     """Return the tokenizer, or None if there are no files of one; transformers would then make an empty one."""
     from transformers import AutoTokenizer
 

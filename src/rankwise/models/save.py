@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..core.files import sync, write_text
+from ..core.files import new_folder, sync, write_text
 from ..core.surgery import StructuredLinear, structured
 from .quantizer import FORMAT, METHOD, describe
 
@@ -57,23 +57,17 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
                 "save the model before it is folded."
             )
     folder = Path(os.path.abspath(folder))
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists already; remove it or give another path.")
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     own = model.config
     try:
-        model.config = with_specs(model.config, describe(model))
-        tensors = tensors_of(model)
-        model.save_pretrained(temporary, state_dict=dict(tensors), save_original_format=False)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        verify(tensors, temporary)
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
+        with new_folder(folder) as temporary:
+            model.config = with_specs(model.config, describe(model))
+            tensors = tensors_of(model)
+            model.save_pretrained(temporary, state_dict=dict(tensors), save_original_format=False)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
+            verify(tensors, temporary)
     finally:
         model.config = own
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
@@ -209,14 +203,20 @@ def verify(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Raise unless the files of a folder hold these tensors, bit by bit, and no others."""
     found = set()
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 (no mapping)
-                found.add(name)
-                if name not in tensors or not _same(opened.get_tensor(name), tensors[name]):
-                    raise ValueError(f"{name} in {file} does not read back as it was written; is the disk sound?")
+        found |= read_back(file, tensors)
     missing = sorted(tensors.keys() - found)
     if missing:
         raise ValueError(f"{missing[0]} was not written to {folder}, as {len(missing)} in all; is the disk full?")
+
+
+def read_back(file: Path, tensors: Mapping[str, Tensor]) -> set[str]:
+    """Return the names in a file of safetensors; raise unless it holds them as ``tensors`` does, bit by bit."""
+    with safe_open(file, framework="pt") as opened:
+        names = set(opened.keys())
+        for name in names:
+            if name not in tensors or not _same(opened.get_tensor(name), tensors[name]):
+                raise ValueError(f"{name} in {file} does not read back as it was written; is the disk sound?")
+    return names
 
 
 def _same(written: Tensor, own: Tensor) -> bool:

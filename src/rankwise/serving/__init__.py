@@ -1,0 +1,1 @@
+"""How servers of other projects run compressed models."""

@@ -1,0 +1,133 @@
+"""A dense export is an ordinary folder, and computes what the compressed model computes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from structures import IDS, STRUCTURES, bert, filled, gpt2, left_behind, low_rank, output, pivoted
+from tiny import llama
+from transformers import AutoModel, AutoModelForCausalLM, BertModel, ViTConfig, ViTModel
+
+import rankwise
+from rankwise.exporters import Dense
+
+
+def test_a_dense_export_loads_without_rankwise(tmp_path):
+    model = filled(llama(), *STRUCTURES)
+    rankwise.save(model, tmp_path / "small")
+    out = rankwise.export(tmp_path / "small", Dense(), tmp_path / "out")
+    save_file({"logits": output(model, IDS)}, tmp_path / "expected.safetensors")
+    code = f"""
+import sys, torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(out)!r}).eval()
+assert "rankwise" not in sys.modules
+with torch.no_grad():
+    logits = model(torch.arange(12).view(2, 6)).logits
+print(float((logits - load_file({str(tmp_path / "expected.safetensors")!r})["logits"]).abs().max()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) <= 1e-5
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    assert left_behind(tmp_path) == ["expected.safetensors", "out", "small"]
+
+
+@pytest.mark.parametrize("make", [llama, lambda: llama(tie_word_embeddings=False), gpt2, bert])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dense_exports_compute_the_same(make, dtype, tmp_path):
+    model = filled(make().to(dtype), low_rank, pivoted)
+    out = rankwise.export(model, Dense(), tmp_path / "out")
+    kind = AutoModel if isinstance(model, BertModel) else AutoModelForCausalLM
+    other = kind.from_pretrained(out, dtype="auto").eval()
+    assert {t.dtype for t in other.state_dict().values()} == {dtype}
+    size = float(output(model, IDS).abs().max())
+    error = (output(other, IDS) - output(model, IDS)).abs().max() / size
+    assert error <= (1e-5 if dtype == torch.float32 else 0.05)  # bfloat16 has 8 bits, and rounds in other places
+
+
+def test_shared_and_convolution_weights_fold(tmp_path):
+    model = llama()
+    first, second = (model.get_submodule(f"model.layers.{i}.self_attn.q_proj") for i in (0, 1))
+    second.weight = first.weight
+    out = rankwise.export(filled(model, low_rank), Dense(), tmp_path / "llama")
+    torch.testing.assert_close(output(AutoModelForCausalLM.from_pretrained(out), IDS), output(model, IDS))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vit = ViTModel(ViTConfig(**sizes, image_size=16, patch_size=8)).eval()
+    out = rankwise.export(filled(vit, low_rank), Dense(), tmp_path / "vit")
+    image = torch.randn(1, 3, 16, 16)
+    torch.testing.assert_close(output(AutoModel.from_pretrained(out), image), output(vit, image))
+
+
+def test_shards_stay_below_their_size_and_files_come_along(tmp_path):
+    model = filled(llama(hidden_size=256, intermediate_size=512), low_rank)
+    rankwise.save(model, tmp_path / "small")
+    (tmp_path / "small" / "tokenizer.json").write_text("{}")
+    (tmp_path / "small" / "report.html").write_text("of the compression")
+    out = rankwise.export(tmp_path / "small", Dense(shard=1), tmp_path / "out")
+    files = sorted(out.glob("*.safetensors"))
+    assert len(files) > 2
+    assert all(file.stat().st_size < 1_100_000 for file in files)
+    assert {"tokenizer.json", "generation_config.json", "model.safetensors.index.json"} <= set(left_behind(out))
+    assert "report.html" not in left_behind(out)
+    torch.testing.assert_close(output(AutoModelForCausalLM.from_pretrained(out), IDS), output(model, IDS))
+
+
+def test_what_cannot_be_exported_is_named(tmp_path):
+    rankwise.save(llama(), tmp_path / "dense")
+    with pytest.raises(ValueError, match="dense already"):
+        rankwise.export(tmp_path / "dense", Dense(), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"nowhere.*does not exist"):
+        rankwise.export(tmp_path / "nowhere", Dense(), tmp_path / "out")
+    with pytest.raises(ValueError, match="dense exists already"):
+        rankwise.export(filled(llama(), low_rank), Dense(), tmp_path / "dense")
+    with pytest.raises(ValueError, match=r"does not exist; make it first"):
+        rankwise.export(filled(llama(), low_rank), Dense(), tmp_path / "no" / "out")
+    with pytest.raises(TypeError, match="rankwise"):
+        rankwise.export(llama(), "dense", tmp_path / "out")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="shard must be"):
+        Dense(shard=0)
+    assert left_behind(tmp_path) == ["dense"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "shape", "kind", "cut"])
+def test_a_damaged_folder_is_refused(damage, tmp_path):
+    rankwise.save(filled(llama(), pivoted), tmp_path / "small")
+    file = tmp_path / "small" / "model.safetensors"
+    tensors, name = load_file(file), "model.layers.1.mlp.up_proj.matrix.mix"
+    if damage == "missing":
+        del tensors[name]
+    elif damage == "shape":
+        tensors[name] = torch.zeros(3, 3)
+    else:
+        tensors[name] = tensors[name].int()
+    save_file(tensors, file, metadata={"format": "pt"})
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="damaged" if damage == "cut" else name):
+        rankwise.export(tmp_path / "small", Dense(), tmp_path / "out")
+    assert left_behind(tmp_path) == ["small"]
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path):
+    """In a process of its own whose files may not grow beyond a limit, as on a disk that is full."""
+    rankwise.save(filled(llama(hidden_size=128), low_rank), tmp_path / "small")
+    words = ["export", str(tmp_path / "small"), "--to", "dense", "--out", str(tmp_path / "out")]
+    code = f"""
+import resource, signal, sys
+import rankwise
+from rankwise.cli import app
+from typer.testing import CliRunner
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+result = CliRunner().invoke(app, {words!r})
+print(result.exit_code, result.stderr.strip().splitlines()[-1])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("2 error: ")
+    assert "File too large" in done.stdout
+    assert left_behind(tmp_path) == ["small"]

@@ -1,0 +1,88 @@
+"""onnxruntime computes from an exported file what the model computes."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from structures import STRUCTURES, bert, filled, left_behind, low_rank, output, pivoted, quantized
+from tiny import llama
+from torch import Tensor, nn
+
+import rankwise
+from rankwise.exporters import Onnx
+from rankwise.exporters import onnx as module
+
+
+def computed(folder, **inputs: Tensor) -> Tensor:
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    return torch.from_numpy(session.run(None, {name: x.numpy() for name, x in inputs.items()})[0])
+
+
+def weights(folder) -> int:
+    return sum(int(np.prod(t.dims)) for t in onnx.load(folder / "model.onnx").graph.initializer)
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 48))
+
+
+def test_a_module_of_any_kind_keeps_its_factors(tmp_path):
+    image = torch.randn(4, 3, 8, 8)
+    small = filled(net(), low_rank)
+    before = {name: t.clone() for name, t in small.state_dict().items()}
+    outs = [rankwise.export(small, Onnx(fold=f, example=(image,)), tmp_path / str(f)) for f in (False, True)]
+    for batch in (1, 7):
+        image = torch.randn(batch, 3, 8, 8)
+        wanted = small(image).detach()
+        for out in outs:
+            torch.testing.assert_close(computed(out, input_0=image), wanted, rtol=1e-4, atol=1e-4)
+    assert weights(outs[0]) < weights(outs[1]) / 3
+    assert all(torch.equal(t, before[name]) for name, t in small.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("structure", [*STRUCTURES, None], ids=lambda kind: kind.__name__ if kind else "dense")
+def test_decoders_have_equal_logits(structure, tmp_path):
+    small = llama() if structure is None else filled(llama(), structure)
+    rankwise.save(small, tmp_path / "small")
+    out = rankwise.export(tmp_path / "small", Onnx(), tmp_path / "out")
+    ids = torch.randint(64, (3, 11))
+    torch.testing.assert_close(computed(out, input_ids=ids), output(small, ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_encoders_have_equal_states_with_padding(tmp_path):
+    small = filled(bert(), low_rank, pivoted)
+    out = rankwise.export(small, Onnx(), tmp_path / "out")
+    ids = torch.randint(64, (3, 9))
+    mask = (torch.arange(9) < torch.tensor([[9], [4], [7]])).long()
+    found = computed(out, input_ids=ids, attention_mask=mask)
+    with torch.no_grad():
+        wanted = small(input_ids=ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(found[mask.bool()], wanted[mask.bool()], rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_exported_is_named(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="bfloat16"):
+        rankwise.export(llama().bfloat16(), Onnx(), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"Sequential.*example"):
+        rankwise.export(net(), Onnx(), tmp_path / "out")
+    with pytest.raises(ValueError, match="cannot be traced"):
+        rankwise.export(net(), Onnx(example=(torch.randn(4, 5),)), tmp_path / "out")
+    monkeypatch.setattr(module, "TOLERANCE", -1.0)
+    with pytest.raises(ValueError, match="does not compute the same"):
+        rankwise.export(net(), Onnx(example=(torch.randn(2, 3, 8, 8),)), tmp_path / "out")
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    with pytest.raises(ValueError, match=r"rankwise\[onnx\]"):
+        rankwise.export(net(), Onnx(example=(torch.randn(2, 3, 8, 8),)), tmp_path / "out")
+    assert left_behind(tmp_path) == []
+
+
+def test_low_bit_matrices_in_expressions_are_written_out_in_a_copy(tmp_path):
+    small = filled(nn.Sequential(nn.Linear(32, 8)), quantized)
+    rankwise.export(small, Onnx(example=(torch.randn(2, 32),)), tmp_path / "out")
+    assert type(small[0].matrix).__name__ == "Quantized"  # pyright: ignore[reportIndexIssue]
+    x = torch.randn(5, 32)
+    torch.testing.assert_close(computed(tmp_path / "out", input_0=x), small(x).detach(), rtol=1e-4, atol=1e-4)
