@@ -11,6 +11,7 @@ from rankwise.allocators import water_filling
 from rankwise.compressors import (
     Gptq,
     GptqPlusLowRank,
+    KroneckerFactoredRounding,
     KroneckerFactoredSvd,
     Mixed,
     OrthogonalDictionary,
@@ -83,3 +84,23 @@ def test_low_bits_never_count_as_fewer_numbers():
     for choices, numbers in offers(PARTS[2]):
         assert bool((choices.costs["params"] > numbers).all())
         assert bool((choices.costs["bytes"] < 8 * numbers).all())
+
+
+def test_rounding_in_the_whole_metric_beats_feedback_over_columns():
+    whole, columns = KroneckerFactoredRounding(group=8), Gptq(group=8)
+    ratios = [
+        ours / theirs
+        for (one, _), (other, _) in zip(offers(whole), offers(columns), strict=True)
+        for ours, theirs in zip(one.errors.tolist(), other.errors.tolist(), strict=True)
+    ]
+    assert sum(ratios) / len(ratios) < 0.8
+
+
+@pytest.mark.parametrize("method", [Gptq(group=32), KroneckerFactoredRounding(group=32)])
+def test_large_weights_have_their_errors_predicted(method: LossMetric):
+    weight = draw(256, 256, dtype=torch.float32)
+    stats = fill(LossMetric.needs, correlated(2000, 256, 3), correlated(2000, 256, 5))
+    choices = method.choices(weight, stats)
+    for i in range(len(choices.errors)):
+        measured = choices.error_of(weight - choices.build(i).dense().detach())
+        assert measured == pytest.approx(float(choices.errors[i]), rel=0.35)
