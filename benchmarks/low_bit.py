@@ -24,16 +24,15 @@ BUDGETS = (4.0, 3.0, 2.5)
 
 def fixed():
     """One width in all layers."""
-    for bits, group in ((8, 128), (4, 128), (4, 32), (3, 128), (2, 64), (2, 128)):
+    for bits, group in ((8, 128), (4, 128), (3, 128), (2, 64)):
         yield f"round to nearest, {bits} bits, group {group}", Gptq(bits=bits, group=group, feedback=False)
-    for bits, group in ((4, 128), (3, 128), (2, 64), (2, 128)):
+    for bits, group in ((4, 128), (3, 128), (2, 64)):
         yield f"GPTQ, {bits} bits, group {group}", Gptq(bits=bits, group=group)
 
 
 def searched(options):
     """A budget over layers."""
     rounding = KroneckerFactoredRounding(group=options.group)
-    yield "Gptq", Remember(Gptq(group=options.group))
     yield "KroneckerFactoredRounding", Remember(rounding)
     if options.mixed:
         yield "Mixed: rounding and pruning", Remember(Mixed(methods=(rounding, KroneckerFactoredPruning())))

@@ -50,7 +50,7 @@ def quality() -> list[str]:
     ]
     for part, title in PARTS.items():
         rows = [row for row in found["rows"] if row["part"] == part]
-        if rows:
+        if len(rows) > 1:
             lines += _quality(title, rows)
     return lines
 
