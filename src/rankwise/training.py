@@ -209,6 +209,7 @@ def trainable_low_rank(model: nn.Module) -> Report:
 
     >>> import torch
     >>> from torch import nn
+    >>> from rankwise import compress
     >>> from rankwise.compressors import PlainSvd
     >>> net = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 8))
     >>> _ = compress(net, PlainSvd(), keep=0.5, where=lambda name, _: name == "0")
