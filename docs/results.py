@@ -229,7 +229,7 @@ def _head(title: str, found: dict) -> list[str]:
 def page() -> str:
     """Return the whole page."""
     lines = ["# Results", "", "Generated from `benchmarks/results/*.json` by `python docs/results.py`.", ""]
-    parts = (quality, damping, prediction, speed, cost, streaming)
+    parts = (quality, low_bit, damping, prediction, speed, cost, streaming)
     return "\n".join([*lines, *(line for part in parts for line in part())]).rstrip() + "\n"
 
 
