@@ -3,7 +3,7 @@
 Writes the checkpoint shard by shard (bfloat16, shape of TinyLlama), compresses it once without interruption and
 once killed by SIGKILL in the forward sweep, in the backward sweep and among the shards, and compares all files.
 Each run is a process of its own, whose peak resident memory the system reports. ``--layers`` limits what is
-compressed: the sweeps go through all blocks anyway, but the decompositions of all layers take hours on two cores.
+compressed: the sweeps go through all blocks anyway, but decomposing all layers takes long.
 
     python benchmarks/streaming.py --work FOLDER --json benchmarks/results/streaming.json
 """

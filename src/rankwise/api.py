@@ -277,7 +277,7 @@ def export(model: nn.Module | str | Path, to: Exporter, out: str | Path, *, toke
 
 
 def check_arguments(method: Compressor, keep: float, of: Unit) -> None:
-    """Raise if a method, a share or a unit is none."""
+    """Raise if a method, a share or a unit is wrong."""
     if not isinstance(method, Compressor):
         raise TypeError(f"method must be an object from rankwise.compressors, got {method!r}.")
     if not 0 < keep <= 1:

@@ -48,6 +48,13 @@ def offer(method: Compressor, weight: Tensor, data: str = "many"):
     return method.choices(weight, fill(method.needs, *tokens(*weight.shape)[data]))
 
 
+@pytest.mark.parametrize("shape", ["square", "tall", "wide"])
+def test_something_better_than_zero_is_offered(method: Compressor, shape: str):
+    choices = offer(method, WEIGHTS[shape])
+    assert len(choices.errors) > 0
+    assert float(choices.errors.min()) < choices.total
+
+
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("shape", WEIGHTS)
 def test_errors_are_the_measured_ones(method: Compressor, shape: str, data: str):

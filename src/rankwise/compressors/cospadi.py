@@ -14,7 +14,7 @@ class CoSpaDi(SparseDictionary):
 
     Atoms and codes are learnt on whitened rows, as the paper does, each row weighted by its entry in the diagonal
     of S; then values and atoms are fitted to the metric of the loss. Rows or columns are written, whichever are
-    shorter (the paper: rows). :class:`OrthogonalDictionary` is much faster.
+    shorter (the paper: rows). :class:`OrthogonalDictionary` has closed-form steps instead.
 
     Args:
         share: of its dense size that a layer takes; None offers 0.3, 0.45, 0.6 and 0.75.

@@ -49,7 +49,7 @@ class GptqPlusLowRank(Feedback):
         ranks = torch.arange(step, max(int(self.largest * full), step) + 1, step)
         kind, errors, floats, codes = [], [], [], []
         for bits in [2, 3, 4] if self.bits is None else [self.bits]:
-            residual = weight.double() - self.rounded(weight, metrics, bits).dense().double()
+            residual = weight.double() - self.rounder(weight, metrics)(bits).dense().double()
             u, s = metric_svd(residual, *metrics)
             u = u[:, : int(ranks[-1])].to(torch.promote_types(weight.dtype, torch.float32))
             energy = self.scale * s.square()
@@ -62,7 +62,7 @@ class GptqPlusLowRank(Feedback):
         def build(i: int) -> StructuredMatrix:
             bits, u, r = kind[i]
             metrics = self.metrics(stats)
-            rounded = self.rounded(weight, metrics, bits)
+            rounded = self.rounder(weight, metrics)(bits)
             residual = weight.double() - rounded.dense().double()
             factors = truncated_factors(residual, metrics[0], u[:, :r])
             return Sum(self.quantized(rounded, bits), LowRank.from_factors(*factors).to(weight.dtype))

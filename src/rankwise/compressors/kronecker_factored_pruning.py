@@ -7,13 +7,12 @@ from torch import Tensor
 
 from ..core.choices import Choices
 from ..core.statistics import Stats
-from ..linalg import Splitting, largest, metric_norm, parabola
+from ..linalg import Splitting, largest, log_parabola, metric_norm
 from ..matrices import Sparse, StructuredMatrix
-from .loss_metric import LossMetric
+from .loss_metric import LARGE, LossMetric
 
 SHARES = tuple(i / 40 for i in range(6, 39))  # 0.15 ... 0.95
 FITTED = (0.2, 0.55, 0.9)
-SMALL = 65536  # entries; smaller weights have all shares fitted
 WEIGHTS = (0.05, 5.0)  # of the splitting: places still move in the first step and no longer do in the last
 
 
@@ -60,14 +59,14 @@ class KroneckerFactoredPruning(LossMetric):
             return max(int(share * (m * n)) - (bitmap + 1) // 2, 1)
 
         kept = sorted({entries(share) for share in (SHARES if self.share is None else (self.share,))})
-        exact = kept if len(kept) == 1 or m * n < SMALL else [entries(share) for share in FITTED]
-        fits = [splitting.error(self._fit(splitting, count)) for count in exact]
+        exact = kept if len(kept) == 1 or m * n < LARGE else [entries(share) for share in FITTED]
+        fits = [splitting.error(self._fit(splitting, count)[0]) for count in exact]
         fitted = torch.tensor(fits, dtype=torch.float64)
         numbers = torch.tensor(kept)
         errors = fitted
         if exact is not kept:  # the logarithm of the error is near a parabola over the logit of what is removed
             x, at = ((1 - each.double() / (m * n)).logit() for each in (torch.tensor(exact), numbers))
-            errors = parabola(x, fitted.clamp_min(torch.finfo(torch.float64).tiny).log(), at).exp()
+            errors = log_parabola(x, fitted, at)
         return Choices(
             costs={
                 "params": numbers + (bitmap + 1) // 2,
@@ -80,15 +79,17 @@ class KroneckerFactoredPruning(LossMetric):
             error_of=self.error_of(stats),
         )
 
-    def _fit(self, splitting: Splitting, kept: int) -> Tensor:
+    def _fit(self, splitting: Splitting, kept: int) -> tuple[Tensor, Tensor]:
+        """Return the values, scaled, and the mask of their places."""
+
         def project(x: Tensor) -> Tensor:
             return x * largest(x.abs(), kept)
 
         start = splitting.nearest(project, steps=self.steps, weights=WEIGHTS, start=splitting.target)
-        return splitting.refit(largest(start.abs(), kept), start, self.solves)
+        mask = largest(start.abs(), kept)
+        return splitting.refit(mask, start, self.solves), mask
 
     def _build(self, weight: Tensor, stats: Stats, kept: int) -> StructuredMatrix:
         splitting = Splitting(weight, *self.metrics(stats))
-        values = self._fit(splitting, kept)
-        places = largest(values.abs(), kept)
-        return Sparse.from_dense(splitting.plain(values).to(weight.dtype), places)
+        values, mask = self._fit(splitting, kept)
+        return Sparse.from_dense(splitting.plain(values).to(weight.dtype), mask)

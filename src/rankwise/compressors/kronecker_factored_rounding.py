@@ -1,5 +1,6 @@
 """Low-bit integers, chosen all together so that the loss changes little."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -37,17 +38,21 @@ class KroneckerFactoredRounding(LowBit):
         if self.steps < 1:
             raise ValueError(f"steps must be >= 1, got {self.steps}.")
 
-    def rounded(self, weight: Tensor, metrics: tuple[Metric, Metric], bits: int) -> Rounded:
-        """Round an (m, n) weight in the metrics S and C."""
+    def rounder(self, weight: Tensor, metrics: tuple[Metric, Metric]) -> Callable[[int], Rounded]:
+        """Return what rounds an (m, n) weight to a number of bits, in the metrics S and C."""
         n = weight.shape[1]
         splitting = Splitting(weight, *metrics)
         importance = metrics[1].diagonal(n).to(weight.device)
-        grids = choose_grids(weight.double(), importance, bits, self.group, weight.dtype)
-        scale, offset = (splitting.scaled(grid.repeat_interleave(self.group, 1)[:, :n]) for grid in grids)
 
-        def project(x: Tensor) -> Tensor:
-            return scale * nearest_codes(x, scale, offset, bits) + offset
+        def rounded(bits: int) -> Rounded:
+            grids = choose_grids(weight.double(), importance, bits, self.group, weight.dtype)
+            scale, offset = (splitting.scaled(grid.repeat_interleave(self.group, 1)[:, :n]) for grid in grids)
 
-        found = splitting.nearest(project, steps=self.steps, weights=WEIGHTS, start=splitting.target)
-        codes = nearest_codes(found, scale, offset, bits).to(torch.uint8)
-        return Rounded(codes, grids[0].to(weight.dtype), grids[1].to(weight.dtype), self.group)
+            def project(x: Tensor) -> Tensor:
+                return scale * nearest_codes(x, scale, offset, bits) + offset
+
+            found = splitting.nearest(project, steps=self.steps, weights=WEIGHTS, start=splitting.target)
+            codes = nearest_codes(found, scale, offset, bits).to(torch.uint8)
+            return Rounded(codes, grids[0].to(weight.dtype), grids[1].to(weight.dtype), self.group)
+
+        return rounded

@@ -7,6 +7,8 @@ from ..core.statistics import InputGram, OutputGradGram, Statistic, Stats
 from ..linalg import Metric
 from .quadratic import QuadraticError, check_damping
 
+LARGE = 65536  # numbers; of larger weights some choices are fitted, and the errors of the others predicted
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossMetric(QuadraticError):

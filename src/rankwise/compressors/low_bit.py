@@ -1,6 +1,7 @@
 """What methods share that store a weight in integers of few bits."""
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,13 +9,12 @@ from torch import Tensor
 
 from ..core.choices import Choices
 from ..core.statistics import Stats
-from ..linalg import Metric, Rounded, metric_norm, parabola, round_to_grid
+from ..linalg import Metric, Rounded, log_parabola, metric_norm, round_to_grid
 from ..matrices import Quantized, StructuredMatrix
-from .loss_metric import LossMetric
+from .loss_metric import LARGE, LossMetric
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 FITTED = (2, 4, 6)
-SMALL = 65536  # numbers; smaller weights are rounded to all widths to know the errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +39,11 @@ class LowBit(LossMetric):
             raise ValueError(f"group must be >= 1, got {self.group}.")
 
     @abc.abstractmethod
-    def rounded(self, weight: Tensor, metrics: tuple[Metric, Metric], bits: int) -> Rounded:
-        """Round an (m, n) weight in the metrics S and C."""
+    def rounder(self, weight: Tensor, metrics: tuple[Metric, Metric]) -> Callable[[int], Rounded]:
+        """Return what rounds an (m, n) weight to a number of bits, in the metrics S and C."""
 
     def quantized(self, rounded: Rounded, bits: int) -> Quantized:
-        """Pack what :meth:`rounded` returned."""
+        """Pack what :meth:`rounder` made."""
         codes, scale, offset = rounded.codes, rounded.scale, rounded.offset
         return Quantized.from_codes(codes, scale, offset, bits=bits, group=self.group)
 
@@ -51,23 +51,20 @@ class LowBit(LossMetric):
         """Offer several widths, or one."""
         m, n = weight.shape
         metrics = self.metrics(stats)
+        rounded = self.rounder(weight, metrics)
         widths = WIDTHS if self.bits is None else (self.bits,)
-        exact = widths if len(widths) == 1 or weight.numel() < SMALL else FITTED
+        exact = widths if len(widths) == 1 or weight.numel() < LARGE else FITTED
         fitted = torch.tensor(
-            [
-                metric_norm(weight.double() - self.rounded(weight, metrics, bits).dense().double(), *metrics)
-                for bits in exact
-            ],
+            [metric_norm(weight.double() - rounded(bits).dense().double(), *metrics) for bits in exact],
             dtype=torch.float64,
         )
         errors = fitted
         if exact is not widths:  # each further bit halves the rounding, as far as the grid fits the numbers
-            logs = fitted.clamp_min(torch.finfo(torch.float64).tiny).log()
-            errors = parabola(torch.tensor(exact), logs, torch.tensor(widths)).exp()
+            errors = log_parabola(torch.tensor(exact), fitted, torch.tensor(widths))
         floats, codes = torch.tensor([Quantized.stored(m, n, bits, self.group) for bits in widths]).unbind(1)
 
         def build(i: int) -> StructuredMatrix:
-            return self.quantized(self.rounded(weight, self.metrics(stats), widths[i]), widths[i])
+            return self.quantized(self.rounder(weight, self.metrics(stats))(widths[i]), widths[i])
 
         return Choices(
             costs={
@@ -92,8 +89,8 @@ class Feedback(LowBit):
 
     feedback: bool = True
 
-    def rounded(self, weight: Tensor, metrics: tuple[Metric, Metric], bits: int) -> Rounded:
-        """Round an (m, n) weight in the metric C."""
-        return round_to_grid(
+    def rounder(self, weight: Tensor, metrics: tuple[Metric, Metric]) -> Callable[[int], Rounded]:
+        """Return what rounds an (m, n) weight to a number of bits, in the metric C."""
+        return lambda bits: round_to_grid(
             weight, metrics[1], bits=bits, group=self.group, dtype=weight.dtype, feedback=self.feedback
         )

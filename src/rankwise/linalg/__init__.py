@@ -8,7 +8,7 @@ from .k_svd import k_svd
 from .masks import draw_places, largest, largest_in_groups
 from .metric import Metric, metric_norm, metric_svd, truncated_factors
 from .packing import pack, packed_bytes, unpack
-from .parabola import parabola
+from .parabola import log_parabola
 from .rounding import Rounded, choose_grids, nearest_codes, round_to_grid
 from .sparse_coding import matching_pursuit
 from .sparse_plus_low_rank import sparse_plus_low_rank
@@ -27,6 +27,7 @@ __all__ = [
     "largest",
     "largest_in_groups",
     "learned_dictionary",
+    "log_parabola",
     "matching_pursuit",
     "metric_norm",
     "metric_svd",
@@ -34,7 +35,6 @@ __all__ = [
     "orthogonal_dictionary",
     "pack",
     "packed_bytes",
-    "parabola",
     "round_to_grid",
     "sparse_plus_low_rank",
     "truncated_factors",

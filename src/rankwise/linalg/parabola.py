@@ -1,16 +1,20 @@
-"""Values between three known ones."""
+"""Errors between three known ones."""
 
 import torch
 from torch import Tensor
 
 
-def parabola(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
-    """Return what the parabola through three points has at (k,) other places, float64.
+def log_parabola(x: Tensor, errors: Tensor, at: Tensor) -> Tensor:
+    """Predict errors at (k,) places: their logarithm follows the parabola through three points.
 
     Args:
         x: (3,).
-        y: (3,).
+        errors: (3,), >= 0.
         at: (k,).
+
+    Returns:
+        (k,) float64.
     """
-    powers = torch.vander(x.double(), 3)
-    return torch.vander(at.double(), 3) @ torch.linalg.solve(powers, y.double())
+    logs = errors.double().clamp_min(torch.finfo(torch.float64).tiny).log()
+    solved = torch.linalg.solve(torch.vander(x.double(), 3), logs)
+    return (torch.vander(at.double(), 3) @ solved).exp()

@@ -23,8 +23,8 @@ def matching_pursuit(
         moments: Y A' (m, k).
         kept: atoms of a row, or of each ``group`` neighbouring atoms of a row.
         group: None for the whole row.
-        picks: atoms taken between two least-squares solutions; 1 is orthogonal matching pursuit itself, more are
-            so many times faster and a little worse (generalised orthogonal matching pursuit).
+        picks: atoms taken between two least-squares solutions; 1 is orthogonal matching pursuit itself, more take
+            fewer solutions and may take worse atoms (generalised orthogonal matching pursuit).
 
     Returns:
         coefficients (m, k), and the mask (m, k) of the atoms taken.

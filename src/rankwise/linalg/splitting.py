@@ -53,6 +53,11 @@ class Splitting:
         """Eigenvalues and eigenvectors of S and of C."""
         return [tuple(torch.linalg.eigh(metric)) for metric in (self.outputs, self.inputs)]
 
+    @cached_property
+    def moment(self) -> Tensor:
+        """S W C."""
+        return self.image(self.target)
+
     def scaled(self, x: Tensor) -> Tensor:
         """Return an (m, n) matrix in the coordinates in which sets are projected onto."""
         return (self.rows[:, None] * x * self.columns).to(self.dtype)
@@ -101,5 +106,4 @@ class Splitting:
             start: (m, n) first values.
             solves: how many steps.
         """
-        moment = self.image(self.target)
-        return fit_entries(moment, mask, self.outputs, self.inputs, start * mask, steps=solves)
+        return fit_entries(self.moment, mask, self.outputs, self.inputs, start * mask, steps=solves)

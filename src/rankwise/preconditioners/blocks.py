@@ -146,7 +146,7 @@ class PivotedBlock(Block):
     They are trained as the factors A = [I; M] and B = K, whose gradients follow from those by K and M, and whose
     changes X B + A Y are the same first-order changes of the matrix. After a step the lines are
     (A + X) (B + Y) = (A + X) R^-1 R (B + Y), where R = I + X_1 and X_1 belongs to the kept lines, which is
-    [I; M] K again. Adding to K and M instead diverges where kept lines come close to each other.
+    [I; M] K again. Adding to K and M instead may diverge where kept lines come close to each other.
     """
 
     def __init__(self, matrix: PivotedLowRank, outputs: Side, inputs: Side) -> None:

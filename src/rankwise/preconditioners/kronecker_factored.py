@@ -23,11 +23,11 @@ class KroneckerFactored(Preconditioner):
     changes of the matrix, each matrix for itself; for entries, scales and offsets the metric's diagonal takes the
     metric's place, and for parts of products the metric is carried through the other parts.
 
-    The damping is large on purpose: a gradient over a few thousand tokens is mostly noise in the directions where
-    the metric is small, and an undamped step makes that noise large.
+    The damping is large on purpose: an undamped step makes the noise of a gradient large in the directions where
+    the metric is small.
 
     Args:
-        lr: share of that step; the matrices are coupled, so that 1 is far too much.
+        lr: share of that step; the matrices are coupled, so that 1 goes too far.
         momentum: of the mean gradient.
         input_damping: multiple of mean(diag C) added to C's diagonal.
         output_damping: multiple of mean(diag S) added to S's diagonal.
