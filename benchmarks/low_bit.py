@@ -3,7 +3,8 @@
 Every row is SmolLM2-135M in bfloat16 with its decoder matrices replaced: bits a weight with scales, offsets and
 bitmaps counted, and for each text the gap in nats to the dense model on the same tokens. The first rows have one
 width in all layers (rounding to nearest on the best range, and GPTQ); the others spend a budget of bytes over
-layers. Rows are written as they are made; a second run of the same command goes on.
+layers. Calibrated on topics, or on the model's own samples, for which every text is foreign. Rows are written as
+they are made; a second run of the same command goes on.
 
     python benchmarks/low_bit.py --data DATA --json benchmarks/results/low_bit.json
 """
@@ -17,14 +18,14 @@ from common import Remember, Rows, restoring, texts
 import rankwise
 from rankwise.allocators import uniform, water_filling
 from rankwise.compressors import Gptq, KroneckerFactoredPruning, KroneckerFactoredRounding, Mixed
+from rankwise.core import labels
+from rankwise.models import sample
 from rankwise.models.texts import tokens as ids_of
-
-BUDGETS = (4.0, 3.0, 2.5)
 
 
 def fixed():
     """One width in all layers."""
-    for bits, group in ((8, 128), (4, 128), (3, 128), (2, 64)):
+    for bits, group in ((8, 128), (4, 32), (4, 128), (3, 128), (2, 64)):
         yield f"round to nearest, {bits} bits, group {group}", Gptq(bits=bits, group=group, feedback=False)
     for bits, group in ((4, 128), (3, 128), (2, 64)):
         yield f"GPTQ, {bits} bits, group {group}", Gptq(bits=bits, group=group)
@@ -33,7 +34,7 @@ def fixed():
 def searched(options):
     """A budget over layers."""
     rounding = KroneckerFactoredRounding(group=options.group)
-    yield "KroneckerFactoredRounding", Remember(rounding)
+    yield f"KroneckerFactoredRounding, group {options.group}", Remember(rounding)
     if options.mixed:
         yield "Mixed: rounding and pruning", Remember(Mixed(methods=(rounding, KroneckerFactoredPruning())))
 
@@ -43,9 +44,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", required=True, help="the result; an existing one is continued")
     parser.add_argument("--data", help="folder with wikitext2/ and calib_mix/; without it, topics alone")
-    parser.add_argument("--calibration-tokens", type=int, default=24576, help="of topics")
+    parser.add_argument("--calibration", choices=("topics", "self"), default="topics")
+    parser.add_argument("--calibration-tokens", type=int, default=24576)
     parser.add_argument("--eval-tokens", type=int, default=4096, help="of each text")
     parser.add_argument("--group", type=int, default=128, help="of the methods that spend a budget")
+    parser.add_argument("--budget", type=float, nargs="+", default=[4.0, 3.0, 2.5], help="bits a weight")
     parser.add_argument("--mixed", action="store_true", help="let layers be pruned instead")
     options = parser.parse_args()
     rows = Rows(Path(options.json))
@@ -60,17 +63,20 @@ def main():
     if not rows.has(method="dense"):
         rows.add(method="dense", bits=16.0, nats=score())
     dense = rows.find(method="dense")["nats"]
-    statistics = rankwise.calibrate(model, Gptq.needs, data=ids["topics"][: options.calibration_tokens])
+    own, count = options.calibration == "self", options.calibration_tokens
+    data = sample(model, tokens=count) if own else ids["topics"][:count]
+    chosen = labels.given if own else labels.sampled
+    statistics = rankwise.calibrate(model, Gptq.needs, data=data, labels=chosen)
 
     def row(name, method, keep, allocate):
-        if rows.has(method=name, budget=keep * 16):
+        key = {"method": name, "calibration": options.calibration, "budget": keep * 16}
+        if rows.has(**key):
             return
         with restoring(model):
             report = rankwise.compress(model, method, keep=keep, of="bytes", data=statistics, allocate=allocate)
             nats = score()
             rows.add(
-                method=name,
-                budget=keep * 16,
+                **key,
                 bits=16 * report.totals["keep"]["bytes"],
                 nats=nats,
                 gap={text: nats[text] - dense[text] for text in nats},
@@ -82,7 +88,7 @@ def main():
     for name, method in fixed():
         row(name, method, 0.99, uniform)
     for name, method in searched(options):
-        for bits in BUDGETS:
+        for bits in options.budget:
             row(name, method, bits / 16, water_filling)
 
 
