@@ -1,7 +1,10 @@
-"""The small random language model that tests of whole models use."""
+"""The small random language models that tests of whole models use, and data for them."""
+
+from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import Generator, Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 
 def llama(**changes) -> LlamaForCausalLM:
@@ -10,3 +13,25 @@ def llama(**changes) -> LlamaForCausalLM:
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, **changes})).eval()
+
+
+def gpt2() -> GPT2LMHeadModel:
+    """A GPT-2 of two layers, which stores its weights transposed and query, key and value in one."""
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4))
+
+
+def ids() -> Tensor:
+    """Random tokens, (12, 20)."""
+    return torch.randint(3, 64, (12, 20), generator=Generator().manual_seed(1))
+
+
+def plain() -> list[Any]:
+    """Two batches of token ids."""
+    return list(ids().split(6))
+
+
+def padded() -> list[Any]:
+    """Two batches of token ids with padding."""
+    mask = torch.ones(12, 20, dtype=torch.long)
+    mask[::3, 13:] = 0
+    return [{"input_ids": i, "attention_mask": m} for i, m in zip(ids().split(6), mask.split(6), strict=True)]

@@ -30,6 +30,7 @@ from .exporters.base import Exporter, Source
 from .matrices import StructuredMatrix
 from .measures.spectral import SpectralMeasure, singular_values
 from .models import forget, sample
+from .models.sequential import Sequential
 
 Data = Literal["self"] | Tensor | Iterable[Batch] | Statistics
 
@@ -69,20 +70,19 @@ def calibrate(
     check_weights(sites)
     generator = Generator().manual_seed(seed)
     if isinstance(data, str):
-        data = sampled(model, data, tokens, window, seed)
         labels = labels or label_kinds.given
-    batches = batches_of(data, window=window)
-    chosen = labels or label_kinds.automatic
-    return collect(
+    batches = _batches(model, data, tokens, window, seed)
+    found = collect(
         model,
         sites,
         needs,
         batches,
-        labels=chosen,
+        labels=labels or label_kinds.automatic,
         generator=generator,
         autocast=autocast,
         total=len(batches),
     )
+    return dataclasses.replace(found, batches=batches)
 
 
 def compress(
@@ -94,6 +94,7 @@ def compress(
     of: Unit = "params",
     timer: Timer = time_matrices,
     allocate: Allocator | None = None,
+    sequential: bool | float = False,
     where: Where | None = None,
     labels: Labels | None = None,
     tokens: int = 24576,
@@ -108,12 +109,17 @@ def compress(
         model: any module; see :func:`rankwise.core.surgery.select` for the layers that count.
         method: from :mod:`rankwise.compressors`.
         keep: size of the selected layers afterwards, as a share of their size before; 0 < keep <= 1.
-        data: as in :func:`calibrate`, or the statistics it returned. Methods that need no data ignore it.
+        data: as in :func:`calibrate`, or the statistics it returned. Methods that need no data ignore it,
+            unless ``sequential``.
         of: what ``keep`` is a share of: stored numbers, bytes, multiply-adds of one input row, or the time that
             an input row takes, which is then measured on this machine.
         timer: measures that time; see :func:`rankwise.core.latency.time_matrices`.
         allocate: from :mod:`rankwise.allocators`; None means water-filling where the method's errors are
             comparable between layers, otherwise uniform.
+        sequential: whether the new matrices are made block by block, each from the inputs that the blocks before
+            it make when they are compressed, and aimed at the dense model's outputs; a number from 0 to 1 is
+            how far, and True means 0.5. The sizes are those that the dense model's statistics suggest. Only
+            for a model whose blocks form a chain; see :class:`rankwise.models.Sequential`.
         where: which layers; None selects all weight matrices but embeddings and output heads.
         labels: as in :func:`calibrate`.
         tokens: as in :func:`calibrate`.
@@ -140,14 +146,19 @@ def compress(
     sites = select(model, where)
     check_weights(sites)
     if not isinstance(data, Statistics):
-        statistics = _statistics(model, method, data, where, labels, tokens, window, seed)
+        statistics = _statistics(
+            model, method, data, where, labels, tokens, window, seed, sequential is not False
+        )
     else:
         statistics = data
+    order = _order(model, method, sites, statistics, sequential)
     seconds = {"statistics": statistics.seconds}
     start = time.perf_counter()
     choices = {
         name: choices_of(name, site, method, statistics) for name, site in track(sites.items(), "factorisation")
     }
+    if order is not None and any(offer.mean is not None for offer in choices.values()):
+        raise ValueError(f"{type(method).__name__} gives layers a bias, which cannot be sequential.")
     choices = {name: _with_bias(offer, sites[name]) for name, offer in choices.items()}
     seconds["factorisation"] = time.perf_counter() - start
     start = time.perf_counter()
@@ -167,14 +178,22 @@ def compress(
         raise RuntimeError(f"allocator {chosen} spent {cost} of {budget}.")
     seconds["allocation"] = time.perf_counter() - start
     start = time.perf_counter()
+    indices = {n: int(ladders[n].index[picks[n]]) for n in sites if picks[n] < len(ladders[n].index)}
+    refitted: Mapping[str, StructuredMatrix] = {}
+    if order is not None:
+        refitted = order.fit(
+            indices,
+            lambda name, weight, new: choices[name].refit(
+                indices[name], weight, {**statistics.of(name, method.needs), **new}
+            ),
+        )
     matrices: dict[str, StructuredMatrix | None] = {}
     shifts: dict[str, Tensor | None] = {}
     rows = []
     for name, site in track(sites.items(), "new matrices"):
-        step = picks[name]
-        matrix = None
-        if step < len(ladders[name].index):
-            matrix = choices[name].build(int(ladders[name].index[step]))
+        step, matrix = picks[name], refitted.get(name)
+        if name in indices and matrix is None:
+            matrix = choices[name].build(indices[name])
         matrices[name], shifts[name] = matrix, _shift(site, matrix, choices[name])
         measured = 0.0 if matrix is None else measured_error(site.weight, matrix, choices[name])
         biases = _bias_costs(choices[name], site)["params"]
@@ -321,11 +340,40 @@ def _statistics(
     tokens: int,
     window: int,
     seed: int,
+    sequential: bool,
 ) -> Statistics:
     if not method.needs:
-        return Statistics({}, 0.0, 0)
+        return Statistics({}, 0.0, 0, _batches(model, data, tokens, window, seed) if sequential else ())
     return calibrate(
         model, method.needs, data=data, where=where, labels=labels, tokens=tokens, window=window, seed=seed
+    )
+
+
+def _order(
+    model: nn.Module,
+    method: Compressor,
+    sites: Mapping[str, Site],
+    statistics: Statistics,
+    sequential: bool | float,
+) -> Sequential | None:
+    """Return what fits layers one after the other, if that is wanted."""
+    if sequential is False:
+        return None
+    strength = 0.5 if sequential is True else sequential
+    if not 0 <= strength <= 1:
+        raise ValueError(f"sequential must be True, False, or a number from 0 to 1, got {sequential}.")
+    if not statistics.batches:
+        raise ValueError(
+            "a sequential compression runs the data again; give the data, or what calibrate returned."
+        )
+    return Sequential(model, sites, statistics.batches, method.needs, strength)
+
+
+def _batches(
+    model: nn.Module, data: Literal["self"] | Tensor | Iterable[Batch], tokens: int, window: int, seed: int
+) -> Sequence[Batch]:
+    return batches_of(
+        sampled(model, data, tokens, window, seed) if isinstance(data, str) else data, window=window
     )
 
 

@@ -139,6 +139,25 @@ def test_same_input_same_bits(method: Compressor):
     assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
 
 
+def test_another_weight_is_fitted_with_the_same_sizes(method: Compressor):
+    offers = offer(method, WEIGHTS["tall"])
+    other, x, grad = draw(17, 6), correlated(40, 6, 7), correlated(40, 17, 8)
+    stats = fill(method.needs, x, grad)
+    alone = method.choices(other, stats)
+    for i in some(len(offers.errors)):
+        ours, theirs = (m.state_dict() for m in (offers.refit(i, other, stats), alone.build(i)))
+        assert list(ours) == list(theirs)
+        assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+
+
+def test_a_weight_that_is_stored_transposed_is_the_same_weight(method: Compressor):
+    turned = WEIGHTS["tall"].mT.contiguous().mT
+    one, two = (offer(method, weight) for weight in (WEIGHTS["tall"], turned))
+    torch.testing.assert_close(one.errors, two.errors)
+    for i in some(len(one.errors)):
+        torch.testing.assert_close(one.build(i).dense(), two.build(i).dense())
+
+
 def test_the_weight_is_left_alone(method: Compressor):
     weight = WEIGHTS["tall"].clone()
     choices = offer(method, weight)

@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tiny import llama
+from tiny import gpt2, llama, padded, plain
 from torch import Generator, Tensor, nn
 
 import rankwise
@@ -33,20 +33,6 @@ IMAGE = {"image_size": 16, "patch_size": 8, "num_channels": 3}
 KEEP = 0.7
 
 
-def ids() -> Tensor:
-    return torch.randint(3, 64, (12, 20), generator=Generator().manual_seed(1))
-
-
-def plain() -> list[Any]:
-    return list(ids().split(6))
-
-
-def padded() -> list[Any]:
-    mask = torch.ones(12, 20, dtype=torch.long)
-    mask[::3, 13:] = 0
-    return [{"input_ids": i, "attention_mask": m} for i, m in zip(ids().split(6), mask.split(6), strict=True)]
-
-
 def images() -> list[Any]:
     pixels = torch.randn(12, 3, 16, 16, generator=Generator().manual_seed(1))
     return [{"pixel_values": part} for part in pixels.split(6)]
@@ -55,11 +41,6 @@ def images() -> list[Any]:
 def decoder(name: str, *, config: str = "", **changes: Any) -> Callable[[], Any]:
     kind = getattr(transformers, config or f"{name}Config")
     return lambda: getattr(transformers, f"{name}ForCausalLM")(kind(**{**SIZES, **HEADS, **ENDS, **changes}))
-
-
-def gpt2() -> Any:
-    config = transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4)
-    return transformers.GPT2LMHeadModel(config)
 
 
 def made(kind: str, config: Any) -> Callable[[], Any]:

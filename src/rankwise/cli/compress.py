@@ -46,6 +46,9 @@ def compress(
     eval_: Annotated[list[str] | None, typer.Option("--eval", help="NAME=FILE, topics or python.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Evaluate on the last so many tokens of a text.")] = 16384,
     eval_window: Annotated[int, typer.Option(help="Length of an evaluation window.")] = 1024,
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="Fit each block to what the compressed ones before it make.")
+    ] = False,
     heal: Annotated[
         str | None,
         typer.Option(help="Train the new matrices so long, such as 90s or 10m, to agree with the model."),
@@ -113,6 +116,8 @@ def compress(
     if stream:
         if out is None:
             raise ValueError("--stream needs --out, the folder for the compressed model.")
+        if sequential:
+            raise ValueError("--stream fits all blocks to the dense model's inputs; leave out --sequential.")
         if evaluation:
             raise ValueError("--stream does not evaluate; run rankwise evaluate on the new folder afterwards.")
         if chosen.needs and not calibration:
@@ -157,6 +162,7 @@ def compress(
         of=unit,
         timer=functools.partial(time_matrices, rows=latency_rows),
         allocate=allocator,
+        sequential=sequential,
         where=layers,
     )
     after = {"compressed": _perplexities(network, tokenizer, tails, eval_window, "the compressed model")}

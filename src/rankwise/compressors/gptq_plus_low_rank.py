@@ -59,11 +59,12 @@ class GptqPlusLowRank(Feedback):
             codes.append(torch.full_like(ranks, packed))
             kind += [(bits, u, r) for r in ranks.tolist()]
 
-        def build(i: int) -> StructuredMatrix:
-            bits, u, r = kind[i]
+        def build(i: int, weight: Tensor, stats: Stats, directions: Tensor | None = None) -> StructuredMatrix:
+            bits, _, r = kind[i]
             metrics = self.metrics(stats)
             rounded = self.rounder(weight, metrics)(bits)
             residual = weight.double() - rounded.dense().double()
+            u = metric_svd(residual, *metrics)[0] if directions is None else directions
             factors = truncated_factors(residual, metrics[0], u[:, :r])
             return Sum(self.quantized(rounded, bits), LowRank.from_factors(*factors).to(weight.dtype))
 
@@ -76,6 +77,7 @@ class GptqPlusLowRank(Feedback):
             },
             errors=torch.cat(errors).cpu(),
             total=self.scale * metric_norm(weight, *metrics),
-            build=build,
+            build=lambda i: build(i, weight, stats, kind[i][1]),
+            refit=build,
             error_of=self.error_of(stats),
         )

@@ -76,6 +76,7 @@ class KroneckerFactoredPruning(LossMetric):
             errors=self.scale * errors,
             total=self.scale * metric_norm(weight, *metrics),
             build=lambda i: self._build(weight, stats, kept[i]),
+            refit=lambda i, weight, stats: self._build(weight, stats, kept[i]),
             error_of=self.error_of(stats),
         )
 

@@ -63,7 +63,7 @@ class LowBit(LossMetric):
             errors = log_parabola(torch.tensor(exact), fitted, torch.tensor(widths))
         floats, codes = torch.tensor([Quantized.stored(m, n, bits, self.group) for bits in widths]).unbind(1)
 
-        def build(i: int) -> StructuredMatrix:
+        def build(i: int, weight: Tensor, stats: Stats) -> StructuredMatrix:
             return self.quantized(self.rounder(weight, self.metrics(stats))(widths[i]), widths[i])
 
         return Choices(
@@ -74,7 +74,8 @@ class LowBit(LossMetric):
             },
             errors=self.scale * errors,
             total=self.scale * metric_norm(weight, *metrics),
-            build=build,
+            build=lambda i: build(i, weight, stats),
+            refit=build,
             error_of=self.error_of(stats),
         )
 

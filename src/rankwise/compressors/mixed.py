@@ -52,10 +52,15 @@ class Mixed(Compressor):
             offer, place = places[i]
             return offer.build(place)
 
+        def refit(i: int, weight: Tensor, stats: Stats) -> StructuredMatrix:
+            offer, place = places[i]
+            return offer.refit(place, weight, stats)
+
         return Choices(
             costs={unit: torch.cat([offer.costs[unit] for offer in offers]) for unit in UNITS},
             errors=torch.cat([offer.errors for offer in offers]),
             total=offers[0].total,
             build=build,
+            refit=refit,
             error_of=offers[0].error_of,
         )

@@ -75,6 +75,10 @@ class SparseDictionary(LossMetric):
         length = self._written(weight)[1]
         floats = torch.tensor([atoms * length + kept for atoms, kept in sizes], dtype=torch.int64)
         places = torch.tensor([self._place_bytes(weight, *size) for size in sizes], dtype=torch.int64)
+
+        def build(i: int, weight: Tensor, stats: Stats) -> StructuredMatrix:
+            return self._fit(weight, self.metrics(stats), *sizes[i]).to(weight.dtype)
+
         return Choices(
             costs={
                 "params": floats + (places + 1) // 2,
@@ -83,7 +87,8 @@ class SparseDictionary(LossMetric):
             },
             errors=self.scale * torch.tensor(errors, dtype=torch.float64),
             total=self.scale * metric_norm(weight, *metrics),
-            build=lambda i: self._fit(weight, self.metrics(stats), *sizes[i]).to(weight.dtype),
+            build=lambda i: build(i, weight, stats),
+            refit=build,
             error_of=self.error_of(stats),
         )
 

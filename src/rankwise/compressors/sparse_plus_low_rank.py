@@ -57,14 +57,19 @@ class SparsePlusLowRank(LossMetric):
         sizes = list(dict.fromkeys(sizes))
         first = metric_svd(weight, *metrics)[0] if sizes else None
 
-        def fit(metrics: tuple[Metric, Metric], i: int) -> StructuredMatrix:
+        def fit(
+            i: int, weight: Tensor, metrics: tuple[Metric, Metric], first: Tensor | None = None
+        ) -> StructuredMatrix:
             rank, kept = sizes[i]
             left, right, sparse, mask = sparse_plus_low_rank(
                 weight, *metrics, rank=rank, kept=kept, steps=self.steps, first=first
             )
             return Sum(PivotedLowRank.from_factors(left, right), _storage(m, n, kept).from_dense(sparse, mask))
 
-        errors = [metric_norm(weight - fit(metrics, i).dense().detach(), *metrics) for i in range(len(sizes))]
+        errors = [
+            metric_norm(weight - fit(i, weight, metrics, first).dense().detach(), *metrics)
+            for i in range(len(sizes))
+        ]
         ranks, kept = torch.tensor(sizes, dtype=torch.int64).view(-1, 2).unbind(1)
         floats, indices = PivotedLowRank.stored(m, n, ranks)
         floats = floats + kept
@@ -77,7 +82,8 @@ class SparsePlusLowRank(LossMetric):
             },
             errors=self.scale * torch.tensor(errors, dtype=torch.float64),
             total=self.scale * metric_norm(weight, *metrics),
-            build=lambda i: fit(self.metrics(stats), i).to(weight.dtype),
+            build=lambda i: fit(i, weight, self.metrics(stats), first).to(weight.dtype),
+            refit=lambda i, weight, stats: fit(i, weight, self.metrics(stats)).to(weight.dtype),
             error_of=self.error_of(stats),
         )
 

@@ -59,6 +59,7 @@ class TruncatedSvd(QuadraticError):
             errors=left_out.cpu()[ranks - 1],
             total=float(energy.sum()),
             build=build,
+            refit=lambda i, weight, stats: self.choices(weight, stats).build(i),
             error_of=self.error_of(stats),
             spectrum=energy.sqrt().cpu(),
         )

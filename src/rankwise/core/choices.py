@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..matrices import StructuredMatrix
+from .statistics import Stats
 
 Unit = Literal["params", "bytes", "macs", "latency"]
 BUDGETS: tuple[Unit, ...] = get_args(Unit)
@@ -23,6 +24,7 @@ class Choices:
         errors: (k,) predicted damage.
         total: predicted damage of putting zero in place of the weight.
         build: makes choice i, in the dtype of the weight.
+        refit: makes choice i of another weight of this shape, (m, n), from other statistics.
         error_of: measures the damage of an (m, n) change of the weight, with the same formula as ``errors``.
         spectrum: the singular values that the errors are sums of, largest first, where there are any.
         mean: E[x] (n,), where the errors hold once D E[x], for the change D of the weight, is added to the bias.
@@ -32,6 +34,7 @@ class Choices:
     errors: Tensor
     total: float
     build: Callable[[int], StructuredMatrix]
+    refit: Callable[[int, Tensor, Stats], StructuredMatrix]
     error_of: Callable[[Tensor], float]
     spectrum: Tensor | None = None
     mean: Tensor | None = None

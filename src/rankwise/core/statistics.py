@@ -164,11 +164,13 @@ class Statistics:
         layers: the statistics of each layer; layers with the same input share one object.
         seconds: duration of the pass.
         peak_memory_bytes: the largest memory of the process up to its end.
+        batches: the data, where it was kept.
     """
 
     layers: Mapping[str, Stats]
     seconds: float
     peak_memory_bytes: int
+    batches: Sequence[Batch] = ()
 
     def of(self, name: str, needs: Iterable[type[Statistic]]) -> Stats:
         """Return what a method needs about a layer.

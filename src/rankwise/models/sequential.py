@@ -1,0 +1,227 @@
+"""Fits the layers of a model one after the other, on what those before them make once they are compressed."""
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.progress import track
+from ..core.statistics import Batch, InputGram, Statistic, Watch, frozen
+from ..core.surgery import Site, replace, set_module
+from ..matrices import StructuredMatrix
+from .blocks import Chain, find_blocks
+from .stream import parts_of
+
+SHRINKAGE = 0.05  # of C' towards its diagonal, where a weight is aimed at the dense model's outputs
+DAMPING = 1e-6  # multiple of the mean of the diagonal of C' that is added to it there
+
+Fit = Callable[[str, Tensor, Mapping[type[Statistic], Statistic]], StructuredMatrix]
+"""Makes the matrix of a layer from its name, its (m, n) target and the statistics of its new inputs."""
+
+
+@dataclass
+class Group:
+    """Layers of a block that see the same input, and its rows (t, n) in the dense model, batch by batch."""
+
+    site: Site
+    names: list[str]
+    rows: list[Tensor] = field(default_factory=list)
+
+
+class Sequential:
+    """Runs the dense and the compressed model beside each other, block by block, and fits each group of layers.
+
+    A layer of weight W saw inputs x; with compressed layers before it, it sees x'. The W' that makes E|W x -
+    W' x'|^2 least is W + W E[(x - x') x''] C'^-1 with C' = E[x' x'']; it is approached by ``strength`` of that
+    change, and approximated in the metric of C'. Layers with one input (query, key and value) are fitted
+    together, and later groups of the block see their result. Layers that do not see every row once, such as
+    experts, are left out. In memory are the hidden states of all tokens in both models, and the inputs of one
+    block's layers.
+
+    Args:
+        model: whose blocks form a chain (see :class:`Chain`); it stays as it is.
+        sites: all selected layers.
+        batches: the data.
+        needs: the statistics that are wanted of new inputs.
+        strength: 0 fits to the new inputs with the old weight as the target, 1 aims at the dense outputs.
+
+    References: the target is that of AA-SVD and of GPTAQ, arXiv 2504.02692; a strength below one is that of
+        "Quantization error propagation", Arai and Ichikawa, NeurIPS 2025, arXiv 2504.09629.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Mapping[str, Site],
+        batches: Sequence[Batch],
+        needs: Collection[type[Statistic]],
+        strength: float,
+    ) -> None:
+        self.model, self.batches, self.strength = model, batches, strength
+        self.needs = {InputGram, *(need for need in needs if need.side == "input")}
+        self.chain = Chain(model, find_blocks(model))
+        self.parts = parts_of(self.chain, sites)
+        self.watch = Watch(sites, ())
+
+    def fit(self, chosen: Collection[str], fit: Fit) -> dict[str, StructuredMatrix]:
+        """Fit the chosen layers that are in blocks; those outside are left out."""
+        found: dict[str, StructuredMatrix] = {}
+        with frozen(self.model), torch.no_grad(), without_cache(self.model):
+            self.chain.learn(self.batches[0])
+            dense = now = [self.chain.enter(batch) for batch in self.batches]
+            for i in track(range(len(self.chain.names)), "sequential"):
+                made, dense, now = self.block(i, chosen, fit, dense, now)
+                found |= made
+        return found
+
+    def block(
+        self, i: int, chosen: Collection[str], fit: Fit, dense: Sequence[Tensor], now: Sequence[Tensor]
+    ) -> tuple[dict[str, StructuredMatrix], list[Tensor], list[Tensor]]:
+        """Fit the chosen layers of block i.
+
+        Args:
+            i: number of the block.
+            chosen: names of layers.
+            fit: makes their matrices.
+            dense: what enters the block in the dense model, batch by batch.
+            now: what enters it in the compressed model; the same list where nothing before is compressed.
+
+        Returns:
+            the matrices, and what leaves the block in both models.
+        """
+        part = self.parts[self.chain.names[i]]
+        sites = {name: site for name, site in part.items() if name in chosen and len(site.names) == 1}
+        found: dict[str, StructuredMatrix] = {}
+        with self._restored(sites):
+            groups, after = self._inputs(i, sites, dense)
+            for group in groups:
+                new, change = self._compare(i, group, now)
+                for name in group.names:
+                    weight = sites[name].weight
+                    target = weight if change is None else weight + (weight.double() @ change).to(weight.dtype)
+                    found[name] = fit(name, target, new)
+                    replace(self.model, sites[name], found[name])
+            same = not found and now is dense
+            return found, after, after if same else [self._run(i, b, x) for b, x in enumerate(now)]
+
+    def _run(self, i: int, b: int, x: Tensor) -> Tensor:
+        return self.chain.block(i, self.batches[b], x)
+
+    def _inputs(
+        self, i: int, sites: Mapping[str, Site], hidden: Sequence[Tensor]
+    ) -> tuple[list[Group], list[Tensor]]:
+        """Run a dense block; return what its layers saw, in their order, and what it made."""
+        groups: dict[str, Group] = {}
+        seen: dict[int, tuple[Tensor, Any, str]] = {}  # of this batch, by identity; the tensor is kept alive
+
+        def hook(name: str, site: Site) -> Callable[[nn.Module, Any], None]:
+            def fill(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                x = inputs[0]
+                known = seen.get(id(x))
+                if known is not None and known[1] == site.view:
+                    leader = groups[known[2]]
+                    if name not in leader.names:
+                        leader.names.append(name)
+                    return
+                seen[id(x)] = x, site.view, name
+                groups.setdefault(name, Group(site, [name])).rows.append(self._rows(site, x))
+
+            return fill
+
+        def each(b: int, x: Tensor) -> Tensor:
+            seen.clear()
+            self.watch.begin(self.batches[b])
+            return self._run(i, b, x)
+
+        with contextlib.ExitStack() as hooks:
+            for name, site in sites.items():
+                handle = self.model.get_submodule(name).register_forward_pre_hook(hook(name, site))
+                hooks.callback(handle.remove)
+            made = [each(b, x) for b, x in enumerate(hidden)]
+        return [group for group in groups.values() if self._aligned(group, hidden)], made
+
+    def _aligned(self, group: Group, hidden: Sequence[Tensor]) -> bool:
+        """Whether each batch's rows are those of the hidden states, once and in order."""
+        whole = [x.shape[:-1].numel() for x in hidden]
+        if len(group.rows) != len(hidden):
+            return False
+        for batch, rows, count in zip(self.batches, group.rows, whole, strict=True):
+            self.watch.begin(batch)
+            unmasked = count if self.watch.mask is None else int(self.watch.mask.sum())
+            if len(rows) not in (count, unmasked):
+                return False
+        return True
+
+    def _compare(
+        self, i: int, group: Group, hidden: Sequence[Tensor]
+    ) -> tuple[dict[type[Statistic], Statistic], Tensor | None]:
+        """Return the statistics of a group's new inputs, and what aims its weights at the dense outputs.
+
+        The latter is ``strength`` E[(x - x') x''] C'^-1, (n, n).
+        """
+        m, n = group.site.weight.shape
+        new = {need: need(m, n, hidden[0].device) for need in self.needs}
+        change = torch.zeros(n, n, device=hidden[0].device)
+
+        def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            raise _Seen(self._rows(group.site, inputs[0]))
+
+        handle = self.model.get_submodule(group.names[0]).register_forward_pre_hook(stop)
+        try:
+            for b, x in enumerate(hidden):
+                self.watch.begin(self.batches[b])
+                try:
+                    self._run(i, b, x)
+                except _Seen as seen:
+                    rows = seen.rows.float()
+                    for statistic in new.values():
+                        statistic.update(rows)
+                    change.addmm_((group.rows[b].float() - rows).mT, rows)
+        finally:
+            handle.remove()
+        if self.strength == 0 or not bool(change.any()):
+            return new, None
+        moment = new[InputGram].value()
+        diagonal = moment.diagonal()
+        shrunk = moment.lerp(diagonal.diag(), SHRINKAGE) + (DAMPING * diagonal.mean()).expand(n).diag()
+        change = change.double() / new[InputGram].count
+        return new, self.strength * torch.linalg.solve(shrunk, change, left=False)
+
+    def _rows(self, site: Site, x: Tensor) -> Tensor:
+        return self.watch.rows(site.view.inputs(x.detach()))
+
+    @contextlib.contextmanager
+    def _restored(self, names: Collection[str]) -> Iterator[None]:
+        """Put the layers back that are replaced inside."""
+        before = {name: self.model.get_submodule(name) for name in names}
+        try:
+            yield
+        finally:
+            for name, layer in before.items():
+                set_module(self.model, name, layer)
+
+
+class _Seen(Exception):
+    """Ends a forward pass where the rows that it is for are there."""
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__()
+        self.rows = rows
+
+
+@contextlib.contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Have blocks keep no keys and values: each is run more than once."""
+    config: Any = getattr(model, "config", None)
+    parts = {id(part): part for part in (config, config.get_text_config()) if hasattr(part, "use_cache")}
+    before = {key: part.use_cache for key, part in parts.items()}
+    try:
+        for part in parts.values():
+            part.use_cache = False
+        yield
+    finally:
+        for key, part in parts.items():
+            part.use_cache = before[key]
