@@ -30,7 +30,8 @@ from .exporters.base import Exporter, Source
 from .matrices import StructuredMatrix
 from .measures.spectral import SpectralMeasure, singular_values
 from .models import forget, sample
-from .models.sequential import Sequential
+from .models.blocks import Chain, find_blocks
+from .models.sequential import Sequential, strength_of
 
 Data = Literal["self"] | Tensor | Iterable[Batch] | Statistics
 
@@ -359,14 +360,8 @@ def _order(
     """Return what fits layers one after the other, if that is wanted."""
     if sequential is False:
         return None
-    strength = 0.5 if sequential is True else sequential
-    if not 0 <= strength <= 1:
-        raise ValueError(f"sequential must be True, False, or a number from 0 to 1, got {sequential}.")
-    if not statistics.batches:
-        raise ValueError(
-            "a sequential compression runs the data again; give the data, or what calibrate returned."
-        )
-    return Sequential(model, sites, statistics.batches, method.needs, strength)
+    chain = Chain(model, find_blocks(model))
+    return Sequential(chain, sites, statistics.batches, method.needs, strength_of(sequential))
 
 
 def _batches(

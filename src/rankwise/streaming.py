@@ -28,15 +28,17 @@ from .core.labels import Labels
 from .core.methods import Compressor
 from .core.progress import track
 from .core.report import Report
-from .core.statistics import Batch, Statistics
+from .core.statistics import Batch, Statistics, Stats
 from .core.steps import Steps, write_tensors
 from .core.surgery import Where, replace, select
+from .matrices import StructuredMatrix
 from .models.blocks import Chain, find_blocks
 from .models.checkpoint import Checkpoint
 from .models.save import assemble, tensors_of, verify, with_specs
+from .models.sequential import Sequential, strength_of
 from .models.stream import OUTSIDE, Sweeps, digest_of, parts_of
 
-LADDERS, SHARD = "ladders.safetensors", "model.safetensors"
+LADDERS, SHARD, HIDDEN = "ladders.safetensors", "model.safetensors", "hidden.safetensors"
 
 
 def compress_folder(
@@ -48,6 +50,7 @@ def compress_folder(
     data: Tensor | Iterable[Batch] | None = None,
     of: Unit = "params",
     allocate: Allocator | None = None,
+    sequential: bool | float = False,
     where: Where | None = None,
     labels: Labels | None = None,
     window: int = 512,
@@ -60,8 +63,8 @@ def compress_folder(
     batch. All else is on disk, in the folder ``<out>.partial`` beside ``out``: hidden states and their gradients
     for each block, statistics (for each layer a square of its inputs and one of its outputs in float32, more
     than the weights themselves), and the new shards. Every finished step stays there: the same call continues a
-    run that was killed, with the same result bit by bit; ``keep``, ``of`` and ``allocate`` may differ. When
-    ``out`` is complete, that folder is removed.
+    run that was killed, with the same result bit by bit; ``keep``, ``of``, ``allocate`` and ``sequential`` may
+    differ. When ``out`` is complete, that folder is removed.
 
     Args:
         source: a folder of safetensors, a hub id, or an embedded model, of transformers.
@@ -72,6 +75,8 @@ def compress_folder(
             none. Sequences cannot be sampled from a model that is not in memory.
         of: as in :func:`compress`.
         allocate: as in :func:`compress`.
+        sequential: as in :func:`compress`; then the hidden states of all batches and the inputs of one block's
+            layers are in memory too.
         where: as in :func:`compress`; called with the model on the meta device.
         labels: from :mod:`rankwise.core.labels`; None means labels drawn from the model.
         window: as in :func:`calibrate`.
@@ -98,9 +103,14 @@ def compress_folder(
     out = Path(os.path.abspath(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already; remove it or give another path.")
-    run = _Run(source, out, method, data if method.needs else None, where, labels, window, seed, dtype)
+    if sequential is not False and data is None:
+        raise ValueError(
+            "a sequential compression runs data through the model; give token ids or batches as data."
+        )
+    used = data if method.needs or sequential is not False else None
+    run = _Run(source, out, method, used, where, labels, window, seed, dtype)
     with contextlib.closing(run.steps):
-        return run.finish(keep, of, allocate or (water_filling if method.comparable else uniform))
+        return run.finish(keep, of, allocate or (water_filling if method.comparable else uniform), sequential)
 
 
 class _Run:
@@ -142,14 +152,19 @@ class _Run:
         }
         self.checkpoint.fill_all_but(self.chain.path)
         self.resident = {name for name, tensor in tensors_of(self.model).items() if not tensor.is_meta}
+        self.order: Sequential | None = None
+        self.before: dict[str, Any] = {}  # what the shards so far were made of, where the next depend on them
         self.steps = Steps(out.with_name(f"{out.name}.partial"), about)
         self.sweeps = Sweeps(
             self.checkpoint, self.chain, self.steps, batches, self.parts, method.needs, loss, seed
         )
 
-    def finish(self, keep: float, of: Unit, allocate: Allocator) -> Report:
+    def finish(self, keep: float, of: Unit, allocate: Allocator, sequential: bool | float) -> Report:
         """Make every step that is missing, and the folder."""
-        if self.method.needs:
+        if sequential is not False:
+            needs, strength = self.method.needs, strength_of(sequential)
+            self.order = Sequential(self.chain, self.sites, self.sweeps.batches, needs, strength)
+        if self.method.needs or self.order is not None:
             self.sweeps.run()
         for part in track(self.parts, "factorisation"):
             self._choose(part)
@@ -219,16 +234,19 @@ class _Run:
     def _write(self, part: str, picks: Mapping[str, tuple[Ladder, int]]) -> dict[str, Any]:
         """Make the new matrices of a part and write its shard."""
         chosen = {name: int(ladder.index[i]) for name, (ladder, i) in picks.items() if i < len(ladder.index)}
+        if self.order is not None:
+            self.before |= {"sequential": self.order.strength, **chosen}
 
         def make(folder: Path) -> dict[str, Any]:
             rows, costs, groups = [], {}, []
             with self._filled(part), torch.no_grad():
                 statistics = self._statistics(part) if chosen else None
+                fitted, after = self._in_order(part, chosen, statistics)
                 for name, (ladder, i) in picks.items():
                     site, matrix, measured = self.sites[name], None, 0.0
                     if statistics is not None and name in chosen:
                         choices = choices_of(name, site, self.method, statistics)
-                        matrix = choices.build(chosen[name])
+                        matrix = fitted[name] if name in fitted else choices.build(chosen[name])
                         measured = measured_error(site.weight, matrix, choices)
                     rows.append(row_of(name, site.weight, matrix, float(ladder.errors[i]), measured))
                     costs[name] = dense_costs(site.weight) if matrix is None else matrix_costs(matrix)
@@ -242,9 +260,31 @@ class _Run:
                 }
                 write_tensors(folder / SHARD, tensors)
                 verify(tensors, folder)
+                if after:
+                    write_tensors(folder / HIDDEN, after)
             return {"rows": rows, "costs": costs, "groups": groups}
 
-        return self.steps.run(f"shard-{self._number(part)}", make, chosen)
+        about = chosen if self.order is None else self.before
+        return self.steps.run(f"shard-{self._number(part)}", make, dict(about))
+
+    def _in_order(
+        self, part: str, chosen: Mapping[str, int], statistics: Statistics | None
+    ) -> tuple[dict[str, StructuredMatrix], dict[str, Tensor]]:
+        """Fit a block to what the compressed ones before it make; return what it makes itself, too."""
+        if self.order is None or part == OUTSIDE:
+            return {}, {}
+        i = self.chain.names.index(part)
+        dense = self.sweeps.hidden(i)
+        left = self.steps.tensors(f"shard-{i - 1}", HIDDEN) if i else {}
+        now = [left[str(b)] for b in range(len(dense))] if i else dense
+
+        def fit(name: str, weight: Tensor, new: Stats) -> StructuredMatrix:
+            assert statistics is not None
+            choices = choices_of(name, self.sites[name], self.method, statistics)
+            return choices.refit(chosen[name], weight, {**statistics.of(name, self.method.needs), **new})
+
+        fitted, _, after = self.order.block(i, chosen, fit, dense, now)
+        return fitted, {str(b): x for b, x in enumerate(after)}
 
     def _assemble(self, groups: Sequence[Any]) -> None:
         """Put the shards together and remove the rest."""

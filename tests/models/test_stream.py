@@ -130,6 +130,13 @@ def test_any_method_can_be_streamed(method, tmp_path):
     same_as_in_memory(source(llama, tmp_path / "dense"), tmp_path, method, plain())
 
 
+@pytest.mark.parametrize("method", [PlainSvd(), KroneckerFactoredSvd()], ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize("batches", [plain, padded])
+def test_a_sequential_stream_equals_one_in_memory(method, batches, tmp_path):
+    folder = source(llama, tmp_path / "dense")
+    same_as_in_memory(folder, tmp_path, method, batches(), sequential=True)
+
+
 def test_bfloat16_stays_bfloat16(tmp_path):
     folder = source(llama, tmp_path / "dense", torch.bfloat16)
     rankwise.compress_folder(folder, tmp_path / "out", KroneckerFactoredSvd(), keep=KEEP, data=plain())
@@ -259,6 +266,15 @@ def test_the_budget_may_change_on_the_way(dense, tmp_path, monkeypatch):
     changes = {"keep": 0.5, "of": "bytes", "allocate": rankwise.allocators.uniform}
     run(dense, tmp_path / "out", **changes)
     assert contents(tmp_path / "out") == contents(run(dense, tmp_path / "whole", **changes))
+
+
+def test_a_sequential_run_that_is_interrupted_makes_the_same_bits(dense, tmp_path, monkeypatch):
+    changes = {"sequential": 0.5}
+    assert interrupted(dense, tmp_path / "out", monkeypatch, 10)  # two shards are written, not sequentially
+    while interrupted(dense, tmp_path / "out", monkeypatch, 1, **changes):
+        pass
+    whole = run(dense, tmp_path / "whole", **changes)
+    assert contents(tmp_path / "out") == contents(whole)
 
 
 def test_a_budget_that_cannot_be_met_keeps_the_work(dense, whole, tmp_path):

@@ -116,8 +116,6 @@ def compress(
     if stream:
         if out is None:
             raise ValueError("--stream needs --out, the folder for the compressed model.")
-        if sequential:
-            raise ValueError("--stream fits all blocks to the dense model's inputs; leave out --sequential.")
         if evaluation:
             raise ValueError("--stream does not evaluate; run rankwise evaluate on the new folder afterwards.")
         if chosen.needs and not calibration:
@@ -132,6 +130,7 @@ def compress(
             data=[batch for ids in heads for batch in batches_of(ids, window=window)] or None,
             of=unit,
             allocate=allocator,
+            sequential=sequential,
             where=layers,
             labels=gradients,
             seed=seed,

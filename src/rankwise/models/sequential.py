@@ -12,11 +12,13 @@ from ..core.progress import track
 from ..core.statistics import Batch, InputGram, Statistic, Watch, frozen
 from ..core.surgery import Site, replace, set_module
 from ..matrices import StructuredMatrix
-from .blocks import Chain, find_blocks
+from .blocks import Chain
 from .stream import parts_of
 
 SHRINKAGE = 0.05  # of C' towards its diagonal, where a weight is aimed at the dense model's outputs
 DAMPING = 1e-6  # multiple of the mean of the diagonal of C' that is added to it there
+
+STRENGTH = 0.5  # how far weights are aimed at the dense model's outputs, where nothing else is said
 
 Fit = Callable[[str, Tensor, Mapping[type[Statistic], Statistic]], StructuredMatrix]
 """Makes the matrix of a layer from its name, its (m, n) target and the statistics of its new inputs."""
@@ -42,11 +44,14 @@ class Sequential:
     block's layers.
 
     Args:
-        model: whose blocks form a chain (see :class:`Chain`); it stays as it is.
+        chain: of the dense model, which stays as it is.
         sites: all selected layers.
         batches: the data.
         needs: the statistics that are wanted of new inputs.
         strength: 0 fits to the new inputs with the old weight as the target, 1 aims at the dense outputs.
+
+    Raises:
+        ValueError: if an argument is wrong, or a weight stands in several blocks.
 
     References: the target is that of AA-SVD and of GPTAQ, arXiv 2504.02692; a strength below one is that of
         "Quantization error propagation", Arai and Ichikawa, NeurIPS 2025, arXiv 2504.09629.
@@ -54,17 +59,23 @@ class Sequential:
 
     def __init__(
         self,
-        model: nn.Module,
+        chain: Chain,
         sites: Mapping[str, Site],
         batches: Sequence[Batch],
         needs: Collection[type[Statistic]],
         strength: float,
     ) -> None:
-        self.model, self.batches, self.strength = model, batches, strength
+        if not 0 <= strength <= 1:
+            raise ValueError(f"sequential must be True, False, or a number from 0 to 1, got {strength}.")
+        if not batches:
+            raise ValueError(
+                "a sequential compression runs the data again; give the data, or what calibrate returned."
+            )
+        self.chain, self.model = chain, chain.model
+        self.batches, self.strength = batches, strength
         self.needs = {InputGram, *(need for need in needs if need.side == "input")}
-        self.chain = Chain(model, find_blocks(model))
-        self.parts = parts_of(self.chain, sites)
-        self.watch = Watch(sites, ())
+        self.parts = parts_of(chain, sites)
+        self.watch = Watch({}, ())
 
     def fit(self, chosen: Collection[str], fit: Fit) -> dict[str, StructuredMatrix]:
         """Fit the chosen layers that are in blocks; those outside are left out."""
@@ -202,6 +213,11 @@ class Sequential:
         finally:
             for name, layer in before.items():
                 set_module(self.model, name, layer)
+
+
+def strength_of(sequential: bool | float) -> float:
+    """Return the strength that a word or a number means."""
+    return STRENGTH if sequential is True else float(sequential)
 
 
 class _Seen(Exception):

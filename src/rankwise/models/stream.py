@@ -113,6 +113,10 @@ class Sweeps:
                 self._backward(i)
         self._before()
 
+    def hidden(self, i: int) -> list[Tensor]:
+        """Return what enters block i, batch by batch."""
+        return [self._read(f"hidden-{i}", b) for b in range(len(self.batches))]
+
     def statistics(self, part: str) -> dict[str, Stats]:
         """Return the statistics of the layers of a part."""
         if part == OUTSIDE:
