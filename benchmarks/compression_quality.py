@@ -5,8 +5,8 @@ and the gap in nats to the dense model on the same tokens. Rows are written as t
 same command goes on. Texts: CPython's help topics and, with --data, wikitext2 valid and a C4 slice, each scored
 on its last tokens (wikitext2: the first), windows of 1024. No calibration set holds a token that is scored.
 Parts: the bars that the project is judged by, on all texts; the grid of methods, gauges and allocations; other
-structures than truncations; and calibration sets and sizes. All but the first score fewer tokens, the grid and
-the last of the first two texts.
+structures than truncations; what is lost when an ingredient of the best method is left out; and calibration sets
+and sizes. All but the first score fewer tokens, some on the first two texts alone.
 
     python benchmarks/compression_quality.py --data DATA \
         --json benchmarks/results/compression_quality.json
@@ -47,7 +47,7 @@ class Bench:
     def scored(self, part):
         """Return the tokens that a part scores."""
         n = self.options.eval_tokens if part == "bars" else self.options.grid_tokens
-        names = list(self.texts) if part in ("bars", "structures") else list(self.texts)[:2]
+        names = list(self.texts) if part in ("bars", "structures", "ingredients") else list(self.texts)[:2]
         return {name: self.texts[name][:n] if name == "wikitext2" else self.texts[name][-n:] for name in names}
 
     def score(self, part, about=None, **key):
@@ -101,21 +101,25 @@ class Bench:
             self.calibrated = name, count
         return self.statistics
 
-    def compressed(self, part, *, method, gauge, allocate, calibration, tokens, keep):
+    def compressed(
+        self, part, *, method, gauge, allocate, calibration, tokens, keep, fields=None, sequential=None
+    ):
         """Compress the model, score it, and put the dense layers back."""
         key = dict(
-            method=method, gauge=gauge, allocate=allocate, calibration=calibration, tokens=tokens, keep=keep
-        )
+            method=method, gauge=gauge, allocate=allocate, calibration=calibration, tokens=tokens, keep=keep,
+            fields=fields, sequential=sequential,
+        )  # fmt: skip
         if self.rows.has(part=part, **key):
             return
         statistics = self.calibrate(calibration, tokens)
-        if (method, gauge) not in self.remembered:
-            kind = getattr(compressors, method)
-            self.remembered[method, gauge] = Remember(kind(gauge=gauge) if gauge else kind())
+        settings = (fields or {}) | ({"gauge": gauge} if gauge else {})
+        name = repr((method, settings))
+        if name not in self.remembered:
+            self.remembered[name] = Remember(getattr(compressors, method)(**settings))
         with restoring(self.model):
             report = rankwise.compress(
-                self.model, self.remembered[method, gauge], keep=keep, data=statistics,
-                allocate=getattr(allocators, allocate),
+                self.model, self.remembered[name], keep=keep, data=statistics,
+                allocate=getattr(allocators, allocate), sequential=bool(sequential),
             )  # fmt: skip
             kinds = [row["kind"] for row in report.rows]
             about = {
@@ -134,6 +138,8 @@ def bars(options):
         yield {**BASELINE, "tokens": 24576, "keep": keep}
         yield {**BEST, "calibration": "topics", "tokens": 24576, "keep": keep}
         yield {**PRUNED, "calibration": "topics", "tokens": 24576, "keep": keep}
+        yield {**BEST, "calibration": "topics", "tokens": 24576, "keep": keep, "sequential": True}
+        yield {**PRUNED, "calibration": "topics", "tokens": 24576, "keep": keep, "sequential": True}
     for keep in (0.9, 0.8):
         yield {**BEST, "calibration": "self", "tokens": 24576, "keep": keep}
 
@@ -147,10 +153,25 @@ def grid(options):
 
 
 def structures(options):
-    """Structures beside truncations, on all texts."""
-    dictionary = {**PRUNED, "method": "OrthogonalDictionary"}
-    for about, keep in itertools.product((BASELINE, BEST, PRUNED, dictionary), (0.8, 0.6, 0.4)):
+    """Structures beside truncations, on all texts; dictionaries take equal shares of all layers."""
+    for keep in (0.8, 0.6, 0.4):
+        for about in (BASELINE, BEST, PRUNED):
+            yield {**about, "calibration": "topics", "tokens": 24576, "keep": keep}
+    for method, keep in itertools.product(("OrthogonalDictionary", "CoSpaDi"), (0.6, 0.8)):
+        about = {"method": method, "gauge": "", "allocate": "uniform", "fields": {"share": keep}}
         yield {**about, "calibration": "topics", "tokens": 24576, "keep": keep}
+
+
+def ingredients(options):
+    """Pruning without one of its ingredients: the allocator, S, C's other entries, the search, and shrinkage."""
+    about = {**PRUNED, "calibration": "topics", "tokens": 24576, "keep": 0.6}
+    yield about
+    yield {**about, "allocate": "uniform"}
+    flat, diagonal, unsearched, unshrunk = (
+        {"output_damping": 1e6}, {"input_shrinkage": 0.999}, {"steps": 1}, {"input_shrinkage": 0.0},
+    )  # fmt: skip
+    for fields in (flat, diagonal, unsearched, unshrunk):
+        yield {**about, "fields": fields}
 
 
 def calibration(options):
@@ -160,7 +181,13 @@ def calibration(options):
             yield {**BEST, "calibration": name, "tokens": count, "keep": keep}
 
 
-PARTS = {"bars": bars, "grid": grid, "structures": structures, "calibration": calibration}
+PARTS = {
+    "bars": bars,
+    "grid": grid,
+    "structures": structures,
+    "ingredients": ingredients,
+    "calibration": calibration,
+}
 
 
 def main():

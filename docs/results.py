@@ -23,12 +23,13 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
 PARTS = {
     "bars": "The default method beside SVD-LLM's whitening",
     "structures": "Other structures beside truncations",
+    "ingredients": "What each ingredient of pruning contributes",
     "grid": "Every method, gauge and allocation, calibrated on the same text",
     "calibration": "Calibration sets and sizes",
 }
 WHITENED = {"method": "WhitenedSvd", "gauge": "factors", "allocate": "uniform"}
-PRUNED = {"method": "KroneckerFactoredPruning", "allocate": "water_filling"}
-DEFAULT = {"method": "KroneckerFactoredSvd", "gauge": "pivot", "allocate": "water_filling"}
+PRUNED = {"method": "KroneckerFactoredPruning", "allocate": "water_filling", "sequential": None}
+DEFAULT = {"method": "KroneckerFactoredSvd", "gauge": "pivot", "allocate": "water_filling", "sequential": None}
 
 
 def find(rows: list[dict], **key: Any) -> dict | None:
@@ -65,7 +66,9 @@ def _quality(title: str, rows: list[dict]) -> list[str]:
         ratio = ""
         if rival is not None and rival is not row:
             ratio = " / ".join(f"{row['gap'][n] / rival['gap'][n]:.3f}" for n in names)
-        about = [row["method"], row["gauge"], row["allocate"], f"{row['calibration']} {row['tokens']}"]
+        fields = "".join(f", {name}={value}" for name, value in (row.get("fields") or {}).items())
+        allocate = row["allocate"] + (", sequential" if row.get("sequential") else "")
+        about = [row["method"] + fields, row["gauge"], allocate, f"{row['calibration']} {row['tokens']}"]
         scores = [f"{row['perplexity'][n]:.2f} ({row['gap'][n]:+.3f})" for n in names]
         cells.append([*about, str(row["keep"]), *scores, ratio])
     head = ["method", "gauge", "allocation", "calibration", "keep", *(f"{n} (gap)" for n in names), "gap ratio"]
@@ -75,7 +78,9 @@ def _quality(title: str, rows: list[dict]) -> list[str]:
 TITLES = {
     "whitened SVD, factors, uniform": WHITENED,
     "rankwise default": DEFAULT,
+    "rankwise default, sequential": {**DEFAULT, "sequential": True},
     "rankwise pruned": PRUNED,
+    "rankwise pruned, sequential": {**PRUNED, "sequential": True},
 }
 
 

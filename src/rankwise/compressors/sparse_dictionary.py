@@ -1,6 +1,7 @@
 """What methods share that write a weight as sparse combinations of atoms."""
 
 import abc
+import copy
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -69,9 +70,11 @@ class SparseDictionary(LossMetric):
         metrics = self.metrics(stats)
         shares = SHARES if self.share is None else [self.share]
         sizes = list(dict.fromkeys(size for share in shares for size in self._sizes(weight, share)))
-        errors = [
-            metric_norm(weight - self._fit(weight, metrics, *size).dense().detach(), *metrics) for size in sizes
-        ]
+        errors, only = [], None
+        for size in sizes:
+            fitted = self._fit(weight, metrics, *size)
+            errors.append(metric_norm(weight - fitted.dense().detach(), *metrics))
+            only = fitted if len(sizes) == 1 else None  # what is offered alone is wanted
         length = self._written(weight)[1]
         floats = torch.tensor([atoms * length + kept for atoms, kept in sizes], dtype=torch.int64)
         places = torch.tensor([self._place_bytes(weight, *size) for size in sizes], dtype=torch.int64)
@@ -87,7 +90,7 @@ class SparseDictionary(LossMetric):
             },
             errors=self.scale * torch.tensor(errors, dtype=torch.float64),
             total=self.scale * metric_norm(weight, *metrics),
-            build=lambda i: build(i, weight, stats),
+            build=lambda i: build(i, weight, stats) if only is None else copy.deepcopy(only).to(weight.dtype),
             refit=build,
             error_of=self.error_of(stats),
         )
