@@ -138,8 +138,8 @@ def bars(options):
         yield {**BASELINE, "tokens": 24576, "keep": keep}
         yield {**BEST, "calibration": "topics", "tokens": 24576, "keep": keep}
         yield {**PRUNED, "calibration": "topics", "tokens": 24576, "keep": keep}
-        yield {**BEST, "calibration": "topics", "tokens": 24576, "keep": keep, "sequential": True}
-        yield {**PRUNED, "calibration": "topics", "tokens": 24576, "keep": keep, "sequential": True}
+    for about, keep in itertools.product((BEST, PRUNED), (0.8, 0.6)):
+        yield {**about, "calibration": "topics", "tokens": 24576, "keep": keep, "sequential": True}
     for keep in (0.9, 0.8):
         yield {**BEST, "calibration": "self", "tokens": 24576, "keep": keep}
 
