@@ -53,8 +53,9 @@ class Sequential:
     Raises:
         ValueError: if an argument is wrong, or a weight stands in several blocks.
 
-    References: the target is that of AA-SVD and of GPTAQ, arXiv 2504.02692; a strength below one is that of
-        "Quantization error propagation", Arai and Ichikawa, NeurIPS 2025, arXiv 2504.09629.
+    References: the target is that of Sinha and Fleuret, "AA-SVD", 2026, arXiv 2604.02119, without its refinement
+        of whole blocks; a strength below one is that of Arai and Ichikawa, "Quantization error propagation",
+        NeurIPS 2025, arXiv 2504.09629.
     """
 
     def __init__(
