@@ -5,8 +5,8 @@ and the gap in nats to the dense model on the same tokens. Rows are written as t
 same command goes on. Texts: CPython's help topics and, with --data, wikitext2 valid and a C4 slice, each scored
 on its last tokens (wikitext2: the first), windows of 1024. No calibration set holds a token that is scored.
 Parts: the bars that the project is judged by, on all texts; the grid of methods, gauges and allocations; other
-structures than truncations; what is lost when an ingredient of the best method is left out; and calibration sets
-and sizes. All but the first score fewer tokens, some on the first two texts alone.
+structures than truncations, and what is lost when an ingredient of pruning is left out; and calibration sets and
+sizes. All but the first score fewer tokens, the grid and the last of the first two texts.
 
     python benchmarks/compression_quality.py --data DATA \
         --json benchmarks/results/compression_quality.json
@@ -47,7 +47,7 @@ class Bench:
     def scored(self, part):
         """Return the tokens that a part scores."""
         n = self.options.eval_tokens if part == "bars" else self.options.grid_tokens
-        names = list(self.texts) if part in ("bars", "structures", "ingredients") else list(self.texts)[:2]
+        names = list(self.texts) if part in ("bars", "structures") else list(self.texts)[:2]
         return {name: self.texts[name][:n] if name == "wikitext2" else self.texts[name][-n:] for name in names}
 
     def score(self, part, about=None, **key):
@@ -153,25 +153,27 @@ def grid(options):
 
 
 def structures(options):
-    """Structures beside truncations, on all texts; dictionaries take equal shares of all layers."""
-    for keep in (0.8, 0.6, 0.4):
-        for about in (BASELINE, BEST, PRUNED):
-            yield {**about, "calibration": "topics", "tokens": 24576, "keep": keep}
-    for method, keep in itertools.product(("OrthogonalDictionary", "CoSpaDi"), (0.6, 0.8)):
-        about = {"method": method, "gauge": "", "allocate": "uniform", "fields": {"share": keep}}
-        yield {**about, "calibration": "topics", "tokens": 24576, "keep": keep}
+    """Structures beside truncations, and pruning without one of its ingredients, on all texts.
 
-
-def ingredients(options):
-    """Pruning without one of its ingredients: the allocator, S, C's other entries, the search, and shrinkage."""
-    about = {**PRUNED, "calibration": "topics", "tokens": 24576, "keep": 0.6}
-    yield about
-    yield {**about, "allocate": "uniform"}
-    flat, diagonal, unsearched, unshrunk = (
-        {"output_damping": 1e6}, {"input_shrinkage": 0.999}, {"steps": 1}, {"input_shrinkage": 0.0},
-    )  # fmt: skip
-    for fields in (flat, diagonal, unsearched, unshrunk):
-        yield {**about, "fields": fields}
+    Left out are, one at a time: the allocator (all layers get equal shares), and with equal shares the outputs'
+    metric, all but the diagonal of the inputs', the search for places, and shrinkage.
+    """
+    about = {"calibration": "topics", "tokens": 24576}
+    alike = {**PRUNED, "allocate": "uniform", **about}
+    for keep in (0.6, 0.4, 0.8):
+        for each in (BASELINE, BEST, PRUNED):
+            yield {**each, **about, "keep": keep}
+        if keep == 0.6:
+            for left in (
+                {},
+                {"output_damping": 1e6},
+                {"input_shrinkage": 0.999},
+                {"steps": 1},
+                {"input_shrinkage": 0.0},
+            ):
+                yield {**alike, "keep": keep, "fields": {"share": keep, **left}}
+        for method in ("CoSpaDi", "OrthogonalDictionary"):
+            yield {**alike, "method": method, "keep": keep, "fields": {"share": keep}}
 
 
 def calibration(options):
