@@ -173,7 +173,8 @@ def stacks_of(owner: nn.Module) -> Mapping[str, bool]:
         for name, parameter in owner.named_parameters(recurse=False)
         if parameter.dim() == 3 and parameter.is_floating_point() and min(parameter.shape) > 1
     }
-    declared = getattr(owner, "is_transposed", None)
+    already = (part.transposed for part in owner.children() if isinstance(part, Stack))
+    declared = next(already, getattr(owner, "is_transposed", None))
     if isinstance(declared, bool):
         return dict.fromkeys(found, declared)
     for transposed in (False, True):
