@@ -253,7 +253,7 @@ class _Run:
 
     def _assemble(self, groups: Sequence[Any]) -> None:
         """Put the shards together and remove the rest."""
-        order = {name: i for i, (name, _) in enumerate(self.model.named_modules(remove_duplicate=False))}
+        order = {name: i for i, name in enumerate(self.sites)}
         steps = [f"shard-{self._number(part)}" for part in (OUTSIDE, *self.chain.names)]
         shards = [self.steps.file(step, SHARD) for step in steps]
         config = with_specs(self.checkpoint.config, sorted(groups, key=lambda group: order[group["names"][0]]))

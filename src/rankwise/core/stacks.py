@@ -53,7 +53,7 @@ class Operand:
         return self.like.device
 
     @property
-    def mT(self) -> "Operand":  # noqa: N802 (a tensor's name for it)
+    def mT(self) -> "Operand":
         """The transpose."""
         return Operand(self.layer, self.like, torch.Size(reversed(self.shape)), not self.transposed)
 
@@ -91,7 +91,6 @@ class Stack(nn.Module):
         super().__init__()
         self.shape, self.transposed, self.requires = parameter.shape, transposed, parameter.requires_grad
         self.batched = False  # whether it was used in a batched product, which gives every matrix as many rows
-        self.register_buffer("like", parameter.detach().new_empty(0), persistent=False)
         for i, part in enumerate(parameter.detach().unbind()):
             self.add_module(str(i), Slice(nn.Parameter(part, requires_grad=self.requires), transposed))
 
@@ -105,6 +104,12 @@ class Stack(nn.Module):
         if not -len(self) <= number < len(self):
             raise IndexError(f"a stack of {len(self)} matrices has no number {number}.")
         return Operand(self.layer(number % len(self)), self.like, self.shape[1:], self.transposed)
+
+    @property
+    def like(self) -> Tensor:
+        """An empty tensor of the type of the matrices, where they are."""
+        weight: Any = self.layer(0).weight
+        return weight.detach().new_empty(0)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -131,6 +136,10 @@ class Stack(nn.Module):
                 part.weight = nn.Parameter(part.weight.detach().clone(), requires_grad=self.requires)
         return self
 
+    def transpose(self, *dims: int) -> Any:
+        """Refuse, as the transpose of all matrices at once is for products that cannot be followed."""
+        raise _misused("transpose")
+
     def parameter(self) -> nn.Parameter | None:
         """Return the 3-D parameter again, or None unless every layer is a :class:`Slice` without a bias."""
         parts = [part for part in self.children() if isinstance(part, Slice) and part.bias is None]
@@ -155,8 +164,9 @@ def stacks_of(owner: nn.Module) -> Mapping[str, bool]:
 
     A 3-D parameter alone may be anything, such as tables of positions. It is a stack where the module says how
     its matrices are stored (``is_transposed``, as transformers' experts do), or where another one of as many
-    slices takes up its outputs: an (e, k, h) followed by an (e, h, k), or (e, h, k / 2) behind a gate, is used
-    as ``linear(x, W)``; an (e, h, k) followed by an (e, k, h), or (e, k / 2, h), as ``x @ W``.
+    slices takes up its outputs: an (e, 2 k, h) followed by an (e, h, k), behind a gate, is used as
+    ``linear(x, W)``, and an (e, h, 2 k) followed by an (e, k, h) as ``x @ W``. Without a gate both are possible,
+    and the first is taken.
 
     >>> import torch
     >>> from torch import nn
@@ -229,7 +239,7 @@ _BATCHED = (torch.matmul, torch.bmm, Tensor.__matmul__, Tensor.matmul, Tensor.bm
 
 
 def _follows(one: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
-    """Whether (e, m, n) matrices can take the outputs of others, gated or not, back to the size of their inputs."""
+    """Whether (e, m, n) matrices can take the outputs of others, gated or not, back to their inputs' size."""
     (e, m, n), (count, out, width) = one, other
     return e == count and out == n and (width == m or 2 * width == m)
 
@@ -239,9 +249,11 @@ def _biased(y: Tensor, kwargs: Any) -> Tensor:
     return y if bias is None else y + bias
 
 
-def _misused(func: Any) -> TypeError:
+def _misused(func: Any) -> ValueError:  # of a TypeError, torch would make one of its own without the text
     name = getattr(func, "__name__", str(func))
-    return TypeError(
-        f"a stack of matrices is used by {name}, but can only be by linear(x, W[i]), x @ W[i] or bmm(x, W), as "
-        "its shapes say; compute experts one by one (experts_implementation 'eager'), or leave it out with 'where'."
+    return ValueError(
+        f"a stack of matrices is used by {name}, against what its shapes say, or in another way than "
+        "linear(x, W[i]), x @ W[i] or bmm(x, W). Compute experts one by one (experts_implementation 'eager'); "
+        "for matrices stored as (n, m), give their module an attribute is_transposed = True; or leave them out "
+        "with 'where'."
     )

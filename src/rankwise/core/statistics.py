@@ -15,7 +15,7 @@ from .errors import CalibrationError
 from .labels import Labels
 from .memory import peak_memory_bytes
 from .progress import track
-from .stacks import Stack
+from .stacks import Stack, stacks
 from .surgery import Site, View, unstacked
 
 Batch = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -162,8 +162,8 @@ class Statistics:
     """What one pass over the data found.
 
     Args:
-        layers: the statistics of each layer; layers with the same input share one object. A matrix of a stack, such
-            as an expert's, that no row reached has none.
+        layers: the statistics of each layer; layers with the same input share one object. A matrix of a stack,
+            such as an expert's, that no row reached has none.
         seconds: duration of the pass.
         peak_memory_bytes: the largest memory of the process up to its end.
     """
@@ -188,7 +188,6 @@ class Statistics:
                 )
         return have
 
-
     def unreached(self, name: str) -> bool:
         """Whether a layer was watched and no row, or no gradient, reached it."""
         return name in self.layers and not self.layers[name]
@@ -197,8 +196,8 @@ class Statistics:
 class Watch:
     """Fills the statistics of some sites while their model runs inside :meth:`on`.
 
-    A matrix of a 3-D parameter, such as an expert's, sees only some rows. Its input statistics are means over these,
-    and those of gradients means over all rows that entered the module, with zero for the others: so
+    A matrix of a 3-D parameter, such as an expert's, sees only some rows. Its input statistics are means over
+    these, and those of gradients means over all rows that entered the module, with zero for the others: so
     1/2 tr(S D C D') is a change of the loss per row of the module, as it is for any other layer. Rows of padding
     cannot be told from others there; they count as inputs, but their gradients are zero.
 
@@ -221,17 +220,16 @@ class Watch:
     def on(self, model: nn.Module) -> Iterator[None]:
         """Have every run of the model counted; :meth:`begin` comes before each."""
         with unstacked(model, self.sites.values()), contextlib.ExitStack() as hooks:
-            places = [(model.get_submodule(path), name) for name, site in self.sites.items() for path in site.names]
+            named = [(path, name) for name, site in self.sites.items() for path in site.names]
+            places = [(model.get_submodule(path), name) for path, name in named]
             for layer, name in {id(layer): (layer, name) for layer, name in places}.values():
                 hooks.enter_context(layer.register_forward_hook(self._filling(name)))
-            for name, site in self.sites.items():
-                path = site.name.rpartition(".")[0]
-                stack = model.get_submodule(path)
-                if isinstance(stack, Stack):
-                    self.stacks[name] = path
-            for path in set(self.stacks.values()):
-                owner, stack = model.get_submodule(path.rpartition(".")[0]), model.get_submodule(path)
-                hooks.enter_context(owner.register_forward_hook(self._counting(path, stack), with_kwargs=True))
+            found = dict(stacks(model))
+            self.stacks = {name: path for name in self.sites if (path := name.rpartition(".")[0]) in found}
+            for path in sorted(set(self.stacks.values())):
+                owner = model.get_submodule(path.rpartition(".")[0])
+                count = self._counting(path, found[path])
+                hooks.enter_context(owner.register_forward_hook(count, with_kwargs=True))
             yield
 
     def begin(self, batch: Batch) -> None:

@@ -279,8 +279,8 @@ def select(model: nn.Module, where: Where | None = None) -> dict[str, Site]:
     """Find the weight matrices of a model by the kind and shape of its modules.
 
     Layers that share one weight are one site. A weight that is also an embedding table is never
-    selected, nor, by default, the output head that a transformers model names. Each matrix of a 3-D parameter, such
-    as the weights of a mixture's experts, is a site of its own: ``experts.down_proj.3``.
+    selected, nor, by default, the output head that a transformers model names. Each matrix of a 3-D parameter,
+    such as the weights of a mixture's experts, is a site of its own: ``experts.down_proj.3``.
 
     Args:
         model: any module.
@@ -308,7 +308,7 @@ def select(model: nn.Module, where: Where | None = None) -> dict[str, Site]:
 
 
 def _sites_at(path: str, layer: nn.Module) -> Iterator[tuple[nn.Parameter, Site]]:
-    """Yield the weight matrices that a module itself holds, each with the parameter that it is, or is a slice of."""
+    """Yield the weight matrices that a module itself holds, each with the parameter it is, or is cut from."""
     view = view_of(layer)
     if view is not None:
         yield layer.get_parameter("weight"), Site((path,), layer, view)
@@ -333,7 +333,7 @@ def replace(model: nn.Module, site: Site, matrix: StructuredMatrix, shift: Tenso
 
 
 def unstack(model: nn.Module, name: str) -> Stack | None:
-    """Put a stack in place of the 3-D parameter that a dotted name is a slice of, if it is one; return the stack."""
+    """Put a stack in place of the 3-D parameter that a dotted name is a slice of, if it is; return the stack."""
     path, _, number = name.rpartition(".")
     found = stack_at(model, path)
     if found is None:
@@ -372,8 +372,8 @@ def unstacked(model: nn.Module, sites: Iterable[Site]) -> Iterator[None]:
 def fold(model: nn.Module) -> nn.Module:
     """Turn every :class:`StructuredLinear` of a model back into an ordinary layer, in place.
 
-    Layers that share a matrix share the weight again, and the slices of a 3-D parameter are one again, unless one got
-    a bias. The way in which a transformers model computes its experts stays "eager".
+    Layers that share a matrix share the weight again, and the slices of a 3-D parameter are one again, unless one
+    got a bias. The way in which a transformers model computes its experts stays "eager".
 
     Returns:
         the same model; a layer given as the model itself is returned as a new one.

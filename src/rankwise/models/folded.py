@@ -20,9 +20,9 @@ from .quantizer import FORMAT, METHOD, install
 class Folded(Mapping[str, Tensor]):
     """The tensors of a saved model by the names that an ordinary one has in its file.
 
-    Each access reads one tensor, or the parts of one structured matrix, which it writes out in float32 or better and
-    rounds once to the type that the parts are stored in. Nothing is kept but one 3-D parameter, such as the experts of
-    one layer, from which several tensors of a file may be cut.
+    Each access reads one tensor, or the parts of one structured matrix, which it writes out in float32 or better
+    and rounds once to the type that the parts are stored in. Nothing is kept but one 3-D parameter, such as the
+    experts of one layer, from which several tensors of a file may be cut.
 
     Args:
         folder: of :func:`rankwise.save` or of plain transformers.

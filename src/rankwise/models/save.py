@@ -167,8 +167,8 @@ def with_specs(own: Any, groups: Sequence[Any]) -> Any:
 def tensors_of(model: Any) -> dict[str, Tensor]:
     """Return what the file of a model holds: all tensors by the names that they have in it.
 
-    The matrices of a stack stand under the model's own names, which no rule of transformers rewrites, and an empty
-    tensor stands in place of the 3-D parameter.
+    The matrices of a stack stand under the model's own names, which no rule of transformers rewrites, and an
+    empty tensor stands in place of the 3-D parameter.
     """
     from transformers import PreTrainedModel
     from transformers.core_model_loading import revert_weight_conversion
