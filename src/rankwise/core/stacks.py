@@ -136,6 +136,18 @@ class Stack(nn.Module):
                 part.weight = nn.Parameter(part.weight.detach().clone(), requires_grad=self.requires)
         return self
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Put an empty tensor under the parameter's name: no checkpoint of a stack can be loaded into it."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.like.is_meta:  # a stack that waits for its values does not wait for that
+            destination[prefix.removesuffix(".")] = self.like
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        unexpected = args[3]
+        if prefix.removesuffix(".") in unexpected:
+            unexpected.remove(prefix.removesuffix("."))
+
     def transpose(self, *dims: int) -> Any:
         """Refuse, as the transpose of all matrices at once is for products that cannot be followed."""
         raise _misused("transpose")

@@ -185,10 +185,11 @@ def tensors_of(model: Any) -> dict[str, Tensor]:
                 del state[name]
         for name in model._keys_to_ignore_on_save or ():
             state.pop(name, None)
-        parts = tuple(f"{path}." for path, _ in stacks(model))
-        own = {name: tensor for name, tensor in state.items() if name.startswith(parts)}
+        paths = [path for path, _ in stacks(model)]
+        inside = tuple(f"{path}." for path in paths)
+        own = {name: tensor for name, tensor in state.items() if name in paths or name.startswith(inside)}
         state = revert_weight_conversion(model, {k: t for k, t in state.items() if k not in own}) | own
-    return _apart(state | {path: stack.like for path, stack in stacks(model)})
+    return _apart(state)
 
 
 def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
