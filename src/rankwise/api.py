@@ -122,11 +122,13 @@ def compress(
 
     Returns:
         a report with a row for each layer: kind, rank, params before and after, and the error that the method
-        predicted and the one measured on the new matrix, both in the method's own units.
+        predicted and the one measured on the new matrix, both in the method's own units. Each expert of a mixture
+        has rows of its own; multiply-adds count as if every token went through all experts. Experts that no token
+        of the data reached stay as they are, and are named in ``totals["unreached"]``.
 
     Raises:
         ValueError: if an argument is wrong, a weight is not finite, or the budget cannot be met.
-        CalibrationError: if the data is empty or does not reach a layer.
+        CalibrationError: if the data is empty or does not reach a layer, or any of a mixture's experts.
 
     >>> import torch, rankwise
     >>> from torch import nn

@@ -222,7 +222,7 @@ def names_in(folder: Path) -> set[str]:
         return set(opened.keys())
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
+@pytest.mark.parametrize("family", ["gpt-oss", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_without_rankwise_loading_fails(family, tmp_path):
     model = MIXTURES[family]()
     rankwise.compress(model, PlainSvd(), keep=0.5, where=only_experts)
@@ -452,3 +452,35 @@ def test_a_folded_expert_with_a_new_bias_stays_a_layer(tmp_path):
     torch.testing.assert_close(output(model), expected, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="got a bias from compression"):
         rankwise.save(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
+def test_saving_without_rankwise_keeps_what_was_loaded(family, tmp_path):
+    model = MIXTURES[family]()
+    rankwise.compress(model, PlainSvd(), keep=0.5, where=only_experts)
+    loaded = AutoModelForCausalLM.from_pretrained(rankwise.save(model, tmp_path / "small"))
+    loaded.save_pretrained(tmp_path / "again")
+    again, _ = rankwise.load(tmp_path / "again")
+    assert torch.equal(output(again), output(model))
+    with safe_open(tmp_path / "again" / "model.safetensors", framework="pt") as opened:
+        kept = [name for name in names_in(tmp_path / "again") if name.endswith("experts.down_proj")]
+        assert {opened.get_tensor(name).shape for name in kept} == {(0,)}
+
+
+def test_the_state_of_compressed_experts_fits_them_alone():
+    model, other, dense = (MIXTURES["mixtral"]() for _ in range(3))
+    for each in (model, other):
+        rankwise.compress(each, PlainSvd(), keep=0.5, where=only_experts)
+    for parameter in other.parameters():
+        nn.init.zeros_(parameter.data)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(output(other), output(model))
+    with pytest.raises(RuntimeError, match=r"size mismatch for .*experts\.down_proj"):
+        dense.load_state_dict(model.state_dict())
+
+
+def test_biases_that_an_ordinary_folder_cannot_hold_are_refused(tmp_path):
+    model = MIXTURES["gpt-oss"]()
+    rankwise.compress(model, Lord(), keep=0.6, data=[ids()], where=only_experts)
+    with pytest.raises(ValueError, match="got a bias from compression"):
+        rankwise.export(model, rankwise.exporters.Dense(), tmp_path / "out")

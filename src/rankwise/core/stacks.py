@@ -142,11 +142,21 @@ class Stack(nn.Module):
         if not self.like.is_meta:  # a stack that waits for its values does not wait for that
             destination[prefix.removesuffix(".")] = self.like
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        unexpected = args[3]
-        if prefix.removesuffix(".") in unexpected:
-            unexpected.remove(prefix.removesuffix("."))
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if prefix.removesuffix(".") in unexpected_keys:
+            unexpected_keys.remove(prefix.removesuffix("."))
 
     def transpose(self, *dims: int) -> Any:
         """Refuse, as the transpose of all matrices at once is for products that cannot be followed."""
