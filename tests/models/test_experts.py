@@ -118,6 +118,28 @@ def test_statistics_equal_those_of_separate_layers(use):
             torch.testing.assert_close(found.layers[name][kind].value(), expected, rtol=1e-4, atol=1e-7)
 
 
+class Handed(nn.Module):
+    """Hands every expert all rows, with zeros in place of those that are not meant for it, as Llama 4 does."""
+
+    def __init__(self, experts: Routed) -> None:
+        super().__init__()
+        self.add_module("0", experts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        meant = torch.arange(E).repeat_interleave(T) == torch.arange(E)[:, None]
+        return self.get_submodule("0")((meant[:, :, None] * x).flatten(0, 1)).unflatten(0, (E, -1)).sum(0)
+
+
+def test_rows_of_zeros_did_not_reach_an_expert():
+    x = torch.randn(E * T, H, generator=Generator().manual_seed(4))
+    known = calibrated(nn.Sequential(Routed(*weights(), *USES["x @ W[i]"])), x)
+    found = calibrated(Handed(Routed(*weights(), *USES["bmm(x, W)"])), x)
+    for name, stats in known.layers.items():
+        for kind, statistic in stats.items():
+            value = found.layers[name][kind].value()
+            torch.testing.assert_close(value, statistic.value(), rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("use", [use for use in USES if use != "bmm(x, W)"])
 def test_errors_of_experts_add_up_to_that_of_one_layer(use):
     """Equal experts that see equal rows are one layer, cut in three."""
@@ -181,12 +203,14 @@ def test_calibration_leaves_the_model_as_it_is(mixture):
 
 
 def test_a_model_with_its_own_weights_as_matrices_computes_the_same(mixture):
+    way = mixture.get_experts_implementation()
     expected, state = output(mixture), {name: t.clone() for name, t in mixture.state_dict().items()}
     for site in select(mixture).values():
         replace(mixture, site, Dense(site.weight.clone()))
     torch.testing.assert_close(output(mixture), expected, rtol=0, atol=1e-5)
     mixture.generate(ids(1), max_new_tokens=3, do_sample=False)
     fold(mixture)
+    assert mixture.get_experts_implementation() == way
     assert mixture.state_dict().keys() == state.keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in mixture.state_dict().items())
     torch.testing.assert_close(output(mixture), expected, rtol=0, atol=1e-5)

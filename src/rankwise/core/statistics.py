@@ -198,8 +198,9 @@ class Watch:
 
     A matrix of a 3-D parameter, such as an expert's, sees only some rows. Its input statistics are means over
     these, and those of gradients means over all rows that entered the module, with zero for the others: so
-    1/2 tr(S D C D') is a change of the loss per row of the module, as it is for any other layer. Rows of padding
-    cannot be told from others there; they count as inputs, but their gradients are zero.
+    1/2 tr(S D C D') is a change of the loss per row of the module, as it is for any other layer. Where every
+    matrix is handed all rows, those that are zero did not reach it. Rows of padding cannot be told from others;
+    they count as inputs, but their gradients are zero.
 
     Args:
         sites: the layers to watch, from :func:`rankwise.core.surgery.select`.
@@ -225,11 +226,14 @@ class Watch:
             for layer, name in {id(layer): (layer, name) for layer, name in places}.values():
                 hooks.enter_context(layer.register_forward_hook(self._filling(name)))
             found = dict(stacks(model))
-            self.stacks = {name: path for name in self.sites if (path := name.rpartition(".")[0]) in found}
-            for path in sorted(set(self.stacks.values())):
-                owner = model.get_submodule(path.rpartition(".")[0])
-                count = self._counting(path, found[path])
-                hooks.enter_context(owner.register_forward_hook(count, with_kwargs=True))
+            owners: dict[int, tuple[nn.Module, str, Stack]] = {}
+            for path, name in named:
+                above = path.rpartition(".")[0]
+                if above in found:
+                    first, stack = self.stacks.setdefault(name, above), found[above]
+                    owners[id(stack)] = model.get_submodule(above.rpartition(".")[0]), first, stack
+            for owner, path, stack in owners.values():
+                hooks.enter_context(owner.register_forward_hook(self._counting(path, stack), with_kwargs=True))
             yield
 
     def begin(self, batch: Batch) -> None:
@@ -296,8 +300,9 @@ class Watch:
             }
         stats = self.layers[name]
         inputs, both = None, any(need.side == "both" for need in self.needs)
+        given = (x != 0).any(-1) if name in self.stacks else None
         if leader == name or both:
-            inputs = self.rows(site.view.inputs(x))
+            inputs = self.rows(site.view.inputs(x)) if given is None else x[given]
             if not bool(inputs.isfinite().all()):
                 raise CalibrationError(
                     f"layer {name}: its inputs are not finite; use float32, or look at the weights."
@@ -308,14 +313,14 @@ class Watch:
         if not self.gradients:
             return y
         leaf = not y.requires_grad
-        self._on_gradient(name, y.requires_grad_() if leaf else y, inputs if both else None)
+        self._on_gradient(name, y.requires_grad_() if leaf else y, inputs if both else None, given)
         return y.clone() if leaf else y  # what follows may work in place, which a leaf does not allow
 
-    def _on_gradient(self, name: str, y: Tensor, inputs: Tensor | None) -> None:
-        """Have the gradient of y counted when it comes; ``inputs`` are kept until then."""
+    def _on_gradient(self, name: str, y: Tensor, inputs: Tensor | None, given: Tensor | None) -> None:
+        """Have the gradient of y, or of its ``given`` rows, counted when it comes; ``inputs`` are kept until then."""
 
         def fill(gradient: Tensor) -> None:
-            rows = self.rows(self.sites[name].view.outputs(gradient))
+            rows = self.rows(self.sites[name].view.outputs(gradient)) if given is None else gradient[given]
             if not bool(rows.isfinite().all()):
                 raise CalibrationError(f"layer {name}: its output gradients are not finite; use float32.")
             for need, statistic in self.layers[name].items():

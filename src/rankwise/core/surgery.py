@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..matrices import StructuredMatrix
-from .stacks import Slice, Stack, one_by_one, stack_at, stacks, stacks_of
+from .stacks import ChoosesExperts, Slice, Stack, one_by_one, stack_at, stacks, stacks_of
 
 Where = Callable[[str, nn.Module], bool]
 
@@ -373,7 +373,7 @@ def fold(model: nn.Module) -> nn.Module:
     """Turn every :class:`StructuredLinear` of a model back into an ordinary layer, in place.
 
     Layers that share a matrix share the weight again, and the slices of a 3-D parameter are one again, unless one
-    got a bias. The way in which a transformers model computes its experts stays "eager".
+    got a bias. A transformers model then computes its experts in its default way again.
 
     Returns:
         the same model; a layer given as the model itself is returned as a new one.
@@ -392,6 +392,8 @@ def fold(model: nn.Module) -> nn.Module:
         whole = wholes.setdefault(id(stack), stack.parameter())
         if whole is not None:
             set_module(model, path, whole)
+    if wholes and isinstance(model, ChoosesExperts) and not any(True for _ in stacks(model)):
+        model.set_experts_implementation(None)  # the model's own choice
     return model
 
 
