@@ -192,7 +192,9 @@ def stacks_of(owner: nn.Module) -> Mapping[str, bool]:
 
     >>> import torch
     >>> from torch import nn
-    >>> experts = nn.Module()
+    >>> class Experts(nn.Module):
+    ...     pass
+    >>> experts = Experts()
     >>> experts.up = nn.Parameter(torch.zeros(3, 8, 4))
     >>> experts.down = nn.Parameter(torch.zeros(3, 4, 8))
     >>> stacks_of(experts)

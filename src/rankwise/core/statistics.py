@@ -317,7 +317,7 @@ class Watch:
         return y.clone() if leaf else y  # what follows may work in place, which a leaf does not allow
 
     def _on_gradient(self, name: str, y: Tensor, inputs: Tensor | None, given: Tensor | None) -> None:
-        """Have the gradient of y, or of its ``given`` rows, counted when it comes; ``inputs`` are kept until then."""
+        """Have the gradient of y, or its ``given`` rows, counted when it comes; keep ``inputs`` until then."""
 
         def fill(gradient: Tensor) -> None:
             rows = self.rows(self.sites[name].view.outputs(gradient)) if given is None else gradient[given]
