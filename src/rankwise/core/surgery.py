@@ -321,12 +321,13 @@ def _sites_at(path: str, layer: nn.Module) -> Iterator[tuple[nn.Parameter, Site]
 
 def replace(model: nn.Module, site: Site, matrix: StructuredMatrix, shift: Tensor | None = None) -> None:
     """Put a structured matrix in all places of a site; biases stay where they are, or move by ``shift`` (m,)."""
+    dtype = site.weight.dtype
     for name in site.names:
         unstack(model, name)
         old: Any = model.get_submodule(name)
         bias = old.bias
         if shift is not None:
-            bias = shift.to(site.weight.dtype) if bias is None else (bias.detach() + shift).to(bias.dtype)
+            bias = shift.to(dtype) if bias is None else (bias.detach() + shift).to(bias.dtype)
         new = StructuredLinear(matrix, bias, site.view).train(old.training)
         new.biased = shift is not None and old.bias is None
         set_module(model, name, new)
