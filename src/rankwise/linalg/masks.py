@@ -11,7 +11,7 @@ def largest(score: Tensor, kept: int) -> Tensor:
     >>> largest(torch.tensor([[3, 1], [2, 4]]), 2).tolist()
     [[True, False], [False, True]]
     """
-    mask = torch.zeros(score.shape, dtype=torch.bool, device=score.device)  # contiguous, whatever the score is
+    mask = torch.zeros(score.shape, dtype=torch.bool, device=score.device)
     mask.view(-1)[score.flatten().topk(kept, sorted=False).indices] = True
     return mask
 
