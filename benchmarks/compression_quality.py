@@ -187,7 +187,6 @@ PARTS = {
     "bars": bars,
     "grid": grid,
     "structures": structures,
-    "ingredients": ingredients,
     "calibration": calibration,
 }
 

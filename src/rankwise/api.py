@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 from . import measures as known_measures
 from .allocators import uniform, water_filling
 from .core import labels as label_kinds
-from .core.choices import BUDGETS, UNITS, Allocator, Choices, Ladder, Unit, cost_of
+from .core.choices import BUDGETS, UNITS, Allocator, Choices, Ladder, Unit, cost_of, nothing, spend
 from .core.data import batches_of
 from .core.errors import CalibrationError
 from .core.files import new_folder
@@ -129,11 +129,13 @@ def compress(
 
     Returns:
         a report with a row for each layer: kind, rank, params before and after, and the error that the method
-        predicted and the one measured on the new matrix, both in the method's own units.
+        predicted and the one measured on the new matrix, both in the method's own units. Each expert of a mixture
+        has rows of its own; multiply-adds count as if every token went through all experts. Experts that no token
+        of the data reached stay as they are, and are named in ``totals["unreached"]``.
 
     Raises:
         ValueError: if an argument is wrong, a weight is not finite, or the budget cannot be met.
-        CalibrationError: if the data is empty or does not reach a layer.
+        CalibrationError: if the data is empty or does not reach a layer, or any of a mixture's experts.
 
     >>> import torch, rankwise
     >>> from torch import nn
@@ -174,9 +176,7 @@ def compress(
     ladders = {name: Ladder.of(choices[name], of, dense[name][of]) for name in sites}
     budget = int(keep * sum(each[of] for each in dense.values()))
     chosen = allocate or (water_filling if method.comparable else uniform)
-    picks = chosen(ladders, budget)
-    if (cost := cost_of(ladders, picks)) > budget:
-        raise RuntimeError(f"allocator {chosen} spent {cost} of {budget}.")
+    picks = spend(chosen, ladders, budget)
     seconds["allocation"] = time.perf_counter() - start
     start = time.perf_counter()
     indices = {n: int(ladders[n].index[picks[n]]) for n in sites if picks[n] < len(ladders[n].index)}
@@ -199,10 +199,6 @@ def compress(
         measured = 0.0 if matrix is None else measured_error(site.weight, matrix, choices[name])
         biases = _bias_costs(choices[name], site)["params"]
         rows.append(row_of(name, site.weight, matrix, float(ladders[name].errors[step]), measured, biases))
-    for name, matrix in matrices.items():
-        if matrix is not None:
-            replace(model, sites[name], matrix, shifts[name])
-    seconds["new matrices"] = time.perf_counter() - start
     before = {unit: sum(each[unit] for each in dense.values()) for unit in UNITS}
     after = {
         unit: sum(
@@ -211,8 +207,13 @@ def compress(
         )
         for unit in UNITS
     }
+    for name, matrix in matrices.items():
+        if matrix is not None:
+            replace(model, sites[name], matrix, shifts[name])
+    seconds["new matrices"] = time.perf_counter() - start
     curves = {name: c.spectrum.tolist() for name, c in choices.items() if c.spectrum is not None}
-    report = report_of(method, f"keep {keep:g} of their {of}", rows, before, after, seconds, curves)
+    unreached = [name for name in sites if method.needs and statistics.unreached(name)]
+    report = report_of(method, f"keep {keep:g} of their {of}", rows, before, after, seconds, curves, unreached)
     if not timed:
         return report
     shares = report.totals["keep"] | {of: cost_of(ladders, picks) / sum(each.dense for each in timed.values())}
@@ -380,7 +381,9 @@ def sampled(model: nn.Module, data: str, tokens: int, window: int, seed: int) ->
 
 
 def choices_of(name: str, site: Site, method: Compressor, statistics: Statistics) -> Choices:
-    """Ask a method for the choices of a layer; an error names the layer."""
+    """Ask a method for the choices of a layer, none if no data reached it; an error names the layer."""
+    if method.needs and statistics.unreached(name):
+        return nothing()
     try:
         return method.choices(site.weight, statistics.of(name, method.needs))
     except ValueError as error:
@@ -439,6 +442,7 @@ def report_of(
     after: Mapping[Any, int],
     seconds: Mapping[str, float],
     curves: Mapping[str, Sequence[float]],
+    unreached: Sequence[str],
 ) -> Report:
     """Put the report of a compression together.
 
@@ -450,6 +454,7 @@ def report_of(
         after: and afterwards.
         seconds: of each stage.
         curves: the spectrum of each layer.
+        unreached: layers that no data reached, which stay as they are.
     """
     totals = {
         "method": described(method),
@@ -457,4 +462,8 @@ def report_of(
         "seconds": dict(seconds),
         "peak_memory_bytes": peak_memory_bytes(),
     }
-    return Report(f"{type(method).__name__}: {len(rows)} layers at {budget}", rows, "layers", totals, curves)
+    title = f"{type(method).__name__}: {len(rows)} layers at {budget}"
+    if unreached:
+        totals["unreached"] = list(unreached)
+        title += f"; {len(unreached)} that no data reached stay as they are"
+    return Report(title, rows, "layers", totals, curves)

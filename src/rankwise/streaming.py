@@ -22,7 +22,7 @@ from .api import (
     row_of,
 )
 from .core import labels as label_kinds
-from .core.choices import UNITS, Allocator, Ladder, Unit, cost_of
+from .core.choices import UNITS, Allocator, Ladder, Unit, spend
 from .core.data import batches_of
 from .core.labels import Labels
 from .core.methods import Compressor
@@ -171,9 +171,8 @@ class _Run:
         dense = {name: dense_costs(site.weight) for name, site in self.sites.items()}
         budget = int(keep * sum(each[of] for each in dense.values()))
         ladders = self._ladders(of)
-        picks = allocate(ladders, budget)
-        if (cost := cost_of(ladders, picks)) > budget:
-            raise RuntimeError(f"allocator {allocate} spent {cost} of {budget}.")
+        unreached = {name for part in self.parts if self.parts[part] for name in self._choice(part)["unreached"]}
+        picks = spend(allocate, ladders, budget)
         made = [
             self._write(part, {name: (ladders[name], picks[name]) for name in self.parts[part]})
             for part in track(self.parts, "new matrices")  # the part outside comes last
@@ -188,6 +187,7 @@ class _Run:
             {unit: sum(each[unit] for each in costs.values()) for unit in UNITS},
             self._seconds(),
             {name: ladder.spectrum.tolist() for name, ladder in ladders.items() if ladder.spectrum is not None},
+            [name for name in self.sites if name in unreached],
         )
         self._assemble([group for each in made for group in each["groups"]])
         return report
@@ -196,7 +196,7 @@ class _Run:
         """Keep what the allocator needs to know of the layers of a part."""
 
         def make(folder: Path) -> dict[str, Any]:
-            tensors, totals = {}, {}
+            tensors, totals, unreached = {}, {}, []
             with self._filled(part):
                 statistics = self._statistics(part)
                 for name, site in self.parts[part].items():
@@ -207,6 +207,8 @@ class _Run:
                             "compress the model in memory."
                         )
                     totals[name] = choices.total
+                    if self.method.needs and statistics.unreached(name):
+                        unreached.append(name)
                     for unit in UNITS:
                         ladder = Ladder.of(choices, unit, dense[unit])
                         parts = {"costs": ladder.costs, "errors": ladder.errors, "index": ladder.index}
@@ -214,10 +216,13 @@ class _Run:
                     if choices.spectrum is not None:
                         tensors[f"{name} spectrum"] = choices.spectrum
             write_tensors(folder / LADDERS, tensors)
-            return totals
+            return {"totals": totals, "unreached": unreached}
 
         if self.parts[part]:
             self.steps.run(f"choices-{self._number(part)}", make)
+
+    def _choice(self, part: str) -> dict[str, Any]:
+        return self.steps.figures(f"choices-{self._number(part)}")
 
     def _ladders(self, of: Unit) -> dict[str, Ladder]:
         """Return the ladders of all layers, in the order of the model."""
@@ -225,7 +230,7 @@ class _Run:
         for part, sites in self.parts.items():
             if sites:
                 step = f"choices-{self._number(part)}"
-                totals, tensors = self.steps.figures(step), self.steps.tensors(step, LADDERS)
+                totals, tensors = self._choice(part)["totals"], self.steps.tensors(step, LADDERS)
                 for name in sites:
                     costs, errors, index = (tensors[f"{name} {of} {key}"] for key in ("costs", "errors", "index"))
                     found[name] = Ladder(costs, errors, index, totals[name], tensors.get(f"{name} spectrum"))
@@ -288,7 +293,7 @@ class _Run:
 
     def _assemble(self, groups: Sequence[Any]) -> None:
         """Put the shards together and remove the rest."""
-        order = {name: i for i, (name, _) in enumerate(self.model.named_modules(remove_duplicate=False))}
+        order = {name: i for i, name in enumerate(self.sites)}
         steps = [f"shard-{self._number(part)}" for part in (OUTSIDE, *self.chain.names)]
         shards = [self.steps.file(step, SHARD) for step in steps]
         config = with_specs(self.checkpoint.config, sorted(groups, key=lambda group: order[group["names"][0]]))

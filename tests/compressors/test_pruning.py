@@ -42,3 +42,11 @@ def test_large_weights_have_their_errors_predicted():
     for i in range(0, len(choices.errors), 4):
         measured = choices.error_of(weight - choices.build(i).dense().detach())
         assert measured == pytest.approx(float(choices.errors[i]), rel=0.25)
+
+
+def test_a_weight_stored_transposed_is_pruned_as_any_other():
+    weight, method = draw(24, 32), KroneckerFactoredPruning()
+    stats = fill(method.needs, correlated(400, 32, 3), correlated(400, 24, 5))
+    one, other = (method.choices(each, stats) for each in (weight, weight.mT.contiguous().mT))
+    torch.testing.assert_close(one.errors, other.errors)
+    torch.testing.assert_close(one.build(3).dense(), other.build(3).dense())

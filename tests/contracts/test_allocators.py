@@ -10,7 +10,7 @@ from torch import Generator
 
 from rankwise import allocators
 from rankwise.compressors import PlainSvd
-from rankwise.core.choices import Allocator, Ladder, Unit, cost_of
+from rankwise.core.choices import Allocator, Ladder, Unit, cost_of, nothing, spend
 
 SHAPES = {"query": (24, 24), "key": (8, 24), "up": (40, 24), "down": (24, 40)}
 KEEPS = [0.25, 0.3, 0.5, 0.77, 0.9, 0.99, 1.0]
@@ -179,3 +179,18 @@ def test_spectrum_threshold_keeps_what_is_above_it():
         ladders = {"one": Ladder.of(choices, "macs", weight.numel())}
         picks = allocators.spectrum_threshold(ladders, rank * (20 - rank))
         assert choices.build(int(ladders["one"].index[picks["one"]])).rank == rank
+
+
+def test_layers_without_a_choice_stay_dense_and_count(allocate: Allocator):
+    found = real()
+    fixed = Ladder.of(nothing(), "params", 1000)
+    budget = 1000 + int(0.7 * whole(found))
+    picks = spend(allocate, {"fixed": fixed, **found}, budget)
+    assert picks == {"fixed": 0, **allocate(found, budget - 1000)}
+    with pytest.raises(ValueError, match="cannot be met"):
+        spend(allocate, {"fixed": fixed, **found}, 1000)
+
+
+def test_an_allocator_that_spends_too_much_is_named():
+    with pytest.raises(RuntimeError, match="spent"):
+        spend(lambda found, _: {name: len(each.costs) - 1 for name, each in found.items()}, real(), 900)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from mixtures import MIXTURES
 from tiny import gpt2, ids, llama, padded, plain
 from torch import Tensor, nn
 from torch.nn import functional
@@ -146,6 +147,24 @@ def test_layers_outside_the_blocks_are_made_from_the_dense_inputs():
         rankwise.compress(each, WhitenedSvd(), keep=KEEP, data=plain(), sequential=flag)
     ours, other = (structured(each)["pooler.dense"].matrix.dense() for each in (model, alone))
     assert torch.equal(ours, other)
+
+
+@pytest.mark.parametrize("family", [name for name in MIXTURES if name != "llama4"])  # there experts see all rows
+def test_experts_are_made_from_the_dense_inputs_and_what_follows_sees_them(family):
+    dense = MIXTURES[family]()
+    model, alone = copy.deepcopy(dense), copy.deepcopy(dense)
+    rankwise.compress(model, WhitenedSvd(), keep=KEEP, data=plain(), sequential=True)
+    rankwise.compress(alone, WhitenedSvd(), keep=KEEP, data=plain())
+    ours, other = ({n: x.matrix.dense() for n, x in structured(each).items()} for each in (model, alone))
+    experts = [name for name in ours if ".experts." in name]
+    assert experts
+    assert all(torch.equal(ours[name], other[name]) for name in experts)
+    later = "model.layers.1.self_attn.q_proj"
+    assert not torch.equal(ours[later], other[later])
+    where = lambda name, _: ".experts." in name or name == later  # noqa: E731
+    partly = copy.deepcopy(dense)
+    rankwise.compress(partly, WhitenedSvd(), keep=KEEP, data=plain(), sequential=True, where=where)
+    assert not torch.equal(structured(partly)[later].matrix.dense(), other[later])
 
 
 def test_wrong_arguments_are_refused():

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from mixtures import MIXTURES
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny import gpt2, llama, padded, plain
@@ -47,7 +48,17 @@ def made(kind: str, config: Any) -> Callable[[], Any]:
     return lambda: getattr(transformers, kind)(config)
 
 
-ALSO = {"mistral with a sliding window", "qwen2", "qwen3", "gemma3", "gpt neox", "opt", "bert classifier", "vit"}
+ALSO = {
+    "mistral with a sliding window",
+    "qwen2",
+    "qwen3",
+    "gemma3",
+    "gpt neox",
+    "opt",
+    "bert classifier",
+    "vit",
+    "qwen3 moe",
+}
 FAMILIES = {
     "llama": (decoder("Llama"), padded),
     "llama with tied embeddings": (decoder("Llama", tie_word_embeddings=True), plain),
@@ -70,7 +81,7 @@ FAMILIES = {
         made("OPTForCausalLM", transformers.OPTConfig(**BERT, **ENDS, ffn_dim=48, word_embed_proj_dim=32)),
         padded,
     ),
-    "mixtral": (decoder("Mixtral", num_local_experts=2), plain),
+    **{name: (make, plain) for name, make in MIXTURES.items()},
     "bert": (made("BertModel", transformers.BertConfig(**BERT)), padded),
     "bert classifier": (made("BertForSequenceClassification", transformers.BertConfig(**BERT)), padded),
     "vit": (made("ViTModel", transformers.ViTConfig(**BERT, **IMAGE)), images),
@@ -137,6 +148,11 @@ def test_a_sequential_stream_equals_one_in_memory(method, batches, tmp_path):
     same_as_in_memory(folder, tmp_path, method, batches(), sequential=True)
 
 
+def test_a_sequential_stream_of_experts_equals_one_in_memory(tmp_path):
+    folder = source(MIXTURES["qwen2 moe"], tmp_path / "dense")
+    same_as_in_memory(folder, tmp_path, KroneckerFactoredSvd(), plain(), sequential=True)
+
+
 def test_bfloat16_stays_bfloat16(tmp_path):
     folder = source(llama, tmp_path / "dense", torch.bfloat16)
     rankwise.compress_folder(folder, tmp_path / "out", KroneckerFactoredSvd(), keep=KEEP, data=plain())
@@ -192,6 +208,23 @@ def test_a_run_interrupted_after_every_step_makes_the_same_bits(dense, whole, tm
     assert times == 3 + 1 + 2 + 2 + 3  # hidden states, the loss, gradients, choices, shards
     assert contents(tmp_path / "out") == contents(whole)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_experts_streamed_with_an_interrupt_after_every_step_have_the_same_bits(tmp_path, monkeypatch):
+    def make() -> Any:
+        model = MIXTURES["gpt-oss"]()
+        model.model.layers[1].mlp.router.bias.data[3] = -1e4  # an expert that no token reaches
+        return model
+
+    folder = source(make, tmp_path / "dense")
+    known = run(folder, tmp_path / "known")
+    while interrupted(folder, tmp_path / "out", monkeypatch, 1):
+        assert not (tmp_path / "out").exists()
+    assert contents(tmp_path / "out") == contents(known)
+    report = rankwise.compress_folder(folder, tmp_path / "again", KroneckerFactoredSvd(), keep=KEEP, data=plain())
+    assert report.totals["unreached"] == [
+        f"model.layers.1.mlp.experts.{name}.3" for name in ("gate_up_proj", "down_proj")
+    ]
 
 
 def test_a_run_killed_between_a_folder_and_its_entry_makes_the_same_bits(dense, whole, tmp_path, monkeypatch):

@@ -151,6 +151,8 @@ def test_the_plugin_loads_a_file_as_vllm_would(quantization, world, tmp_path):
     with pytest.raises(ValueError, match="version 9"):
         quantization.registered["rankwise"].from_config({**written, "version": 9})
     assert config.get_quant_method(nn.Embedding(2, 2), "model.embed_tokens") is None
+    with pytest.raises(ValueError, match="compressed experts"):
+        config.get_quant_method(nn.Module(), f"{LAYER}self_attn")
     x, prefix = torch.randn(3, 32), f"{LAYER}self_attn.qkv_proj"
     found = []
     for rank in range(world):

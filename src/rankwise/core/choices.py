@@ -40,6 +40,16 @@ class Choices:
     mean: Tensor | None = None
 
 
+def nothing() -> Choices:
+    """Return the choices of a layer that stays as it is."""
+    none = torch.zeros(0, dtype=torch.int64)
+
+    def build(i: int, *_: object) -> StructuredMatrix:
+        raise IndexError(f"there is no choice {i}.")
+
+    return Choices({unit: none for unit in UNITS}, none.double(), 0.0, build, build, lambda change: 0.0)
+
+
 @dataclass(frozen=True)
 class Ladder:
     """The choices of one layer under a budget, cheapest first; the last one leaves the layer as it is.
@@ -100,3 +110,19 @@ def check_budget(ladders: Mapping[str, Ladder], budget: int) -> None:
 def cost_of(ladders: Mapping[str, Ladder], picks: Mapping[str, int]) -> int:
     """Return what the picked choices cost together."""
     return sum(int(ladders[name].costs[i]) for name, i in picks.items())
+
+
+def spend(allocate: Allocator, ladders: Mapping[str, Ladder], budget: int) -> dict[str, int]:
+    """Have an allocator spend a budget on the layers that have a choice; the others stay dense.
+
+    Raises:
+        ValueError: if the budget cannot be met.
+        RuntimeError: if the allocator spent more.
+    """
+    check_budget(ladders, budget)
+    free = {name: ladder for name, ladder in ladders.items() if len(ladder.index)}
+    fixed = {name: 0 for name in ladders.keys() - free.keys()}
+    picks = fixed | (allocate(free, budget - cost_of(ladders, fixed)) if free else {})
+    if (cost := cost_of(ladders, picks)) > budget:
+        raise RuntimeError(f"allocator {allocate} spent {cost} of {budget}.")
+    return {name: picks[name] for name in ladders}

@@ -15,7 +15,8 @@ from .errors import CalibrationError
 from .labels import Labels
 from .memory import peak_memory_bytes
 from .progress import track
-from .surgery import Site, View
+from .stacks import Stack, stacks
+from .surgery import Site, View, unstacked
 
 Batch = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -161,7 +162,8 @@ class Statistics:
     """What one pass over the data found.
 
     Args:
-        layers: the statistics of each layer; layers with the same input share one object.
+        layers: the statistics of each layer; layers with the same input share one object. A matrix of a stack,
+            such as an expert's, that no row reached has none.
         seconds: duration of the pass.
         peak_memory_bytes: the largest memory of the process up to its end.
         batches: the data, where it was kept.
@@ -179,6 +181,8 @@ class Statistics:
             CalibrationError: if the pass did not collect it.
         """
         have = self.layers.get(name, {})
+        if self.unreached(name):
+            raise CalibrationError(f"layer {name} was never reached by the data; leave it out with 'where'.")
         for need in needs:
             if need not in have:
                 raise CalibrationError(
@@ -186,9 +190,19 @@ class Statistics:
                 )
         return have
 
+    def unreached(self, name: str) -> bool:
+        """Whether a layer was watched and no row, or no gradient, reached it."""
+        return name in self.layers and not self.layers[name]
+
 
 class Watch:
     """Fills the statistics of some sites while their model runs inside :meth:`on`.
+
+    A matrix of a 3-D parameter, such as an expert's, sees only some rows. Its input statistics are means over
+    these, and those of gradients means over all rows that entered the module, with zero for the others: so
+    1/2 tr(S D C D') is a change of the loss per row of the module, as it is for any other layer. Where every
+    matrix is handed all rows, those that are zero did not reach it. Rows of padding cannot be told from others;
+    they count as inputs, but their gradients are zero.
 
     Args:
         sites: the layers to watch, from :func:`rankwise.core.surgery.select`.
@@ -202,22 +216,27 @@ class Watch:
         self.seen: dict[tuple[int, int, View], tuple[weakref.ref[Tensor], str]] = {}
         self.leader: dict[str, str] = {}  # layer -> the first layer that saw the same input
         self.gradients = any(need.side != "input" for need in self.needs)
+        self.stacks: dict[str, str] = {}  # layer -> path of the stack that it is a matrix of
+        self.entered: dict[str, int] = {}  # path of a stack -> rows that entered its module
 
     @contextlib.contextmanager
     def on(self, model: nn.Module) -> Iterator[None]:
         """Have every run of the model counted; :meth:`begin` comes before each."""
-        places = [(model.get_submodule(path), name) for name, site in self.sites.items() for path in site.names]
-        unique = {id(layer): (layer, name) for layer, name in places}.values()
-
-        def hook(name: str) -> Callable[[nn.Module, Any, Any], Tensor]:
-            return lambda _, inputs, y: self._fill(name, inputs[0], y)
-
-        handles = [layer.register_forward_hook(hook(name)) for layer, name in unique]
-        try:
+        with unstacked(model, self.sites.values()), contextlib.ExitStack() as hooks:
+            named = [(path, name) for name, site in self.sites.items() for path in site.names]
+            places = [(model.get_submodule(path), name) for path, name in named]
+            for layer, name in {id(layer): (layer, name) for layer, name in places}.values():
+                hooks.enter_context(layer.register_forward_hook(self._filling(name)))
+            found = dict(stacks(model))
+            owners: dict[int, tuple[nn.Module, str, Stack]] = {}
+            for path, name in named:
+                above = path.rpartition(".")[0]
+                if above in found:
+                    first, stack = self.stacks.setdefault(name, above), found[above]
+                    owners[id(stack)] = model.get_submodule(above.rpartition(".")[0]), first, stack
+            for owner, path, stack in owners.values():
+                hooks.enter_context(owner.register_forward_hook(self._counting(path, stack), with_kwargs=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def begin(self, batch: Batch) -> None:
         """Start a batch; a keyword ``attention_mask`` in it marks padding, which does not count."""
@@ -226,23 +245,48 @@ class Watch:
         self.seen.clear()
 
     def result(self) -> dict[str, dict[type[Statistic], Statistic]]:
-        """Return the statistics of each site.
+        """Return the statistics of each site; a matrix of a stack that no row reached has none.
 
         Raises:
-            CalibrationError: if no batch reached one.
+            CalibrationError: if no batch reached a layer, or any matrix of a stack.
         """
+        paths = {name: self.stacks[name] for name in self.sites if name in self.stacks}
+        reached = {name for name in paths if _reached(self.layers.get(name, {}))}
         for name in self.sites:
-            if name not in self.layers:
+            if name not in paths and name not in self.layers:
                 raise CalibrationError(f"layer {name} was never reached by the data; leave it out with 'where'.")
-            if not all(statistic.count for statistic in self.layers[name].values()):
+            if name not in paths and not all(statistic.count for statistic in self.layers[name].values()):
                 raise CalibrationError(f"the loss does not depend on layer {name}; leave it out with 'where'.")
-        return self.layers
+        for path in sorted(set(paths.values()) - {paths[name] for name in reached}):
+            raise CalibrationError(f"no matrix of {path} was reached by the data; leave it out with 'where'.")
+        for name in reached:
+            for need, statistic in self.layers[name].items():
+                if need.side != "input":
+                    statistic.count = self.entered[paths[name]]
+        return {name: {} if name in paths and name not in reached else self.layers[name] for name in self.sites}
 
     def rows(self, x: Tensor) -> Tensor:
         """Flatten (..., k) to (t, k) without padding."""
         if self.mask is not None and x.shape[:-1] == self.mask.shape:
             return x[self.mask.to(x.device)]
         return x.flatten(0, -2)
+
+    def _filling(self, name: str) -> Callable[[nn.Module, Any, Any], Tensor]:
+        return lambda _, inputs, y: self._fill(name, inputs[0], y)
+
+    def _counting(self, path: str, stack: Stack) -> Callable[..., None]:
+        """Return a hook that counts the rows that the module of a stack was given, but for padding."""
+
+        def count(_: nn.Module, args: Any, options: Any, output: Any) -> None:
+            given = [*args, *options.values()]
+            x = next(value for value in given if isinstance(value, Tensor) and value.is_floating_point())
+            rows = x.numel() // x.shape[-1]
+            if self.mask is not None and rows == self.mask.numel():
+                rows = int(self.mask.sum())
+            share = len(stack) if stack.batched else 1  # every matrix is given its own copy of all rows
+            self.entered[path] = self.entered.get(path, 0) + rows // share
+
+        return count
 
     def _fill(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """Count the input and the output of a layer; return what takes the place of the output."""
@@ -258,8 +302,9 @@ class Watch:
             }
         stats = self.layers[name]
         inputs, both = None, any(need.side == "both" for need in self.needs)
+        given = (x != 0).any(-1) if name in self.stacks else None
         if leader == name or both:
-            inputs = self.rows(site.view.inputs(x))
+            inputs = self.rows(site.view.inputs(x)) if given is None else x[given]
             if not bool(inputs.isfinite().all()):
                 raise CalibrationError(
                     f"layer {name}: its inputs are not finite; use float32, or look at the weights."
@@ -270,14 +315,14 @@ class Watch:
         if not self.gradients:
             return y
         leaf = not y.requires_grad
-        self._on_gradient(name, y.requires_grad_() if leaf else y, inputs if both else None)
+        self._on_gradient(name, y.requires_grad_() if leaf else y, inputs if both else None, given)
         return y.clone() if leaf else y  # what follows may work in place, which a leaf does not allow
 
-    def _on_gradient(self, name: str, y: Tensor, inputs: Tensor | None) -> None:
-        """Have the gradient of y counted when it comes; ``inputs`` are kept until then."""
+    def _on_gradient(self, name: str, y: Tensor, inputs: Tensor | None, given: Tensor | None) -> None:
+        """Have the gradient of y, or its ``given`` rows, counted when it comes; keep ``inputs`` until then."""
 
         def fill(gradient: Tensor) -> None:
-            rows = self.rows(self.sites[name].view.outputs(gradient))
+            rows = self.rows(self.sites[name].view.outputs(gradient)) if given is None else gradient[given]
             if not bool(rows.isfinite().all()):
                 raise CalibrationError(f"layer {name}: its output gradients are not finite; use float32.")
             for need, statistic in self.layers[name].items():
@@ -296,6 +341,11 @@ class Watch:
         if self.leader.setdefault(name, found) != found:
             raise CalibrationError(f"layers {name} and {self.leader[name]} share inputs in some batches only.")
         return found
+
+
+def _reached(stats: Stats) -> bool:
+    """Whether something was summed: rows of zeros, as padding has for gradients, say nothing."""
+    return bool(stats) and all(s.count > 0 and bool((s.sum != 0).any()) for s in stats.values())
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
 """Which layers of a model are matrices, and how a structured matrix takes the place of one."""
 
 import abc
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..matrices import StructuredMatrix
+from .stacks import ChoosesExperts, Slice, Stack, one_by_one, stack_at, stacks, stacks_of
 
 Where = Callable[[str, nn.Module], bool]
 
@@ -155,7 +157,28 @@ class Conv2dView(View):
         return height, width
 
 
-VIEWS: tuple[type[View], ...] = (LinearView, TransposedView, Conv2dView)
+@dataclasses.dataclass(frozen=True)
+class SliceView(LinearView):
+    """One matrix of a 3-D parameter, such as an expert's, stored as (m, n) or (n, m)."""
+
+    transposed: bool
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Self | None:
+        """Fit a layer of a :class:`Stack` that is as it was."""
+        return cls(layer.transposed) if isinstance(layer, Slice) else None
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Transpose what is stored as (n, m)."""
+        return weight.mT if self.transposed else weight
+
+    def restore(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """Build a :class:`Slice`."""
+        stored = weight.mT.contiguous() if self.transposed else weight
+        return Slice(nn.Parameter(stored), self.transposed, None if bias is None else _parameter(bias))
+
+
+VIEWS: tuple[type[View], ...] = (LinearView, TransposedView, Conv2dView, SliceView)
 
 
 def view_of(layer: nn.Module) -> View | None:
@@ -216,13 +239,15 @@ class Site:
 
     Args:
         names: paths of the modules that hold this weight, the first one naming it in reports.
-        layer: the module at the first path.
+        layer: the module at the first path, or the one that owns the 3-D parameter.
         view: how it is seen as a matrix.
+        part: of which 3-D parameter it is which slice; its names end with both.
     """
 
     names: tuple[str, ...]
     layer: nn.Module
     view: View
+    part: tuple[str, int] | None = None
 
     @property
     def name(self) -> str:
@@ -237,7 +262,12 @@ class Site:
     @property
     def weight(self) -> Tensor:
         """The (m, n) weight, detached."""
-        return self.view.matrix(self.layer.get_parameter("weight").detach())
+        if self.part is None:
+            return self.view.matrix(self.layer.get_parameter("weight").detach())
+        name, i = self.part
+        held = getattr(self.layer, name)
+        stored: Tensor = held.layer(i).get_parameter("weight") if isinstance(held, Stack) else held[i]
+        return self.view.matrix(stored.detach())
 
 
 @runtime_checkable
@@ -249,11 +279,13 @@ def select(model: nn.Module, where: Where | None = None) -> dict[str, Site]:
     """Find the weight matrices of a model by the kind and shape of its modules.
 
     Layers that share one weight are one site. A weight that is also an embedding table is never
-    selected, nor, by default, the output head that a transformers model names.
+    selected, nor, by default, the output head that a transformers model names. Each matrix of a 3-D parameter,
+    such as the weights of a mixture's experts, is a site of its own: ``experts.down_proj.3``.
 
     Args:
         model: any module.
-        where: keeps a layer if it is true for (name, module); None keeps all but output heads.
+        where: keeps a layer if it is true for (name, module); None keeps all but output heads. For a matrix of a
+            3-D parameter the module is the one that owns the parameter.
 
     Raises:
         ValueError: if nothing is selected.
@@ -262,40 +294,87 @@ def select(model: nn.Module, where: Where | None = None) -> dict[str, Site]:
     tied = {id(table) for table in tables}
     head = model.get_output_embeddings() if isinstance(model, _HasHead) else None
     keep = where or (lambda name, layer: layer is not head)
-    sites: dict[int, Site] = {}
-    for name, layer in model.named_modules(remove_duplicate=False):
-        view = view_of(layer)
-        if view is None or id(layer.get_parameter("weight")) in tied or not keep(name, layer):
-            continue
-        key = id(layer.get_parameter("weight"))
-        known = sites.get(key)
-        sites[key] = (
-            Site((name,), layer, view)
-            if known is None
-            else dataclasses.replace(known, names=(*known.names, name))
-        )
+    sites: dict[tuple[int, int], Site] = {}
+    for path, owner in model.named_modules(remove_duplicate=False):
+        for weight, site in _sites_at(path, owner):
+            if id(weight) not in tied and keep(site.name, owner):
+                key = id(weight), 0 if site.part is None else site.part[1]
+                known = sites.get(key, dataclasses.replace(site, names=()))
+                sites[key] = dataclasses.replace(known, names=(*known.names, *site.names))
     if not sites:
         kinds = ", ".join(kind.__name__.removesuffix("View") for kind in VIEWS)
         raise ValueError(f"no layer was selected: the model has none of {kinds} that 'where' accepts.")
     return {site.name: site for site in sites.values()}
 
 
+def _sites_at(path: str, layer: nn.Module) -> Iterator[tuple[nn.Parameter, Site]]:
+    """Yield the weight matrices that a module itself holds, each with the parameter it is, or is cut from."""
+    view = view_of(layer)
+    if view is not None:
+        yield layer.get_parameter("weight"), Site((path,), layer, view)
+    for name, transposed in stacks_of(layer).items():
+        weight = layer.get_parameter(name)
+        for i in range(len(weight)):
+            full = f"{path}.{name}.{i}".removeprefix(".")
+            yield weight, Site((full,), layer, SliceView(transposed), (name, i))
+
+
 def replace(model: nn.Module, site: Site, matrix: StructuredMatrix, shift: Tensor | None = None) -> None:
     """Put a structured matrix in all places of a site; biases stay where they are, or move by ``shift`` (m,)."""
+    dtype = site.weight.dtype
     for name in site.names:
+        unstack(model, name)
         old: Any = model.get_submodule(name)
         bias = old.bias
         if shift is not None:
-            bias = shift.to(site.weight.dtype) if bias is None else (bias.detach() + shift).to(bias.dtype)
+            bias = shift.to(dtype) if bias is None else (bias.detach() + shift).to(bias.dtype)
         new = StructuredLinear(matrix, bias, site.view).train(old.training)
         new.biased = shift is not None and old.bias is None
         set_module(model, name, new)
 
 
+def unstack(model: nn.Module, name: str) -> Stack | None:
+    """Put a stack in place of the 3-D parameter that a dotted name is a slice of, if it is; return the stack."""
+    path, _, number = name.rpartition(".")
+    found = stack_at(model, path)
+    if found is None:
+        return None
+    owner, last, transposed = found
+    weight = owner.get_parameter(last)
+    if not number.isdecimal() or int(number) >= len(weight):
+        return None
+    stack = Stack(weight, transposed).detached().train(owner.training)
+    set_module(model, path, stack)
+    one_by_one(model)
+    return stack
+
+
+@contextlib.contextmanager
+def unstacked(model: nn.Module, sites: Iterable[Site]) -> Iterator[None]:
+    """Let each slice of the sites' 3-D parameters be a layer for a while, without a copy."""
+    paths = {name.rpartition(".")[0] for site in sites if site.part is not None for name in site.names}
+    found = {path: place for path in sorted(paths) if (place := stack_at(model, path)) is not None}
+    before = {id(owner): (owner, dict(owner._parameters)) for owner, _, _ in found.values()}
+    back = one_by_one(model) if found else lambda: None
+    try:
+        for path, (owner, name, transposed) in found.items():
+            if name in owner._parameters:  # not yet done under another path
+                set_module(model, path, Stack(owner.get_parameter(name), transposed).train(owner.training))
+        yield
+    finally:
+        for owner, parameters in before.values():
+            for name, parameter in parameters.items():
+                setattr(owner, name, parameter)
+            owner._parameters.clear()
+            owner._parameters.update(parameters)  # in the order that they had
+        back()
+
+
 def fold(model: nn.Module) -> nn.Module:
     """Turn every :class:`StructuredLinear` of a model back into an ordinary layer, in place.
 
-    Layers that share a matrix share the weight again.
+    Layers that share a matrix share the weight again, and the slices of a 3-D parameter are one again, unless one
+    got a bias. A transformers model then computes its experts in its default way again.
 
     Returns:
         the same model; a layer given as the model itself is returned as a new one.
@@ -309,6 +388,13 @@ def fold(model: nn.Module) -> nn.Module:
             plain.biased = layer.biased
             plain.weight = weights.setdefault(id(layer.matrix), plain.weight)
             set_module(model, name, plain)
+    wholes: dict[int, Any] = {}
+    for path, stack in list(stacks(model)):
+        whole = wholes.setdefault(id(stack), stack.parameter())
+        if whole is not None:
+            set_module(model, path, whole)
+    if wholes and isinstance(model, ChoosesExperts) and not any(True for _ in stacks(model)):
+        model.set_experts_implementation(None)  # the model's own choice
     return model
 
 
@@ -318,10 +404,13 @@ def structured(model: nn.Module) -> Mapping[str, StructuredLinear]:
     return {name: layer for name, layer in found if isinstance(layer, StructuredLinear)}
 
 
-def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module at a dotted path."""
+def set_module(model: nn.Module, name: str, module: nn.Module | nn.Parameter) -> None:
+    """Put a module, or a parameter, at a dotted path."""
     parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
+    owner = model.get_submodule(parent)
+    if last in owner._parameters:
+        delattr(owner, last)  # a module does not take the place of a parameter otherwise
+    setattr(owner, last, module)
 
 
 def _filled(layer: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:

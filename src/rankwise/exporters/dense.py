@@ -36,13 +36,19 @@ class Dense(Exporter):
         """Fold a compressed folder.
 
         Raises:
-            ValueError: if it is not compressed.
+            ValueError: if it is not compressed, or a layer got a bias that its architecture lacks.
         """
         from huggingface_hub import split_torch_state_dict_into_shards
 
         weights = Folded(source.folder())
         if not weights.layers:
             raise ValueError(f"{source.given} has no structured layer to fold; it is dense already.")
+        for name, layer in weights.layers.items():
+            if layer.biased:
+                raise ValueError(
+                    f"layer {name} got a bias from compression, for which an ordinary folder has no place; "
+                    "compress with a method that adds none."
+                )
         plan = split_torch_state_dict_into_shards(
             {name: weights.empty(name) for name in weights}, max_shard_size=self.shard * 10**6
         )

@@ -186,6 +186,8 @@ def empty(module: nn.Module) -> None:
     for path, tensor in module.state_dict(keep_vars=True).items():
         parent, _, name = path.rpartition(".")
         owner, bare = module.get_submodule(parent), tensor.detach().to("meta")
+        if isinstance(getattr(owner, name), nn.Module):
+            continue  # the empty tensor that stands for a stack, which goes by its matrices
         setattr(
             owner, name, nn.Parameter(bare, requires_grad=False) if isinstance(tensor, nn.Parameter) else bare
         )

@@ -12,6 +12,7 @@ from torch.nn import functional
 from ..core.memory import peak_memory_bytes
 from ..core.progress import track
 from ..core.report import Report
+from ..core.stacks import stacks_of
 from ..core.surgery import StructuredLinear, view_of
 from ..matrices import StructuredMatrix
 from .causal import check_causal, evaluating
@@ -82,7 +83,8 @@ def sizes(model: nn.Module) -> dict[str, int]:
     Returns:
         ``params`` and ``bytes`` of all parameters and persistent buffers, shared ones once; and
         ``macs_per_token``, the multiply-adds of all matrices, heads included and shared ones wherever they stand,
-        to process one token (one position, for convolutions); attention scores are not counted.
+        to process one token (one position, for convolutions); attention scores are not counted. Of a mixture all
+        experts count, as if the token went through each.
 
     >>> sizes(nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 3)))
     {'params': 55, 'bytes': 220, 'macs_per_token': 12}
@@ -100,6 +102,7 @@ def sizes(model: nn.Module) -> dict[str, int]:
             macs += layer.matrix.macs
         elif view_of(layer) is not None:
             macs += layer.get_parameter("weight").numel()
+        macs += sum(layer.get_parameter(stack).numel() for stack in stacks_of(layer))
     return {
         "params": params,
         "bytes": sum(t.numel() * t.element_size() for t in stored),

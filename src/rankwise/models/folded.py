@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..core.stacks import Stack, stacks
 from ..core.surgery import StructuredLinear, structured
 from ..matrices import StructuredMatrix, from_spec
 from .load import check_files, kind_of
@@ -18,8 +20,9 @@ from .quantizer import FORMAT, METHOD, install
 class Folded(Mapping[str, Tensor]):
     """The tensors of a saved model by the names that an ordinary one has in its file.
 
-    Nothing is kept: each access reads one tensor, or the parts of one structured matrix, which it writes out in
-    float32 or better and rounds once to the type that the parts are stored in.
+    Each access reads one tensor, or the parts of one structured matrix, which it writes out in float32 or better
+    and rounds once to the type that the parts are stored in. Nothing is kept but one 3-D parameter, such as the
+    experts of one layer, from which several tensors of a file may be cut.
 
     Args:
         folder: of :func:`rankwise.save` or of plain transformers.
@@ -34,6 +37,7 @@ class Folded(Mapping[str, Tensor]):
 
     def __init__(self, folder: str | Path) -> None:
         from transformers import AutoConfig
+        from transformers.core_model_loading import revert_weight_conversion
 
         self.folder = Path(folder)
         check_files(self.folder)
@@ -41,6 +45,9 @@ class Folded(Mapping[str, Tensor]):
         groups = _groups(self.config.pop("quantization_config", None))
         self._files = {name: file for file in sorted(self.folder.glob("*.safetensors")) for name in _names(file)}
         self.layers: Mapping[str, StructuredLinear] = {}
+        self._stacks: dict[str, Stack] = {}
+        self._cut: dict[str, str] = {}  # tensor of an ordinary file -> path of the stack that it is cut from
+        self._whole: tuple[str, Mapping[str, Tensor]] = "", {}
         if groups:
             config = AutoConfig.for_model(**self.config)
             with torch.device("meta"):
@@ -50,21 +57,34 @@ class Folded(Mapping[str, Tensor]):
             found = structured(model)
             for name, owner in sharing.items():
                 found[name].matrix = found[owner].matrix
-            written = _written(model, found)
+            self._stacks = dict(stacks(model))
+            self._revert = partial(revert_weight_conversion, model)
+            for path, stack in self._stacks.items():
+                whole = torch.empty(stack.shape, device="meta")
+                self._cut |= dict.fromkeys(self._revert({path: whole}), path)
+            written = _written(model, found, tuple(f"{path}." for path in self._stacks))
             self.layers = {written[name]: layer for name, layer in found.items()}
             self._owners = {written[name]: written[owner] for name, owner in sharing.items()}
         for name in self.layers:
             if f"{name}.weight" not in self._files:
                 raise ValueError(f"{self.folder}: layer {name} is not in the checkpoint; it is incomplete.")
-        self._parts = {name for name in self._files if self._layer(name) is not None}
+        inside = tuple(f"{path}." for path in self._stacks)
+        self._plain = [
+            name
+            for name in self._files
+            if self._layer(name) is None and name not in self._stacks and not name.startswith(inside)
+        ]
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name in self._files if name not in self._parts)
+        yield from self._plain
+        yield from self._cut
 
     def __len__(self) -> int:
-        return len(self._files) - len(self._parts)
+        return len(self._plain) + len(self._cut)
 
     def __getitem__(self, name: str) -> Tensor:
+        if name in self._cut:
+            return self._of_stack(self._cut[name])[name].clone()
         layer = self.layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if layer is None:
             return self._stored(name)
@@ -74,6 +94,10 @@ class Folded(Mapping[str, Tensor]):
 
     def empty(self, name: str) -> Tensor:
         """Return a tensor on the meta device of the shape and type that ``self[name]`` has."""
+        if name in self._cut:
+            path = self._cut[name]
+            whole = torch.empty(self._stacks[path].shape, dtype=self._stored(path).dtype, device="meta")
+            return self._revert({path: whole})[name]
         layer = self.layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         with safe_open(self._files[name], framework="pt") as opened:
             part = opened.get_slice(name)
@@ -106,6 +130,13 @@ class Folded(Mapping[str, Tensor]):
                     raise ValueError(f"{f'{owner}.matrix.{path}'.rstrip('.')}: {error}") from error
         return matrix
 
+    def _of_stack(self, path: str) -> Mapping[str, Tensor]:
+        """Return the tensors of an ordinary file that are cut from a 3-D parameter."""
+        if self._whole[0] != path:
+            matrices = [self[f"{path}.{i}.weight"] for i in range(len(self._stacks[path]))]
+            self._whole = path, self._revert({path: torch.stack(matrices)})
+        return self._whole[1]
+
     def _stored(self, name: str) -> Tensor:
         with safe_open(self._files[name], framework="pt") as opened:
             return opened.get_tensor(name)
@@ -132,14 +163,18 @@ def _names(file: Path) -> list[str]:
         return list(opened.keys())
 
 
-def _written(model: Any, layers: Mapping[str, StructuredLinear]) -> dict[str, str]:
-    """Return the name that each layer has in a file; transformers' newer models keep older names there."""
+def _written(model: Any, layers: Mapping[str, StructuredLinear], same: tuple[str, ...]) -> dict[str, str]:
+    """Return the name that each layer has in a file; transformers' newer models keep older names there.
+
+    Names that begin as one in ``same`` are the same.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
-    names = list(layers)
+    names = [name for name in layers if not name.startswith(same)]
     numbered = {f"{name}.weight": torch.tensor(i) for i, name in enumerate(names)}
     found = revert_weight_conversion(model, numbered)
-    return {names[int(number)]: name.removesuffix(".weight") for name, number in found.items()}
+    renamed = {names[int(number)]: name.removesuffix(".weight") for name, number in found.items()}
+    return {name: renamed.get(name, name) for name in layers}
 
 
 def _restored(layer: StructuredLinear, weight: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
 """The classes that transformers calls for the quantisation method ``rankwise``; importing this registers them."""
 
+import re
 from typing import Any
 
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..core.stacks import stacks
 from .quantizer import FORMAT, METHOD, finish, install
 
 
@@ -45,6 +47,8 @@ class RankwiseQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config: Any = self.quantization_config
         self.sharing = install(model, config.matrices, model.dtype, f"{model.base_model_prefix}.")
+        places = {f"^{re.escape(path)}$" for path, _ in stacks(model)}  # of the empty tensors that stand for them
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *places}
         return model
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.surgery import StructuredLinear, set_module, structured, view_of
+from ..core.surgery import StructuredLinear, set_module, structured, unstack, view_of
 from ..matrices import StructuredMatrix, from_spec
 
 METHOD = "rankwise"
@@ -59,6 +59,11 @@ def install(model: nn.Module, groups: Any, dtype: torch.dtype, prefix: str = "")
         owner = None
         for written in names:
             spellings = (written, written.removeprefix(prefix), prefix + written)
+            for spelling in spellings:
+                stack = unstack(model, spelling)
+                if stack is not None:
+                    path = spelling.rpartition(".")[0]
+                    layers |= {f"{path}.{i}": part for i, part in stack.named_children()}
             name = next((spelling for spelling in spellings if spelling in layers), None)
             if name is None:
                 raise ValueError(

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..core.files import new_folder, sync, write_text
+from ..core.stacks import stacks
 from ..core.surgery import StructuredLinear, structured
 from .quantizer import FORMAT, METHOD, describe
 
@@ -164,7 +165,11 @@ def with_specs(own: Any, groups: Sequence[Any]) -> Any:
 
 
 def tensors_of(model: Any) -> dict[str, Tensor]:
-    """Return what the file of a model holds: all tensors by the names that they have in it."""
+    """Return what the file of a model holds: all tensors by the names that they have in it.
+
+    The matrices of a stack stand under the model's own names, which no rule of transformers rewrites, and an
+    empty tensor stands in place of the 3-D parameter.
+    """
     from transformers import PreTrainedModel
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -180,7 +185,10 @@ def tensors_of(model: Any) -> dict[str, Tensor]:
                 del state[name]
         for name in model._keys_to_ignore_on_save or ():
             state.pop(name, None)
-        state = revert_weight_conversion(model, state)
+        paths = [path for path, _ in stacks(model)]
+        inside = tuple(f"{path}." for path in paths)
+        own = {name: tensor for name, tensor in state.items() if name in paths or name.startswith(inside)}
+        state = revert_weight_conversion(model, {k: t for k, t in state.items() if k not in own}) | own
     return _apart(state)
 
 

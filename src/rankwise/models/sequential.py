@@ -1,7 +1,7 @@
 """Fits the layers of a model one after the other, on what those before them make once they are compressed."""
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..core.progress import track
 from ..core.statistics import Batch, InputGram, Statistic, Watch, frozen
-from ..core.surgery import Site, replace, set_module
+from ..core.surgery import Site, replace, set_module, unstacked
 from ..matrices import StructuredMatrix
 from .blocks import Chain
 from .stream import parts_of
@@ -40,8 +40,8 @@ class Sequential:
     W' x'|^2 least is W + W E[(x - x') x''] C'^-1 with C' = E[x' x'']; it is approached by ``strength`` of that
     change, and approximated in the metric of C'. Layers with one input (query, key and value) are fitted
     together, and later groups of the block see their result. Layers that do not see every row once, such as
-    experts, are left out. In memory are the hidden states of all tokens in both models, and the inputs of one
-    block's layers.
+    experts, are made from the dense model's inputs, last in their block. In memory are the hidden states of all
+    tokens in both models, and the inputs of one block's layers.
 
     Args:
         chain: of the dense model, which stays as it is.
@@ -104,18 +104,23 @@ class Sequential:
         Returns:
             the matrices, and what leaves the block in both models.
         """
-        part = self.parts[self.chain.names[i]]
-        sites = {name: site for name, site in part.items() if name in chosen and len(site.names) == 1}
+        sites = {name: site for name, site in self.parts[self.chain.names[i]].items() if name in chosen}
         found: dict[str, StructuredMatrix] = {}
-        with self._restored(sites):
+
+        def put(name: str, weight: Tensor, new: Mapping[type[Statistic], Statistic]) -> None:
+            found[name] = fit(name, weight, new)
+            replace(self.model, sites[name], found[name])
+
+        with unstacked(self.model, sites.values()), self._restored(sites.values()):
             groups, after = self._inputs(i, sites, dense)
             for group in groups:
                 new, change = self._compare(i, group, now)
                 for name in group.names:
                     weight = sites[name].weight
                     target = weight if change is None else weight + (weight.double() @ change).to(weight.dtype)
-                    found[name] = fit(name, target, new)
-                    replace(self.model, sites[name], found[name])
+                    put(name, target, new)
+            for name in [name for name in sites if name not in found]:
+                put(name, sites[name].weight, {})
             same = not found and now is dense
             return found, after, after if same else [self._run(i, b, x) for b, x in enumerate(now)]
 
@@ -150,6 +155,8 @@ class Sequential:
 
         with contextlib.ExitStack() as hooks:
             for name, site in sites.items():
+                if len(site.names) > 1:
+                    continue
                 handle = self.model.get_submodule(name).register_forward_pre_hook(hook(name, site))
                 hooks.callback(handle.remove)
             made = [each(b, x) for b, x in enumerate(hidden)]
@@ -206,9 +213,9 @@ class Sequential:
         return self.watch.rows(site.view.inputs(x.detach()))
 
     @contextlib.contextmanager
-    def _restored(self, names: Collection[str]) -> Iterator[None]:
+    def _restored(self, sites: Iterable[Site]) -> Iterator[None]:
         """Put the layers back that are replaced inside."""
-        before = {name: self.model.get_submodule(name) for name in names}
+        before = {name: self.model.get_submodule(name) for site in sites for name in site.names}
         try:
             yield
         finally:

@@ -159,7 +159,10 @@ class PivotedBlock(Block):
     def gradients(self) -> list[Tensor]:
         """Return those by A and B."""
         kept, mix = self.parameters
-        by_kept, by_mix = super().gradients()
+        found = super().gradients()
+        if not found:
+            return []
+        by_kept, by_mix = found
         return [torch.cat([by_kept @ kept.mT - mix.mT @ by_mix, by_mix]), by_kept]
 
     def solve(self, gradients: Sequence[Tensor]) -> Sequence[Tensor]:

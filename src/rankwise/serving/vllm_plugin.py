@@ -83,6 +83,10 @@ def register() -> None:
 
         def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
             if not isinstance(layer, LinearBase):
+                if any(name.startswith(f"{prefix}.") for name in self.specs):
+                    raise ValueError(
+                        f"{prefix} holds compressed experts, which vLLM cannot run; export to dense."
+                    )
                 return None
             members = fused.member_specs(prefix, self.packed_modules_mapping, self.specs)
             return Method(members) if any(members) else UnquantizedLinearMethod()
