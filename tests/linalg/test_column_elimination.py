@@ -65,7 +65,11 @@ def test_each_step_is_the_best_of_all_single_ones():
 def test_greedy_sets_are_near_the_best_of_all():
     ratios = []
     for seed in range(20):
-        weight, outputs, inputs = draw(4, 10, seed=seed), Metric(moment(4, seed + 1)), Metric(moment(10, seed + 2))
+        weight, outputs, inputs = (
+            draw(4, 10, seed=seed),
+            Metric(moment(4, seed + 1)),
+            Metric(moment(10, seed + 2)),
+        )
         _, costs = eliminate_columns(weight, outputs, inputs, least=5)
         sets = itertools.combinations(range(10), 5)
         best = min(cost_of(weight, outputs, inputs, torch.tensor(kept)) for kept in sets)
@@ -104,7 +108,9 @@ def test_diagonal_metrics_give_magnitude_pruning():
     torch.testing.assert_close(refit_columns(weight, Metric(scales), kept), weight[:, kept])
 
 
-@pytest.mark.parametrize(("options", "message"), [({"size": 4}, "size must divide"), ({"least": 0}, "least must")])
+@pytest.mark.parametrize(
+    ("options", "message"), [({"size": 4}, "size must divide"), ({"least": 0}, "least must")]
+)
 def test_bad_arguments_are_named(options: dict[str, int], message: str):
     with pytest.raises(ValueError, match=message):
         eliminate_columns(draw(3, 6, seed=1), Metric(), Metric(), **options)

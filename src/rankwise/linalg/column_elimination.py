@@ -63,7 +63,7 @@ def eliminate_columns(
 
 
 def refit_columns(weight: Tensor, inputs: Metric, kept: Tensor) -> Tensor:
-    """Return the (m, r) weight on the inputs ``kept`` (r,) that is nearest to the (m, k) weight on all, in float64.
+    """Return the weight (m, r) on the inputs ``kept`` (r,) nearest to the (m, k) weight on all, in float64.
 
     It is W C[:, K] C[K, K]^-1, whatever the metric of the outputs.
     """
