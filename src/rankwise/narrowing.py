@@ -20,7 +20,7 @@ from .core.memory import peak_memory_bytes
 from .core.progress import track
 from .core.report import Report
 from .core.statistics import Batch, InputGram, InputMean, OutputGradGram, Statistic, Statistics, Stats
-from .core.surgery import Site, Where, select
+from .core.surgery import Site, Where, select, structured
 from .linalg import Metric, eliminate_columns, metric_norm, refit_columns
 from .models.exchange import Exchange, parameters_of, readable, same_outputs
 from .models.widths import Width, find_widths
@@ -53,8 +53,8 @@ def narrow(
 
     Units are single neurons, and of attention whole key-value heads with the query heads that share them: an
     ordinary architecture has one size for all heads, of queries, keys and values alike, rotary embeddings tie
-    the coordinates of a head together, and where no field of the config holds that size (GPT-2, BERT, ViT) the
-    number of heads cannot change at all and attention stays as it is.
+    the coordinates of a head together, and where no field of the config can hold that size (GPT-2, NeoX, BERT)
+    the number of heads cannot change at all and attention stays as it is.
 
     Nothing in the model changes before everything is made and tried, so an interrupt or an error leaves it whole.
 
@@ -261,6 +261,10 @@ def _check_arguments(model: nn.Module, keep: float, multiple_of: int) -> None:
 
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be one of transformers, got {type(model).__name__}; use rankwise.compress.")
+    if structured(model):
+        raise ValueError(
+            "the model is compressed already; narrow a model before it is compressed, or fold it first."
+        )
     if not 0 < keep <= 1:
         raise ValueError(f"keep must be > 0 and <= 1, got {keep}.")
     if multiple_of < 1:

@@ -5,7 +5,7 @@ blocks: these tell what belongs to a unit. Whether units can really be dropped i
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -128,7 +128,7 @@ def find_widths(model: Any, sites: Mapping[str, Site], batch: Batch) -> list[Wid
     for width in _Candidates(model, base, blocks, sites):
         if not any(each.blocks.keys() & width.blocks.keys() for each in found):
             tried[width.name] = None
-            if _droppable(model, width, batch):
+            if _droppable(model, width, blocks, batch):
                 found.append(width)
     if not found:
         raise ValueError(
@@ -138,20 +138,39 @@ def find_widths(model: Any, sites: Mapping[str, Site], batch: Batch) -> list[Wid
     return found
 
 
-def _droppable(model: Any, width: Width, batch: Batch) -> bool:
-    """Whether the model without some units computes what it computes when no consumer reads them."""
-    parameters, cuts, count = parameters_of(model), width.cuts, width.count
-    for units in (torch.arange(1, count, 2), torch.arange(count // 2)):
-        tensors = {name: cut.part(parameters[name], units) for name, cut in cuts.items()}
-        readers = [f"{name}.weight" for name in width.blocks]
-        values = {name: cuts[name].spread(tensors[name], units, parameters[name]) for name in readers}
+def _droppable(model: Any, width: Width, blocks: str, batch: Batch) -> bool:
+    """Whether the model without some units computes what it computes when no consumer reads them.
+
+    Random matrices, the same in all blocks, stand in for the model's own, which may hide that units differ.
+    """
+    cuts, drawn = width.cuts, _drawn(model, blocks, width.cuts)
+    readers = [f"{name}.weight" for name in width.blocks]
+    for units in (torch.arange(1, width.count, 2), torch.arange(width.count // 2)):
+        parts = {id(drawn[name]): cut.part(drawn[name], units) for name, cut in cuts.items()}
+        small = drawn | {name: parts[id(drawn[name])] for name in cuts}
+        reads = cuts[readers[0]].spread(small[readers[0]], units, drawn[readers[0]])
+        whole = drawn | dict.fromkeys(readers, reads)
         try:
-            exchange = Exchange(model, width.numbers(len(units)), tensors)
-            if not same_outputs(model, batch, exchange, values):
+            if not same_outputs(model, batch, Exchange(model, width.numbers(len(units)), small), whole):
                 return False
         except (ValueError, RuntimeError, IndexError):  # shapes that do not fit are an answer
             return False
     return True
+
+
+def _drawn(model: Any, blocks: str, also: Iterable[str]) -> dict[str, Tensor]:
+    """Draw values for the matrices of all blocks, and for some other parameters; equal blocks share them."""
+    generator = torch.Generator().manual_seed(0)
+    drawn: dict[tuple[str, torch.Size], Tensor] = {}
+    found = {}
+    for name, own in parameters_of(model).items():
+        if name.startswith(f"{blocks}.") and (own.dim() > 1 or name in also):
+            key = name.removeprefix(f"{blocks}.").partition(".")[2], own.shape
+            if key not in drawn:
+                value = torch.randn(own.shape, generator=generator) / own.shape[-1] ** 0.5
+                drawn[key] = value.to(own.device, own.dtype)
+            found[name] = drawn[key]
+    return found
 
 
 class _Candidates:
