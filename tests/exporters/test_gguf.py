@@ -150,6 +150,16 @@ def test_llama_cpp_computes_the_same(kind, run, tmp_path):
     assert trained == (32 if kind == "mistral" else 64)  # the attention window, which llama.cpp leaves out
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_llama_cpp_computes_what_a_narrower_model_does(kind, run, tmp_path):
+    small = model(kind)
+    report = rankwise.narrow(small, keep=0.5, data=IDS, multiple_of=32)
+    assert report.totals["widths"] == {"intermediate_size": [96, 32], "num_key_value_heads": [2, 1]}
+    rankwise.save(small, tmp_path / "small", bpe())
+    opened = run(rankwise.export(tmp_path / "small", Gguf(**EXACT), tmp_path / "out"))
+    close(logits(opened, IDS), output(small, IDS)[0])
+
+
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 def test_shorter_types_are_near(dtype, run, tmp_path):
     small = filled(model("llama"), low_rank)
