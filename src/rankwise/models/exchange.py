@@ -51,11 +51,11 @@ class Exchange:
             value = nn.Parameter(tensor.to(own.device, own.dtype).contiguous(), own.requires_grad)
             path, _, last = name.rpartition(".")
             self._changes.append((model.get_submodule(path)._parameters, last, made.setdefault(id(own), value)))
-        for path, module in model.named_modules():
-            before = vars(old.get_submodule(path))
-            for key, value in vars(new.get_submodule(path)).items():
+        for path, module in new.named_modules():
+            before, place = vars(old.get_submodule(path)), vars(model.get_submodule(path))
+            for key, value in vars(module).items():
                 if isinstance(value, (int, float)) and before.get(key) != value:
-                    self._changes.append((vars(module), key, value))
+                    self._changes.append((place, key, value))
         held = [value for module in model.modules() for value in vars(module).values() if is_config(value)]
         parts = {id(part): part for config in held for _, part in configs_in(config)}.values()
         for path, value in numbers.items():
@@ -96,16 +96,21 @@ def same_outputs(model: nn.Module, batch: Batch, exchange: Exchange, values: Map
         exchange: the change of sizes.
         values: of parameters, in the sizes of before.
     """
-    arguments, options = call_of(batch, next(model.parameters()).device)
     limit = torch.finfo(next(model.parameters()).dtype).eps ** 0.5
-    with evaluating(model):
-        wanted = features_of(functional_call(model, dict(values), tuple(arguments), options), batch)
-        with exchange.tried():
-            found = features_of(model(*arguments, **options), batch)
+    wanted = outputs_of(model, batch, values)
+    with exchange.tried():
+        found = outputs_of(model, batch, {})
     return all(
         a.shape == b.shape and float((a - b).norm()) <= limit * float(b.norm())
         for a, b in zip(found, wanted, strict=True)
     )
+
+
+def outputs_of(model: nn.Module, batch: Batch, values: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return all floating-point outputs of a model for a batch, with other values of some parameters."""
+    arguments, options = call_of(batch, next(model.parameters()).device)
+    with evaluating(model):
+        return features_of(functional_call(model, dict(values), tuple(arguments), options), batch)
 
 
 def built(model: Any, numbers: Numbers, config: Any = None) -> Any:

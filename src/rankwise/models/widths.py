@@ -14,7 +14,17 @@ from torch import Tensor
 from ..core.statistics import Batch
 from ..core.surgery import Site
 from .blocks import find_blocks
-from .exchange import Exchange, Numbers, Path, built, configs_in, parameters_of, same_outputs, shapes_of
+from .exchange import (
+    Exchange,
+    Numbers,
+    Path,
+    built,
+    configs_in,
+    outputs_of,
+    parameters_of,
+    same_outputs,
+    shapes_of,
+)
 
 Shapes = Mapping[str, torch.Size]
 Losses = Mapping[str, tuple[int, int]]  # parameter -> the axis along which it shrinks, and by how much
@@ -123,6 +133,8 @@ def find_widths(model: Any, sites: Mapping[str, Site], batch: Batch) -> list[Wid
         raise ValueError(
             f"{type(model).__name__} has no list of blocks; nothing in it can be narrowed."
         ) from None
+    if not all(bool(output.isfinite().all()) for output in outputs_of(model, batch, {})):
+        raise ValueError("the model's outputs are not finite; look at its weights and inputs.")
     found: list[Width] = []
     tried: dict[str, None] = {}
     for width in _Candidates(model, base, blocks, sites):
@@ -153,6 +165,8 @@ def _droppable(model: Any, width: Width, blocks: str, batch: Batch) -> bool:
         try:
             if not same_outputs(model, batch, Exchange(model, width.numbers(len(units)), small), whole):
                 return False
+        except torch.OutOfMemoryError:
+            raise
         except (ValueError, RuntimeError, IndexError):  # shapes that do not fit are an answer
             return False
     return True
