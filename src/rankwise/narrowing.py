@@ -64,7 +64,7 @@ def narrow(
             and multiply-adds shrink with them.
         data: as in :func:`compress`. Of statistics, those that :class:`KroneckerFactoredSvd` needs are taken, and
             ``InputMean`` where W has a bias.
-        regularisers: of the two second moments.
+        regularisers: of the two second moments, a ``rankwise.compressors.loss_metric.Regularisers``.
         multiple_of: numbers of neurons are multiples of it. Processors prefer multiples of 32 or more, and the
             low-bit blocks of GGUF hold 32 or 256 neurons.
         where: which layers may shrink, and count for ``keep``; None means all weight matrices but embeddings and
