@@ -205,22 +205,23 @@ def narrow() -> list[str]:
     if found is None:
         return []
     lines = _head("Narrower ordinary models: fewer neurons and heads", found)
-    lines += [
-        "`rankwise.narrow`, calibrated on topics. The other rows are those of the structures above, on the same",
-        "tokens: smaller files, but no ordinary models. The gap to the dense model is in nats, as is the rise of",
-        "the loss that was predicted.",
-        "",
-    ]
     dense, *rows = [row for row in found["rows"] if row["part"] == "quality"]
     names = list(dense["perplexity"])
-    beside = [] if others is None else [row for row in others["rows"] if row["part"] == "structures"]
+    beside = [] if others is None else [row for row in others["rows"] if row["part"] == "bars"]
+    counts = ", ".join(f"{dense['scored_tokens'][n]} tokens of {n}" for n in names)
+    lines += [
+        f"`rankwise.narrow`, calibrated on topics; scored: {counts}. The other rows are those of the first table,",
+        "scored on more tokens of the same texts: smaller files, but no ordinary models. The gap to the dense",
+        "model is in nats, as is the rise of the loss that was predicted.",
+        "",
+    ]
     cells = [["dense", "1.0", "", *(f"{dense['perplexity'][n]:.2f}" for n in names), ""]]
     for row in rows:
         cells.append(["narrow", *_narrow(row, names), f"{row['predicted_error']:.3f}"])
         for title, wanted in TITLES.items():
             rival = find(beside, **wanted, calibration="topics", tokens=row["tokens"], keep=row["keep"])
-            if rival is not None and rival["scored_tokens"] == dense["scored_tokens"]:
-                cells.append([title, *_narrow(rival, names), f"{rival['predicted_error']:.3f}"])
+            if rival is not None:
+                cells.append([title, *_narrow(rival, names), ""])
     lines += table(["", "keep", "widths", *(f"{n} (gap)" for n in names), "predicted"], cells)
     rows = [row for row in found["rows"] if row["part"] == "ingredients" and "keep" in row]
     if rows:
