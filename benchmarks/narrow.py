@@ -1,8 +1,9 @@
 """What narrower ordinary models lose, and how fast they are: SmolLM2-135M with fewer neurons and heads.
 
-Texts, calibration and scored tokens are those of the structures in compression_quality.py. Parts: quality at several sizes; what each ingredient gives, on the MLPs alone (neurons in
-the order of ridge leverage scores with S = I, as MoDeGPT has it, and the refit left out); and speed beside the
-dense model, taking turns. Rows are written as they are made; a second run of the same command goes on.
+Texts, calibration and scored tokens are those of the structures in compression_quality.py. Parts: quality at
+several sizes; what each ingredient gives, on the MLPs alone (neurons in the order of ridge leverage scores, as
+MoDeGPT has it, or with S = I, and the refit left out); and speed beside the dense model, taking turns. Rows are
+written as they are made; a second run of the same command goes on.
 
     python benchmarks/narrow.py --data DATA --json benchmarks/results/narrow.json
 """
