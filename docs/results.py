@@ -205,6 +205,47 @@ def cost() -> list[str]:
     ]
 
 
+def narrow() -> list[str]:
+    """Ordinary models with fewer neurons and heads."""
+    found, others = load("narrow"), load("compression_quality")
+    if found is None:
+        return []
+    lines = _head("Narrower ordinary models: fewer neurons and heads", found)
+    dense, *rows = [row for row in found["rows"] if row["part"] == "quality"]
+    names = list(dense["perplexity"])
+    beside = [] if others is None else [row for row in others["rows"] if row["part"] == "bars"]
+    counts = ", ".join(f"{dense['scored_tokens'][n]} tokens of {n}" for n in names)
+    lines += [
+        f"`rankwise.narrow`, calibrated on topics. Scored: {counts}.",
+        "The other rows are those of the first table, scored on more tokens of the same texts: smaller files,",
+        "but no ordinary models. The gap to the dense model is in nats, as is the predicted rise of the loss.",
+        "",
+    ]
+    cells = [["dense", "1.0", "", *(f"{dense['perplexity'][n]:.2f}" for n in names), ""]]
+    for row in rows:
+        cells.append(["narrow", *_narrow(row, names), f"{row['predicted_error']:.3f}"])
+        for title, wanted in TITLES.items():
+            rival = find(beside, **wanted, calibration="topics", tokens=row["tokens"], keep=row["keep"])
+            if rival is not None:
+                cells.append([title, *_narrow(rival, names), ""])
+    lines += table(["", "keep", "widths", *(f"{n} (gap)" for n in names), "predicted"], cells)
+    rows = [row for row in found["rows"] if row["part"] == "ingredients" and "keep" in row]
+    if rows:
+        lines += ["What each ingredient gives, on the MLPs alone:", ""]
+        cells = [[row["method"], *_narrow(row, names)] for row in rows]
+        lines += table(["", "keep", "widths", *(f"{n} (gap)" for n in names)], cells)
+    rows = [row for row in found["rows"] if row["part"] == "speed"]
+    keys = ("macs_ratio", "prefill_ratio", "decode_ratio")
+    cells = [[str(row["keep"]), row["dtype"], *(f"{row[key]:.2f}" for key in keys)] for row in rows]
+    head = ["keep", "type", "multiply-adds / dense", "prefill / dense", "decode / dense"]
+    return lines + (["Speed, dense and narrow taking turns:", "", *table(head, cells)] if rows else [])
+
+
+def _narrow(row: dict, names: list[str]) -> list[str]:
+    widths = ", ".join(f"{name} {after}" for name, (_, after) in row.get("widths", {}).items())
+    return [str(row["keep"]), widths, *(f"{row['perplexity'][n]:.2f} ({row['gap'][n]:+.3f})" for n in names)]
+
+
 def streaming() -> list[str]:
     """Memory of a streamed compression, and whether kills change its result."""
     found = load("streaming")
@@ -235,7 +276,7 @@ def _head(title: str, found: dict) -> list[str]:
 def page() -> str:
     """Return the whole page."""
     lines = ["# Results", "", "Generated from `benchmarks/results/*.json` by `python docs/results.py`.", ""]
-    parts = (quality, low_bit, damping, prediction, speed, cost, streaming)
+    parts = (quality, narrow, low_bit, damping, prediction, speed, cost, streaming)
     return "\n".join([*lines, *(line for part in parts for line in part())]).rstrip() + "\n"
 
 

@@ -123,6 +123,40 @@ def test_compress_writes_model_figures_and_report(folder, text, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.json", "figures.json", "out"]
 
 
+def test_narrow_writes_an_ordinary_model(folder, text, tmp_path):
+    out, figures = tmp_path / "out", tmp_path / "figures.json"
+    words = ["--eval", f"words={text}", "--multiple-of", 8, "--set", "input_shrinkage=0.01", "--where", "mlp"]
+    _, *rest = small(folder, text, *words, "--out", out, "--json", figures)
+    result = run("narrow", *rest)
+    assert result.exit_code == 0, result.output
+    found = json.loads(figures.read_text())
+    assert found["method"]["input_shrinkage"] == 0.01
+    assert found["widths"] == {"intermediate_size": [48, 32]}
+    assert set(found["perplexity"]["words"]) == {"dense", "narrowed"}
+    assert found["file_bytes"] == pytest.approx(found["predicted_file_bytes"], rel=0.02)
+    assert found["sizes"]["narrowed"]["bytes"] < found["sizes"]["dense"]["bytes"]
+    config = json.loads((out / "config.json").read_text())
+    assert config["intermediate_size"] == 32
+    assert "quantization_config" not in config
+    assert "<svg" in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--keep", 0], ["--keep must be > 0"]),
+        (["--multiple-of", 0], ["--multiple-of must be at least 1"]),
+        (["--set", "rank=3"], ["no field 'rank'", "input_shrinkage"]),
+        (["--keep", 0.1], ["the budget cannot be met", "keep must be at least"]),
+        (["--where", "q_proj"], ["no number in the config"]),
+    ],
+)
+def test_narrow_names_what_is_wrong(folder, text, tmp_path, words, expected):
+    _, *rest = small(folder, text, "--out", tmp_path / "out", *words)
+    refused(run("narrow", *rest), *expected)
+    assert not list(tmp_path.iterdir())
+
+
 def test_method_options_reach_the_method(folder, text, tmp_path):
     figures = tmp_path / "figures.json"
     words = ["--method", "kronecker-factored-svd", "--set", "input_damping=1e-4", "--gauge", "factors"]

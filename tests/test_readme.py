@@ -13,6 +13,7 @@ MODEL = "smollm2-135m"
 FEWER = {
     "compress": ["--calibration-tokens", "512", "--window", "128", "--max-tokens", "1024"],
     "evaluate": ["--max-tokens", "1024"],
+    "narrow": ["--calibration-tokens", "512", "--window", "128"],
 }
 
 

@@ -7,6 +7,7 @@ from .core.report import Report
 from .core.surgery import StructuredLinear
 from .models import evaluate, load, save
 from .models.quantizer import register_when_ready
+from .narrowing import narrow
 from .streaming import compress_folder
 from .training import heal, initialise, trainable_low_rank
 
@@ -30,6 +31,7 @@ __all__ = [
     "load",
     "matrices",
     "measures",
+    "narrow",
     "preconditioners",
     "save",
     "starts",

@@ -150,6 +150,25 @@ def test_llama_cpp_computes_the_same(kind, run, tmp_path):
     assert trained == (32 if kind == "mistral" else 64)  # the attention window, which llama.cpp leaves out
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_llama_cpp_computes_what_a_narrower_model_does(kind, run, tmp_path):
+    small, heads = model(kind), {"num_key_value_heads": [2, 1]}
+    where = (lambda name, _: "mlp" in name) if kind == "qwen2" else None
+    report = rankwise.narrow(small, keep=0.5, data=IDS, multiple_of=32, where=where)
+    assert report.totals["widths"] == {"intermediate_size": [96, 32]} | ({} if kind == "qwen2" else heads)
+    rankwise.save(small, tmp_path / "small", bpe())
+    opened = run(rankwise.export(tmp_path / "small", Gguf(**EXACT), tmp_path / "out"))
+    close(logits(opened, IDS), output(small, IDS)[0])
+
+
+def test_heads_that_llama_cpp_would_not_read_are_refused(tmp_path):
+    small = model("qwen2")
+    rankwise.narrow(small, keep=0.5, data=IDS, where=lambda name, _: "attn" in name)
+    with pytest.raises(ValueError, match="2 heads of 16 make the hidden size, 64"):
+        rankwise.export(small, Gguf(), tmp_path / "out", tokenizer=bpe())
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 def test_shorter_types_are_near(dtype, run, tmp_path):
     small = filled(model("llama"), low_rank)

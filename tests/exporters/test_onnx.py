@@ -53,6 +53,15 @@ def test_decoders_have_equal_logits(structure, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_narrower_decoder_has_equal_logits(tmp_path):
+    small, ids = llama(), torch.randint(64, (3, 11))
+    rankwise.narrow(small, keep=0.5, data=ids, multiple_of=8)
+    rankwise.save(small, tmp_path / "small")
+    out = rankwise.export(tmp_path / "small", Onnx(), tmp_path / "out")
+    torch.testing.assert_close(computed(out, input_ids=ids), output(small, ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_encoders_have_equal_states_with_padding(tmp_path):
     small = filled(bert(), low_rank, pivoted)
     out = rankwise.export(small, Onnx(), tmp_path / "out")

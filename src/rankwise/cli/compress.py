@@ -1,32 +1,44 @@
 """``rankwise compress``."""
 
 import copy
-import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor
 
 from ..core.choices import BUDGETS, Unit
 from ..core.data import batches_of
 from ..core.labels import Labels
-from ..core.report import Report
-from ..models.texts import tokens
 from .app import app, say
-from .files import Text, check_file, check_folder, data_texts, named_texts, write_report
+from .arguments import (
+    CalibrationTokens,
+    Data,
+    Dtype,
+    Eval,
+    EvalWindow,
+    Html,
+    Json,
+    Keep,
+    LabelKind,
+    MaxTokens,
+    Model,
+    Out,
+    Seed,
+    Settings,
+    WherePattern,
+    Window,
+)
+from .files import check_file, check_folder, data_texts, named_texts
 from .options import at_least, build_mix, duration, pick, registry, where_option
-
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+from .work import DTYPES, LABELS, Work, check_sizes, cut, file_bytes, show
 
 
 @app.command()
 def compress(
-    model: Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or an embedded model.")],
-    keep: Annotated[float, typer.Option(help="Size afterwards as a share of the size before, in (0, 1].")],
+    model: Model,
+    keep: Keep,
     method: Annotated[str, typer.Option(help="See `rankwise list`; NAME+NAME mixes.")] = "kronecker-factored-svd",
     of: Annotated[str, typer.Option(help="What keep is a share of: params, bytes, macs or latency.")] = "params",
     latency_rows: Annotated[int, typer.Option(help="Input rows at once that latency is measured with.")] = 64,
@@ -34,18 +46,14 @@ def compress(
         str | None, typer.Option(help="See `rankwise list`; default: what suits the method.")
     ] = None,
     gauge: Annotated[str | None, typer.Option(help="How low-rank matrices are stored: pivot or factors.")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="field=value of the method.")] = None,
-    data: Annotated[
-        list[str] | None, typer.Option(help="self (the default), text files, topics or python.")
-    ] = None,
-    calibration_tokens: Annotated[
-        int, typer.Option(help="Tokens to calibrate with, shared by all texts.")
-    ] = 24576,
-    window: Annotated[int, typer.Option(help="Length of a calibration sequence.")] = 512,
-    labels: Annotated[str | None, typer.Option(help="Labels of the gradients: sampled or data.")] = None,
-    eval_: Annotated[list[str] | None, typer.Option("--eval", help="NAME=FILE, topics or python.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Evaluate on the last so many tokens of a text.")] = 16384,
-    eval_window: Annotated[int, typer.Option(help="Length of an evaluation window.")] = 1024,
+    settings: Settings = None,
+    data: Data = None,
+    calibration_tokens: CalibrationTokens = 24576,
+    window: Window = 512,
+    labels: LabelKind = None,
+    eval_: Eval = None,
+    max_tokens: MaxTokens = 16384,
+    eval_window: EvalWindow = 1024,
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Fit each block to what the compressed ones before it make.")
     ] = False,
@@ -60,42 +68,31 @@ def compress(
     heal_checkpoint: Annotated[
         Path | None, typer.Option(help="Folder from which a stopped --heal goes on.")
     ] = None,
-    where: Annotated[str | None, typer.Option(help="Regular expression on layer names.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    seed: Annotated[int, typer.Option(help="For sampled sequences and labels.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="New folder for the compressed model.")] = None,
+    where: WherePattern = None,
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    out: Out = None,
     stream: Annotated[
         bool, typer.Option("--stream", help="For a model larger than memory; run again to continue. Needs --out.")
     ] = False,
-    json: Annotated[Path | None, typer.Option(help="File for the figures.")] = None,
-    html: Annotated[Path | None, typer.Option(help="File for the report; default: report.html in --out.")] = None,
+    json: Json = None,
+    html: Html = None,
 ) -> None:
     """Compress a model to a budget, evaluate it before and after, and save it.
 
     With --stream only one block at a time is in memory. A run that was killed continues where it was when the
     same command is given again; what it needs for that lies in the folder OUT.partial until OUT is complete.
     """
-    if not 0 < keep <= 1:
-        raise ValueError(f"--keep must be > 0 and <= 1, got {keep}.")
-    for flag, value, least in (
-        ("--calibration-tokens", calibration_tokens, 1),
-        ("--window", window, 2),
-        ("--latency-rows", latency_rows, 1),
-        ("--max-tokens", max_tokens, 2),
-        ("--eval-window", eval_window, 2),
-    ):
-        at_least(flag, value, least)
+    check_sizes(keep, calibration_tokens, window, max_tokens, eval_window)
+    at_least("--latency-rows", latency_rows, 1)
     from .. import allocators, compressors, preconditioners
-    from ..core import labels as kinds
     from ..core.latency import time_matrices
 
     unit: Unit = pick("--of", of, {name: name for name in BUDGETS})
     words = [*(settings or []), *([] if gauge is None else [f"gauge={gauge}"])]
     chosen = build_mix(method, registry(compressors), words, compressors.Mixed)
     allocator = None if allocate is None else pick("--allocate", allocate, registry(allocators))
-    gradients: Labels | None = (
-        None if labels is None else pick("--labels", labels, {"sampled": kinds.sampled, "data": kinds.given})
-    )
+    gradients: Labels | None = None if labels is None else pick("--labels", labels, LABELS)
     layers = where_option(where)
     precision = pick("--dtype", dtype, DTYPES)
     seconds = None if heal is None else duration("--heal", heal)
@@ -137,14 +134,13 @@ def compress(
             dtype=precision,
         )
         figures = {**report.totals, "perplexity": {}, "file_bytes": file_bytes(out)}
-        finish(report, model, figures, json, html_at)
+        show(report, model, figures, json, html_at)
         return
-    say(f"loading {model}")
-    network, tokenizer = models.load(model, dtype=precision)
-    heads, tails = cut(tokenizer, calibration, evaluation, limit, max_tokens)
-    batches = [batch for ids in heads for batch in batches_of(ids, window=window)]
-    sizes = {"dense": models.sizes(network)}
-    dense = _perplexities(network, tokenizer, tails, eval_window, "the dense model")
+    work = Work.begin(
+        model, precision, calibration, evaluation, limit=limit, max_tokens=max_tokens, window=eval_window
+    )
+    network = work.network
+    batches = work.batches(window)
     say(f"compressing with {method} to keep {keep:g} of the {unit}")
     source: Any = batches if calibration else "self"
     sampling: Any = {"tokens": calibration_tokens, "window": window, "seed": seed}
@@ -164,14 +160,14 @@ def compress(
         sequential=sequential,
         where=layers,
     )
-    after = {"compressed": _perplexities(network, tokenizer, tails, eval_window, "the compressed model")}
+    work.evaluate("compressed")
     healing: dict[str, Any] = {}
     if before is not None and seconds is not None:
         say(f"healing for {heal} with {heal_method}")
         healed = training.heal(
             network,
             before,
-            data=training.portions(heads, window) if heads else "self",
+            data=training.portions(work.heads, window) if work.heads else "self",
             method=healer,
             budget=seconds,
             statistics=statistics,
@@ -182,83 +178,5 @@ def compress(
         )
         say(healed.title)
         healing = {"healing": healed.to_dict()}
-        after["healed"] = _perplexities(network, tokenizer, tails, eval_window, "the healed model")
-    totals: dict[str, Any] = {
-        **report.totals,
-        **healing,
-        "perplexity": {
-            name: {"dense": dense[name]} | {stage: after[stage][name] for stage in after} for name in tails
-        },
-        "sizes": sizes | {"compressed": models.sizes(network)},
-        "predicted_file_bytes": models.predicted_bytes(network),
-    }
-    if out is not None:
-        say(f"saving to {out}")
-        models.save(network, out, tokenizer)
-        totals["file_bytes"] = file_bytes(out)
-    finish(report, model, totals, json, html_at)
-
-
-def finish(report: Report, model: str, totals: Mapping[str, Any], json: Path | None, html: Path | None) -> None:
-    """Write the report with its last figures, and print its summary."""
-    report = dataclasses.replace(report, title=f"{model}, {report.title}", totals=totals)
-    write_report(report, json, html)
-    typer.echo(summary(report))
-
-
-def cut(
-    tokenizer: Any, calibration: Sequence[Text], evaluation: Sequence[Text], limit: int, max_tokens: int
-) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Take the first tokens of the calibration texts and the last ones of the evaluation texts.
-
-    Raises:
-        ValueError: if they would overlap in a text that is used for both.
-    """
-    heads, taken = [], {}
-    for text in calibration:
-        ids = tokens(tokenizer, text.content, limit=limit, name=text.name)
-        heads.append(ids)
-        taken[text.origin] = len(ids)
-    tails = {}
-    for text in evaluation:
-        ids = tokens(tokenizer, text.content, name=text.name)
-        tails[text.name] = ids[-max_tokens:]
-        first = taken.get(text.origin, 0)
-        if first + len(tails[text.name]) > len(ids):
-            raise ValueError(
-                f"--data and --eval overlap: {text.name} has {len(ids)} tokens, of which the first {first} "
-                f"calibrate and the last {len(tails[text.name])} evaluate; "
-                "lower --calibration-tokens or --max-tokens."
-            )
-    return heads, tails
-
-
-def file_bytes(folder: Path) -> int:
-    """Return the size of the weight files of a saved model."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def summary(report: Report) -> str:
-    """Return the totals of a compression as a few lines of text."""
-    lines = [
-        report.title,
-        "keep        " + "  ".join(f"{k} {v:.4f}" for k, v in report.totals["keep"].items()),
-    ]
-    for name, each in report.totals["perplexity"].items():
-        lines.append(f"perplexity  {name}: " + ", ".join(f"{stage} {value:.3f}" for stage, value in each.items()))
-    if "file_bytes" in report.totals:
-        lines.append(f"file        {report.totals['file_bytes'] / 1e6:.1f} MB")
-    lines.append("seconds     " + "  ".join(f"{k} {v:.1f}" for k, v in report.totals["seconds"].items()))
-    return "\n".join(lines)
-
-
-def _perplexities(
-    network: Any, tokenizer: Any, texts: Mapping[str, Tensor], window: int, what: str
-) -> dict[str, float]:
-    if not texts:
-        return {}
-    from .. import models
-
-    say(f"evaluating {what} on {', '.join(texts)}")
-    report = models.evaluate(network, tokenizer, texts, window=window)
-    return {row["name"]: row["perplexity"] for row in report.rows}
+        work.evaluate("healed")
+    work.finish(report, healing, out, json, html_at)

@@ -15,16 +15,18 @@ class Architecture:
         name: in GGUF.
         pairs: whether rotary embeddings turn neighbouring rows of queries and keys, not rows half a head apart
             as in transformers; the rows are then stored in another order.
+        square: whether the heads together must be as wide as the hidden state.
     """
 
     name: str
     pairs: bool
+    square: bool = False
 
 
 KNOWN = {  # transformers' model_type
     "llama": Architecture("llama", pairs=True),
     "mistral": Architecture("llama", pairs=True),
-    "qwen2": Architecture("qwen2", pairs=False),
+    "qwen2": Architecture("qwen2", pairs=False, square=True),
     "qwen3": Architecture("qwen3", pairs=False),
 }
 
@@ -40,6 +42,11 @@ def architecture_of(config: Any) -> Architecture:
         raise ValueError(f"a {config.model_type} cannot be written to GGUF; known are {', '.join(KNOWN)}.")
     if config.hidden_act != "silu":
         raise ValueError(f"llama.cpp computes silu in this kind of model, not {config.hidden_act}.")
+    if known.square and head_size(config) * config.num_attention_heads != config.hidden_size:
+        raise ValueError(
+            f"llama.cpp reads a {config.model_type} only if its {config.num_attention_heads} heads of "
+            f"{head_size(config)} make the hidden size, {config.hidden_size}; narrow its MLPs alone."
+        )
     rope = config.rope_parameters
     kinds = ("default", "linear", "llama3") if known.name == "llama" else ("default", "linear")
     if rope["rope_type"] not in kinds or rope.get("partial_rotary_factor", 1) != 1:

@@ -1,6 +1,7 @@
 """Pure functions on tensors."""
 
 from .categorical import draw_categorical
+from .column_elimination import eliminate_columns, refit_columns
 from .dictionary import learned_dictionary, orthogonal_dictionary
 from .entries import fit_entries
 from .interpolative import interpolative_rows
@@ -21,6 +22,7 @@ __all__ = [
     "choose_grids",
     "draw_categorical",
     "draw_places",
+    "eliminate_columns",
     "fit_entries",
     "interpolative_rows",
     "k_svd",
@@ -35,6 +37,7 @@ __all__ = [
     "orthogonal_dictionary",
     "pack",
     "packed_bytes",
+    "refit_columns",
     "round_to_grid",
     "sparse_plus_low_rank",
     "truncated_factors",

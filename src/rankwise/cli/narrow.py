@@ -1,0 +1,88 @@
+"""``rankwise narrow``."""
+
+from typing import Annotated
+
+import typer
+
+from .app import app, say
+from .arguments import (
+    CalibrationTokens,
+    Data,
+    Dtype,
+    Eval,
+    EvalWindow,
+    Html,
+    Json,
+    Keep,
+    LabelKind,
+    MaxTokens,
+    Model,
+    Out,
+    Seed,
+    Settings,
+    WherePattern,
+    Window,
+)
+from .files import check_file, check_folder, data_texts, named_texts
+from .options import at_least, build, pick, where_option
+from .work import DTYPES, LABELS, Work, check_sizes
+
+
+@app.command()
+def narrow(
+    model: Model,
+    keep: Keep,
+    multiple_of: Annotated[int, typer.Option(help="Numbers of neurons are multiples of it.")] = 32,
+    settings: Settings = None,
+    data: Data = None,
+    calibration_tokens: CalibrationTokens = 24576,
+    window: Window = 512,
+    labels: LabelKind = None,
+    eval_: Eval = None,
+    max_tokens: MaxTokens = 16384,
+    eval_window: EvalWindow = 1024,
+    where: WherePattern = None,
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    out: Out = None,
+    json: Json = None,
+    html: Html = None,
+) -> None:
+    """Drop neurons and heads: a smaller ordinary model, which needs no rankwise to be used.
+
+    Fields for --set are input_shrinkage, input_damping and output_damping.
+    """
+    check_sizes(keep, calibration_tokens, window, max_tokens, eval_window)
+    at_least("--multiple-of", multiple_of, 1)
+    from ..compressors.loss_metric import Regularisers
+
+    regularisers = build(Regularisers, settings or [])
+    gradients = None if labels is None else pick("--labels", labels, LABELS)
+    layers = where_option(where)
+    precision = pick("--dtype", dtype, DTYPES)
+    check_folder("--out", out)
+    check_file("--json", json)
+    check_file("--html", html)
+    calibration, evaluation = data_texts(data or []), named_texts("--eval", eval_ or [])
+
+    from .. import narrowing
+
+    limit = calibration_tokens // max(len(calibration), 1)
+    work = Work.begin(
+        model, precision, calibration, evaluation, limit=limit, max_tokens=max_tokens, window=eval_window
+    )
+    say(f"narrowing to keep {keep:g} of the params")
+    report = narrowing.narrow(
+        work.network,
+        keep=keep,
+        data=work.batches(window) if calibration else "self",
+        regularisers=regularisers,
+        multiple_of=multiple_of,
+        where=layers,
+        labels=gradients,
+        tokens=calibration_tokens,
+        window=window,
+        seed=seed,
+    )
+    work.evaluate("narrowed")
+    work.finish(report, {}, out, json, html or (None if out is None else out / "report.html"))

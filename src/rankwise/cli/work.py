@@ -1,0 +1,167 @@
+"""What commands share that make a model smaller: texts cut to tokens, figures before and after, files."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import typer
+from torch import Tensor
+
+from ..core import labels as kinds
+from ..core.data import batches_of
+from ..core.report import Report
+from ..core.statistics import Batch
+from ..models.texts import tokens
+from .app import say
+from .files import Text, write_report
+from .options import at_least
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+LABELS = {"sampled": kinds.sampled, "data": kinds.given}
+
+
+def check_sizes(keep: float, calibration_tokens: int, window: int, max_tokens: int, eval_window: int) -> None:
+    """Raise if a number that these commands share is out of range."""
+    if not 0 < keep <= 1:
+        raise ValueError(f"--keep must be > 0 and <= 1, got {keep}.")
+    at_least("--calibration-tokens", calibration_tokens, 1)
+    at_least("--window", window, 2)
+    at_least("--max-tokens", max_tokens, 2)
+    at_least("--eval-window", eval_window, 2)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A model that is made smaller, and what is known of it before and after.
+
+    Args:
+        source: what the command calls the model.
+        network: the model.
+        tokenizer: its tokenizer.
+        heads: token ids to calibrate with.
+        tails: token ids to evaluate on, by name.
+        window: of the evaluation.
+        perplexity: of each text, by stage.
+        sizes: of the model, by stage.
+    """
+
+    source: str
+    network: Any
+    tokenizer: Any
+    heads: Sequence[Tensor]
+    tails: Mapping[str, Tensor]
+    window: int
+    perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
+    sizes: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def begin(
+        cls,
+        source: str,
+        dtype: torch.dtype | None,
+        calibration: Sequence[Text],
+        evaluation: Sequence[Text],
+        *,
+        limit: int,
+        max_tokens: int,
+        window: int,
+    ) -> Self:
+        """Load a model and evaluate it."""
+        from .. import models
+
+        say(f"loading {source}")
+        network, tokenizer = models.load(source, dtype=dtype)
+        work = cls(
+            source, network, tokenizer, *cut(tokenizer, calibration, evaluation, limit, max_tokens), window
+        )
+        work.evaluate("dense")
+        return work
+
+    def batches(self, window: int) -> list[Batch]:
+        """Return the calibration data in sequences of a length."""
+        return [batch for ids in self.heads for batch in batches_of(ids, window=window)]
+
+    def evaluate(self, stage: str) -> None:
+        """Note the sizes and the perplexities of the model as it is now."""
+        from .. import models
+
+        self.sizes[stage] = models.sizes(self.network)
+        if self.tails:
+            say(f"evaluating the {stage} model on {', '.join(self.tails)}")
+            for row in models.evaluate(self.network, self.tokenizer, self.tails, window=self.window).rows:
+                self.perplexity.setdefault(row["name"], {})[stage] = row["perplexity"]
+
+    def finish(
+        self, report: Report, more: Mapping[str, Any], out: Path | None, json: Path | None, html: Path | None
+    ) -> None:
+        """Save the model, write the report with all figures, and print its summary."""
+        from .. import models
+
+        totals = {
+            **report.totals,
+            **more,
+            "perplexity": self.perplexity,
+            "sizes": self.sizes,
+            "predicted_file_bytes": models.predicted_bytes(self.network),
+        }
+        if out is not None:
+            say(f"saving to {out}")
+            models.save(self.network, out, self.tokenizer)
+            totals["file_bytes"] = file_bytes(out)
+        show(report, self.source, totals, json, html)
+
+
+def show(report: Report, model: str, totals: Mapping[str, Any], json: Path | None, html: Path | None) -> None:
+    """Write the report with its last figures, and print its summary."""
+    report = dataclasses.replace(report, title=f"{model}, {report.title}", totals=totals)
+    write_report(report, json, html)
+    typer.echo(summary(report))
+
+
+def cut(
+    tokenizer: Any, calibration: Sequence[Text], evaluation: Sequence[Text], limit: int, max_tokens: int
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Take the first tokens of the calibration texts and the last ones of the evaluation texts.
+
+    Raises:
+        ValueError: if they would overlap in a text that is used for both.
+    """
+    heads, taken = [], {}
+    for text in calibration:
+        ids = tokens(tokenizer, text.content, limit=limit, name=text.name)
+        heads.append(ids)
+        taken[text.origin] = len(ids)
+    tails = {}
+    for text in evaluation:
+        ids = tokens(tokenizer, text.content, name=text.name)
+        tails[text.name] = ids[-max_tokens:]
+        first = taken.get(text.origin, 0)
+        if first + len(tails[text.name]) > len(ids):
+            raise ValueError(
+                f"--data and --eval overlap: {text.name} has {len(ids)} tokens, of which the first {first} "
+                f"calibrate and the last {len(tails[text.name])} evaluate; "
+                "lower --calibration-tokens or --max-tokens."
+            )
+    return heads, tails
+
+
+def file_bytes(folder: Path) -> int:
+    """Return the size of the weight files of a saved model."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def summary(report: Report) -> str:
+    """Return the totals of a compression as a few lines of text."""
+    lines = [
+        report.title,
+        "keep        " + "  ".join(f"{k} {v:.4f}" for k, v in report.totals["keep"].items()),
+    ]
+    for name, each in report.totals["perplexity"].items():
+        lines.append(f"perplexity  {name}: " + ", ".join(f"{stage} {value:.3f}" for stage, value in each.items()))
+    if "file_bytes" in report.totals:
+        lines.append(f"file        {report.totals['file_bytes'] / 1e6:.1f} MB")
+    lines.append("seconds     " + "  ".join(f"{k} {v:.1f}" for k, v in report.totals["seconds"].items()))
+    return "\n".join(lines)
