@@ -41,8 +41,8 @@ def narrow(
 ) -> Report:
     """Drop neurons and heads of a model of transformers, in place, and have the others take over what they did.
 
-    The result is an ordinary model with smaller numbers in its config: it needs no rankwise to be loaded, runs
-    faster everywhere, and can be compressed further.
+    The result is an ordinary model with smaller numbers in its config: it needs no rankwise to be loaded, and can
+    be compressed further.
 
     Queries, keys and values, or gate and up, are the producers of what one matrix W of the block reads, input by
     input. Without the inputs of some units the best matrix on the others, K, is W C[:, K] C[K, K]^-1, and the
@@ -54,7 +54,8 @@ def narrow(
     Units are single neurons, and of attention whole key-value heads with the query heads that share them: an
     ordinary architecture has one size for all heads, of queries, keys and values alike, rotary embeddings tie
     the coordinates of a head together, and where no field of the config can hold that size (GPT-2, NeoX, BERT)
-    the number of heads cannot change at all and attention stays as it is.
+    the number of heads cannot change at all and attention stays as it is. So do the neurons of a
+    mixture's experts.
 
     Nothing in the model changes before everything is made and tried, so an interrupt or an error leaves it whole.
 
