@@ -119,8 +119,9 @@ def compress(
             comparable between layers, otherwise uniform.
         sequential: whether the new matrices are made block by block, each from the inputs that the blocks before
             it make when they are compressed, and aimed at the dense model's outputs; a number from 0 to 1 is
-            how far, and True means 0.5. The sizes are those that the dense model's statistics suggest. Only
-            for a model whose blocks form a chain; see :class:`rankwise.models.Sequential`.
+            how far, and True means 0.5. The sizes are those that the dense model's statistics suggest, and the
+            errors reported are those against the dense weights, of which it gives up some. Only for a model whose
+            blocks form a chain; see :class:`rankwise.models.sequential.Sequential`.
         where: which layers; None selects all weight matrices but embeddings and output heads.
         labels: as in :func:`calibrate`.
         tokens: as in :func:`calibrate`.
@@ -213,7 +214,7 @@ def compress(
     seconds["new matrices"] = time.perf_counter() - start
     curves = {name: c.spectrum.tolist() for name, c in choices.items() if c.spectrum is not None}
     unreached = [name for name in sites if method.needs and statistics.unreached(name)]
-    report = report_of(method, f"keep {keep:g} of their {of}", rows, before, after, seconds, curves, unreached)
+    report = report_of(method, budget_words(keep, of, order), rows, before, after, seconds, curves, unreached)
     if not timed:
         return report
     shares = report.totals["keep"] | {of: cost_of(ladders, picks) / sum(each.dense for each in timed.values())}
@@ -363,6 +364,12 @@ def _order(
         return None
     chain = Chain(model, find_blocks(model))
     return Sequential(chain, sites, statistics.batches, method.needs, strength_of(sequential))
+
+
+def budget_words(keep: float, of: Unit, order: Sequential | None) -> str:
+    """Say what a compression was asked for."""
+    how = "" if order is None else f", fitted in order with strength {order.strength:g}"
+    return f"keep {keep:g} of their {of}{how}"
 
 
 def _batches(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .allocators import uniform, water_filling
 from .api import (
+    budget_words,
     check_arguments,
     choices_of,
     dense_costs,
@@ -181,7 +182,7 @@ class _Run:
         costs = {name: cost for each in made for name, cost in each["costs"].items()}
         report = report_of(
             self.method,
-            f"keep {keep:g} of their {of}",
+            budget_words(keep, of, self.order),
             [rows[name] for name in self.sites],
             {unit: sum(each[unit] for each in dense.values()) for unit in UNITS},
             {unit: sum(each[unit] for each in costs.values()) for unit in UNITS},

@@ -89,7 +89,9 @@ def test_the_first_layers_have_no_errors_to_make_up_for():
     method, before = KroneckerFactoredSvd(), "layers.0.self_attn.q_proj"
     models = [llama() for _ in range(2)]
     for model, flag in zip(models, (False, True), strict=True):
-        rankwise.compress(model, method, keep=KEEP, data=plain(), sequential=flag)
+        report = rankwise.compress(model, method, keep=KEEP, data=plain(), sequential=flag)
+        words = "fitted in order with strength 0.5"
+        assert (words in report.title) is flag
     first = [{n: x.matrix.dense() for n, x in structured(model).items()} for model in models]
     assert torch.equal(*(each[f"model.{before}"] for each in first))
     assert not torch.equal(*(each["model.layers.1.mlp.down_proj"] for each in first))
