@@ -211,8 +211,8 @@ def narrow() -> list[str]:
     counts = ", ".join(f"{dense['scored_tokens'][n]} tokens of {n}" for n in names)
     lines += [
         f"`rankwise.narrow`, calibrated on topics. Scored: {counts}.",
-        "The other rows are those of the first table, scored on more tokens of the same texts: smaller files, but",
-        "no ordinary models. The gap to the dense model is in nats, as is the rise of the loss that was predicted.",
+        "The other rows are those of the first table, scored on more tokens of the same texts: smaller files,",
+        "but no ordinary models. The gap to the dense model is in nats, as is the predicted rise of the loss.",
         "",
     ]
     cells = [["dense", "1.0", "", *(f"{dense['perplexity'][n]:.2f}" for n in names), ""]]
