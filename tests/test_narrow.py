@@ -11,7 +11,7 @@ from tiny import llama
 from torch import Tensor, nn
 
 import rankwise
-from rankwise import narrow
+from rankwise import narrow, narrowing
 from rankwise.compressors import KroneckerFactoredSvd, PlainSvd
 from rankwise.compressors.loss_metric import Regularisers
 from rankwise.core.statistics import InputGram, InputMean, OutputGradGram
@@ -359,7 +359,7 @@ def with_nan() -> families.PreTrainedModel:
         (MODELS["llama"], {"keep": 0.01}, ValueError, r"cannot be met: .*keep must be at least 0\.4000"),
         (MODELS["llama"], {"data": "topics"}, ValueError, "data must be 'self'"),
         (MODELS["llama"], {"where": only("q_proj")}, ValueError, "no number in the config of LlamaForCausalLM"),
-        (MODELS["vit"], {"data": IDS}, ValueError, "takes pixel_values; give data as a list"),
+        (MODELS["vit"], {"data": IDS}, ValueError, "takes more than token ids; give data as a list"),
         (plain, {}, TypeError, "must be one of transformers, got Linear"),
         (with_nan, {}, ValueError, r"layers\.1\.mlp\.up_proj: its weight holds NaN"),
         (lambda: lm("Llama", num_hidden_layers=1), {}, ValueError, "has no list of blocks"),
@@ -373,3 +373,36 @@ def test_bad_input_is_named(model, options, kind, message):
     assert all(
         torch.equal(tensor, before[name]) or tensor.isnan().any() for name, tensor in made.state_dict().items()
     )
+
+
+def test_what_is_refused_late_leaves_the_model_whole(monkeypatch):
+    model = MODELS["llama"]().double()  # in its own precision nothing may be copied by accident
+    before, config = state(model), model.config.to_dict()
+    monkeypatch.setattr(narrowing, "same_outputs", lambda *_: False)
+    with pytest.raises(ValueError, match="computes something else"):
+        narrow(model, keep=0.8, data=IDS, multiple_of=8)
+    assert_same(model, before, config)
+
+
+def test_blocks_that_share_are_refused():
+    model = MODELS["llama"]()
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    before, config = state(model), model.config.to_dict()
+    with pytest.raises(ValueError, match="are one parameter"):
+        narrow(model, keep=0.8, data=IDS, multiple_of=8)
+    assert_same(model, before, config)
+
+
+def test_the_other_half_of_a_model_keeps_its_numbers(tmp_path):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    half = [families.BertConfig(**sizes, num_hidden_layers=count) for count in (2, 4)]
+    torch.manual_seed(0)
+    joined = families.EncoderDecoderConfig.from_encoder_decoder_configs(*half)
+    model = families.EncoderDecoderModel(joined).eval()
+    batch = {"input_ids": IDS, "decoder_input_ids": IDS}
+    narrow(model, keep=0.9, data=[batch], multiple_of=8, labels=rankwise.core.labels.sampled)
+    assert model.config.decoder.intermediate_size < model.config.encoder.intermediate_size == 48
+    rankwise.save(model, tmp_path / "small")
+    loaded = families.EncoderDecoderModel.from_pretrained(tmp_path / "small").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits)

@@ -3,7 +3,7 @@
 import dataclasses
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,13 +149,16 @@ def compress(
     check_arguments(method, keep, of)
     sites = select(model, where)
     check_weights(sites)
+    order = order_of(sequential, method, sites, lambda: Chain(model, find_blocks(model)))
     if not isinstance(data, Statistics):
         statistics = _statistics(
             model, method, data, where, labels, tokens, window, seed, sequential is not False
         )
     else:
         statistics = data
-    order = _order(model, method, sites, statistics, sequential)
+    if order is not None:
+        order.take(statistics.batches)
+        order.learn()
     seconds = {"statistics": statistics.seconds}
     start = time.perf_counter()
     choices = {
@@ -352,18 +355,11 @@ def _statistics(
     )
 
 
-def _order(
-    model: nn.Module,
-    method: Compressor,
-    sites: Mapping[str, Site],
-    statistics: Statistics,
-    sequential: bool | float,
+def order_of(
+    sequential: bool | float, method: Compressor, sites: Mapping[str, Site], chain: Callable[[], Chain]
 ) -> Sequential | None:
     """Return what fits layers one after the other, if that is wanted."""
-    if sequential is False:
-        return None
-    chain = Chain(model, find_blocks(model))
-    return Sequential(chain, sites, statistics.batches, method.needs, strength_of(sequential))
+    return None if sequential is False else Sequential(chain(), sites, method.needs, strength_of(sequential))
 
 
 def budget_words(keep: float, of: Unit, order: Sequential | None) -> str:

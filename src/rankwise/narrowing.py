@@ -211,7 +211,7 @@ class _Reader:
         weight = self.site.weight
         outputs, inputs = _metrics(self.site, self.stats, self.regularisers)
         new = refit_columns(weight, inputs, places.to(weight.device)).to(weight.dtype)
-        change = weight.double()
+        change = weight.to(torch.float64, copy=True)
         change[:, places] -= new.double()
         shift = None if self.site.unbiased else change @ self.stats[InputMean].value()
         return new, shift, LossMetric.scale * metric_norm(change, outputs, inputs)
@@ -274,10 +274,10 @@ def _check_arguments(model: nn.Module, keep: float, multiple_of: int) -> None:
 
 def _probe(model: Any, data: str | Tensor | Sequence[Batch] | Statistics) -> Batch:
     """Return what changes of the model are tried on: a few tokens, or the first batch."""
-    if model.main_input_name == "input_ids":
+    if model.main_input_name == "input_ids" and not model.config.is_encoder_decoder:
         return torch.arange(32)[None] % model.get_input_embeddings().num_embeddings
     if isinstance(data, (str, Tensor, Statistics)):
-        raise ValueError(f"{type(model).__name__} takes {model.main_input_name}; give data as a list of batches.")
+        raise ValueError(f"{type(model).__name__} takes more than token ids; give data as a list of batches.")
     return data[0]
 
 

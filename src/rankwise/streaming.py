@@ -19,11 +19,12 @@ from .api import (
     described,
     matrix_costs,
     measured_error,
+    order_of,
     report_of,
     row_of,
 )
 from .core import labels as label_kinds
-from .core.choices import UNITS, Allocator, Ladder, Unit, spend
+from .core.choices import UNITS, Allocator, Choices, Ladder, Unit, spend
 from .core.data import batches_of
 from .core.labels import Labels
 from .core.methods import Compressor
@@ -36,7 +37,7 @@ from .matrices import StructuredMatrix
 from .models.blocks import Chain, find_blocks
 from .models.checkpoint import Checkpoint
 from .models.save import assemble, tensors_of, verify, with_specs
-from .models.sequential import Sequential, strength_of
+from .models.sequential import Sequential, without_cache
 from .models.stream import OUTSIDE, Sweeps, digest_of, parts_of
 
 LADDERS, SHARD, HIDDEN = "ladders.safetensors", "model.safetensors", "hidden.safetensors"
@@ -73,7 +74,7 @@ def compress_folder(
         method: from :mod:`rankwise.compressors`.
         keep: as in :func:`compress`.
         data: token ids, (t,) or (b, t), or batches as the model takes them; None for a method that needs
-            none. Sequences cannot be sampled from a model that is not in memory.
+            none and is not sequential. Sequences cannot be sampled from a model that is not in memory.
         of: as in :func:`compress`.
         allocate: as in :func:`compress`.
         sequential: as in :func:`compress`; then the hidden states of all batches and the inputs of one block's
@@ -108,9 +109,8 @@ def compress_folder(
         raise ValueError(
             "a sequential compression runs data through the model; give token ids or batches as data."
         )
-    used = data if method.needs or sequential is not False else None
-    run = _Run(source, out, method, used, where, labels, window, seed, dtype)
-    with contextlib.closing(run.steps):
+    run = _Run(source, out, method, data, where, labels, window, seed, dtype)
+    with contextlib.closing(run.steps), without_cache(run.model):
         return run.finish(keep, of, allocate or (water_filling if method.comparable else uniform), sequential)
 
 
@@ -136,7 +136,6 @@ class _Run:
         self.out, self.method = out, method
         self.checkpoint = Checkpoint(source, dtype)
         self.model = self.checkpoint.model
-        _without_cache(self.model.config)
         self.sites = select(self.model, where)
         self.chain = Chain(self.model, find_blocks(self.model))
         self.parts = parts_of(self.chain, self.sites)
@@ -162,9 +161,9 @@ class _Run:
 
     def finish(self, keep: float, of: Unit, allocate: Allocator, sequential: bool | float) -> Report:
         """Make every step that is missing, and the folder."""
-        if sequential is not False:
-            needs, strength = self.method.needs, strength_of(sequential)
-            self.order = Sequential(self.chain, self.sites, self.sweeps.batches, needs, strength)
+        self.order = order_of(sequential, self.method, self.sites, lambda: self.chain)
+        if self.order is not None:
+            self.order.take(self.sweeps.batches)
         if self.method.needs or self.order is not None:
             self.sweeps.run()
         for part in track(self.parts, "factorisation"):
@@ -247,11 +246,12 @@ class _Run:
             rows, costs, groups = [], {}, []
             with self._filled(part), torch.no_grad():
                 statistics = self._statistics(part) if chosen else None
-                fitted, after = self._in_order(part, chosen, statistics)
+                offers: dict[str, Choices] = {}
+                fitted, after = self._in_order(part, chosen, statistics, offers)
                 for name, (ladder, i) in picks.items():
                     site, matrix, measured = self.sites[name], None, 0.0
                     if statistics is not None and name in chosen:
-                        choices = choices_of(name, site, self.method, statistics)
+                        choices = offers.get(name) or choices_of(name, site, self.method, statistics)
                         matrix = fitted[name] if name in fitted else choices.build(chosen[name])
                         measured = measured_error(site.weight, matrix, choices)
                     rows.append(row_of(name, site.weight, matrix, float(ladder.errors[i]), measured))
@@ -274,9 +274,12 @@ class _Run:
         return self.steps.run(f"shard-{self._number(part)}", make, dict(about))
 
     def _in_order(
-        self, part: str, chosen: Mapping[str, int], statistics: Statistics | None
+        self, part: str, chosen: Mapping[str, int], statistics: Statistics | None, offers: dict[str, Choices]
     ) -> tuple[dict[str, StructuredMatrix], dict[str, Tensor]]:
-        """Fit a block to what the compressed ones before it make; return what it makes itself, too."""
+        """Fit a block to what the compressed ones before it make; return what it makes itself, too.
+
+        The choices of its layers are added to ``offers``.
+        """
         if self.order is None or part == OUTSIDE:
             return {}, {}
         i = self.chain.names.index(part)
@@ -286,8 +289,8 @@ class _Run:
 
         def fit(name: str, weight: Tensor, new: Stats) -> StructuredMatrix:
             assert statistics is not None
-            choices = choices_of(name, self.sites[name], self.method, statistics)
-            return choices.refit(chosen[name], weight, {**statistics.of(name, self.method.needs), **new})
+            offers[name] = choices_of(name, self.sites[name], self.method, statistics)
+            return offers[name].refit(chosen[name], weight, {**statistics.of(name, self.method.needs), **new})
 
         fitted, _, after = self.order.block(i, chosen, fit, dense, now)
         return fitted, {str(b): x for b, x in enumerate(after)}
@@ -318,10 +321,3 @@ class _Run:
 
     def _number(self, part: str) -> str:
         return "outside" if part == OUTSIDE else str(self.chain.names.index(part))
-
-
-def _without_cache(config: Any) -> None:
-    """Have blocks keep no keys and values: each is run more than once."""
-    for part in (config, config.get_text_config()):
-        if hasattr(part, "use_cache"):
-            part.use_cache = False

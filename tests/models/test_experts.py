@@ -353,9 +353,10 @@ def test_a_damaged_expert_is_named():
         rankwise.compress(model, PlainSvd(), keep=0.5)
 
 
-def test_padding_is_not_a_token_that_experts_share():
+@pytest.mark.parametrize("family", ["mixtral", "llama4"])
+def test_padding_is_not_a_token_that_experts_share(family):
     """Gradients are means over the tokens that count, so padding does not make an expert cheaper."""
-    model, x = MIXTURES["mixtral"](), ids()
+    model, x = MIXTURES[family](), ids()
     wide = functional.pad(x, (0, 10), value=2)
     mask = functional.pad(torch.ones_like(x), (0, 10))
     plain, padded = (

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from mixtures import MIXTURES
+from mixtures import MIXTURES, mixture
 from tiny import gpt2, ids, llama, padded, plain
 from torch import Tensor, nn
 from torch.nn import functional
@@ -21,7 +21,7 @@ from rankwise.compressors import (
     WhitenedSvd,
 )
 from rankwise.core.statistics import InputGram
-from rankwise.core.surgery import select, structured
+from rankwise.core.surgery import structured
 from rankwise.models import sequential
 
 KEEP = 0.7
@@ -138,6 +138,26 @@ def test_an_interrupt_leaves_the_model_whole(monkeypatch):
     assert model.config.use_cache
 
 
+def test_any_chain_of_blocks_will_do():
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    torch.manual_seed(0)
+    model, data = Plain(), [torch.randn(40, 8)]
+    alone = copy.deepcopy(model)
+    rankwise.compress(model, WhitenedSvd(), keep=0.8, data=data, sequential=True)
+    rankwise.compress(alone, WhitenedSvd(), keep=0.8, data=data)
+    ours, other = ([x.matrix.dense() for x in structured(each).values()] for each in (model, alone))
+    assert [torch.equal(*pair) for pair in zip(ours, other, strict=True)] == [True, False, False]
+
+
 def test_layers_outside_the_blocks_are_made_from_the_dense_inputs():
     model = transformers.BertModel(
         transformers.BertConfig(
@@ -151,9 +171,12 @@ def test_layers_outside_the_blocks_are_made_from_the_dense_inputs():
     assert torch.equal(ours, other)
 
 
-@pytest.mark.parametrize("family", [name for name in MIXTURES if name != "llama4"])  # there experts see all rows
-def test_experts_are_made_from_the_dense_inputs_and_what_follows_sees_them(family):
-    dense = MIXTURES[family]()
+EVERY = {"mixtral, each token to each expert": mixture("Mixtral", num_local_experts=2, num_experts_per_tok=2)}
+
+
+@pytest.mark.parametrize("make", [*MIXTURES.values(), *EVERY.values()], ids=[*MIXTURES, *EVERY])
+def test_experts_are_made_from_the_dense_inputs_and_what_follows_sees_them(make):
+    dense = make()
     model, alone = copy.deepcopy(dense), copy.deepcopy(dense)
     rankwise.compress(model, WhitenedSvd(), keep=KEEP, data=plain(), sequential=True)
     rankwise.compress(alone, WhitenedSvd(), keep=KEEP, data=plain())
@@ -174,11 +197,10 @@ def test_wrong_arguments_are_refused():
         rankwise.compress(llama(), WhitenedSvd(), keep=KEEP, data=plain(), sequential=1.5)
     with pytest.raises(ValueError, match="bias"):
         rankwise.compress(llama(), Lord(), keep=KEEP, data=plain(), sequential=True)
-    chain = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    no_chain = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     with pytest.raises(ValueError, match="blocks"):
-        rankwise.compress(chain, WhitenedSvd(), keep=KEEP, data=[torch.randn(20, 8)], sequential=True)
+        rankwise.compress(no_chain, WhitenedSvd(), keep=KEEP, data=[torch.randn(20, 8)], sequential=True)
     statistics = rankwise.calibrate(llama(), WhitenedSvd.needs, data=ids())
     kept = type(statistics)(statistics.layers, statistics.seconds, statistics.peak_memory_bytes)
     with pytest.raises(ValueError, match="give the data"):
         rankwise.compress(llama(), WhitenedSvd(), keep=KEEP, data=kept, sequential=True)
-    assert len(select(llama())) == 14

@@ -159,6 +159,8 @@ def compress(
         allocate=allocator,
         sequential=sequential,
         where=layers,
+        labels=gradients,
+        **sampling,
     )
     work.evaluate("compressed")
     healing: dict[str, Any] = {}

@@ -74,7 +74,7 @@ class SparseDictionary(LossMetric):
         for size in sizes:
             fitted = self._fit(weight, metrics, *size)
             errors.append(metric_norm(weight - fitted.dense().detach(), *metrics))
-            only = fitted if len(sizes) == 1 else None  # what is offered alone is wanted
+            only = fitted.to(weight.dtype) if len(sizes) == 1 else None  # what is offered alone is wanted
         length = self._written(weight)[1]
         floats = torch.tensor([atoms * length + kept for atoms, kept in sizes], dtype=torch.int64)
         places = torch.tensor([self._place_bytes(weight, *size) for size in sizes], dtype=torch.int64)
@@ -90,7 +90,7 @@ class SparseDictionary(LossMetric):
             },
             errors=self.scale * torch.tensor(errors, dtype=torch.float64),
             total=self.scale * metric_norm(weight, *metrics),
-            build=lambda i: build(i, weight, stats) if only is None else copy.deepcopy(only).to(weight.dtype),
+            build=lambda i: build(i, weight, stats) if only is None else copy.deepcopy(only),
             refit=build,
             error_of=self.error_of(stats),
         )

@@ -280,11 +280,11 @@ class Watch:
         def count(_: nn.Module, args: Any, options: Any, output: Any) -> None:
             given = [*args, *options.values()]
             x = next(value for value in given if isinstance(value, Tensor) and value.is_floating_point())
-            rows = x.numel() // x.shape[-1]
+            copies = len(stack) if stack.batched else 1  # every matrix is given its own copy of all rows
+            rows = x.numel() // x.shape[-1] // copies
             if self.mask is not None and rows == self.mask.numel():
                 rows = int(self.mask.sum())
-            share = len(stack) if stack.batched else 1  # every matrix is given its own copy of all rows
-            self.entered[path] = self.entered.get(path, 0) + rows // share
+            self.entered[path] = self.entered.get(path, 0) + rows
 
         return count
 

@@ -46,7 +46,9 @@ def find_blocks(model: nn.Module) -> str:
         if isinstance(module, nn.ModuleList) and len(module) > 1
     }
     if not sizes:
-        raise ValueError(f"{type(model).__name__} has no list of blocks to stream; compress it in memory.")
+        raise ValueError(
+            f"{type(model).__name__} has no list of blocks; compress it in memory, all layers at once."
+        )
     return max(sizes, key=lambda name: sizes[name])
 
 
@@ -84,7 +86,8 @@ class Chain:
             if any(tensor.requires_grad for tensor in _tensors_in(call.others)):
                 raise ValueError(
                     f"layers before the blocks at {self.path} also reach them past the hidden state, which "
-                    "cannot be streamed; compress in memory, or leave them out with 'where'."
+                    "cannot be taken block by block; compress in memory and all at once, or leave them out with "
+                    "'where'."
                 )
             return call.x
 
@@ -130,7 +133,7 @@ class Chain:
             if y.shape != call.x.shape:
                 raise ValueError(
                     f"{self.names[0]} turns {tuple(call.x.shape)} into {tuple(y.shape)}; only blocks that "
-                    "keep the shape of the hidden state can be streamed: compress in memory."
+                    "keep the shape of the hidden state can follow each other: compress in memory, all at once."
                 )
             if isinstance(output, tuple):
                 rest.extend(output[1:])
@@ -143,8 +146,8 @@ class Chain:
         rest[:] = [None if isinstance(each, Tensor) else each for each in rest]  # such as attention weights
         if passed_on or len(one) != len(other) or not all(map(torch.equal, one, other)):
             raise ValueError(
-                f"the blocks at {self.path} pass on more than the hidden state, which cannot be streamed; "
-                "compress in memory."
+                f"the blocks at {self.path} pass on more than the hidden state, which cannot be taken block by "
+                "block; compress in memory, all at once."
             )
 
     def _others(self, batch: Batch, change: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -156,7 +159,7 @@ class Chain:
             if call.block != len(passed) or (passed and passed[-1] is not call.x):
                 raise ValueError(
                     f"the blocks at {self.path} do not each take what the one before returned, once and in "
-                    "order; that cannot be streamed: compress in memory."
+                    "order; that cannot be taken block by block: compress in memory, all at once."
                 )
             found.extend(_tensors_in(call.others))
             passed.append(change(call.x))
@@ -182,7 +185,7 @@ class Chain:
             self._run(batch, stop)
         except _Stop:
             return found[0]
-        raise ValueError(f"the blocks at {self.path} were not run; compress in memory.")
+        raise ValueError(f"the blocks at {self.path} were not run; compress in memory, all at once.")
 
     def _run(self, batch: Batch, stand_in: StandIn) -> Any:
         """Run the model, with a function in place of each block's forward."""
@@ -198,8 +201,8 @@ class Chain:
 
     def _refuse_detour(self, gradient: Tensor) -> None:
         raise ValueError(
-            f"what enters the blocks at {self.path} also goes around them, which cannot be streamed; "
-            "compress in memory."
+            f"what enters the blocks at {self.path} also goes around them, which cannot be taken block by block; "
+            "compress in memory, all at once."
         )
 
 
@@ -212,7 +215,9 @@ def hidden_of(output: Any) -> Tensor:
     hidden = output[0] if isinstance(output, tuple) else output
     if not isinstance(hidden, Tensor):
         kind = type(hidden).__name__
-        raise ValueError(f"a block returns a {kind}, which cannot be streamed; compress in memory.")
+        raise ValueError(
+            f"a block returns a {kind}, which cannot be taken block by block; compress in memory, all at once."
+        )
     return hidden
 
 

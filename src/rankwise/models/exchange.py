@@ -58,9 +58,12 @@ class Exchange:
                     self._changes.append((place, key, value))
         held = [value for module in model.modules() for value in vars(module).values() if is_config(value)]
         parts = {id(part): part for config in held for _, part in configs_in(config)}.values()
+        named = dict(configs_in(model.config))
         for path, value in numbers.items():
-            kind = type(dict(configs_in(model.config))[path[:-1]])
-            self._changes.extend((vars(part), path[-1], value) for part in parts if type(part) is kind)
+            target = named[path[:-1]]
+            others = {id(part) for at, part in named.items() if at != path[:-1]}
+            copies = [p for p in parts if type(p) is type(target) and id(p) not in others and same(p, target)]
+            self._changes.extend((vars(part), path[-1], value) for part in copies)
 
     def apply(self) -> None:
         """Change the model; an interrupt on the way leaves it as it was."""
@@ -139,6 +142,11 @@ def configs_in(config: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     for name, value in vars(config).items():
         if is_config(value):
             yield from configs_in(value, (*path, name))
+
+
+def same(config: Any, other: Any) -> bool:
+    """Whether two configs are one, or one a copy of the other that a module keeps."""
+    return config is other or config.to_dict() == other.to_dict()
 
 
 def is_config(value: Any) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..core.progress import track
 from ..core.statistics import Batch, InputGram, Statistic, Watch, frozen
-from ..core.surgery import Site, replace, set_module, unstacked
+from ..core.surgery import Site, View, replace, set_module, unstacked
 from ..matrices import StructuredMatrix
 from .blocks import Chain
 from .stream import parts_of
@@ -26,11 +26,15 @@ Fit = Callable[[str, Tensor, Mapping[type[Statistic], Statistic]], StructuredMat
 
 @dataclass
 class Group:
-    """Layers of a block that see the same input, and its rows (t, n) in the dense model, batch by batch."""
+    """Layers of a block that see the same input, and its rows (t, n) in the dense model, batch by batch.
+
+    ``aligned`` says that these are the rows of the hidden states, in the same order.
+    """
 
     site: Site
     names: list[str]
     rows: list[Tensor] = field(default_factory=list)
+    aligned: bool = True
 
 
 class Sequential:
@@ -46,7 +50,6 @@ class Sequential:
     Args:
         chain: of the dense model, which stays as it is.
         sites: all selected layers.
-        batches: the data.
         needs: the statistics that are wanted of new inputs.
         strength: 0 fits to the new inputs with the old weight as the target, 1 aims at the dense outputs.
 
@@ -62,27 +65,42 @@ class Sequential:
         self,
         chain: Chain,
         sites: Mapping[str, Site],
-        batches: Sequence[Batch],
         needs: Collection[type[Statistic]],
         strength: float,
     ) -> None:
         if not 0 <= strength <= 1:
             raise ValueError(f"sequential must be True, False, or a number from 0 to 1, got {strength}.")
-        if not batches:
-            raise ValueError(
-                "a sequential compression runs the data again; give the data, or what calibrate returned."
-            )
-        self.chain, self.model = chain, chain.model
-        self.batches, self.strength = batches, strength
+        self.chain, self.model, self.strength = chain, chain.model, strength
+        self.batches: Sequence[Batch] = ()
         self.needs = {InputGram, *(need for need in needs if need.side == "input")}
         self.parts = parts_of(chain, sites)
         self.watch = Watch({}, ())
 
-    def fit(self, chosen: Collection[str], fit: Fit) -> dict[str, StructuredMatrix]:
-        """Fit the chosen layers that are in blocks; those outside are left out."""
-        found: dict[str, StructuredMatrix] = {}
+    def take(self, batches: Sequence[Batch]) -> None:
+        """Take the data.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if not batches:
+            raise ValueError(
+                "a sequential compression runs the data again; give the data, or what calibrate returned."
+            )
+        self.batches = batches
+
+    def learn(self) -> None:
+        """Look at one pass, and check that the model is a chain of blocks.
+
+        Raises:
+            ValueError: if it is not.
+        """
         with frozen(self.model), torch.no_grad(), without_cache(self.model):
             self.chain.learn(self.batches[0])
+
+    def fit(self, chosen: Collection[str], fit: Fit) -> dict[str, StructuredMatrix]:
+        """Fit the chosen layers that are in blocks; those outside are left out. :meth:`learn` comes first."""
+        found: dict[str, StructuredMatrix] = {}
+        with frozen(self.model), torch.no_grad(), without_cache(self.model):
             dense = now = [self.chain.enter(batch) for batch in self.batches]
             for i in track(range(len(self.chain.names)), "sequential"):
                 made, dense, now = self.block(i, chosen, fit, dense, now)
@@ -132,47 +150,39 @@ class Sequential:
     ) -> tuple[list[Group], list[Tensor]]:
         """Run a dense block; return what its layers saw, in their order, and what it made."""
         groups: dict[str, Group] = {}
-        seen: dict[int, tuple[Tensor, Any, str]] = {}  # of this batch, by identity; the tensor is kept alive
+        seen: dict[tuple[int, int, View], tuple[Tensor, str]] = {}  # of this batch; the tensor is kept alive
+        shape = [torch.Size()]  # of the hidden states of this batch, without features
 
         def hook(name: str, site: Site) -> Callable[[nn.Module, Any], None]:
             def fill(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
                 x = inputs[0]
-                known = seen.get(id(x))
-                if known is not None and known[1] == site.view:
-                    leader = groups[known[2]]
+                key = id(x), x._version, site.view
+                if key in seen:
+                    leader = groups[seen[key][1]]
                     if name not in leader.names:
                         leader.names.append(name)
                     return
-                seen[id(x)] = x, site.view, name
-                groups.setdefault(name, Group(site, [name])).rows.append(self._rows(site, x))
+                seen[key] = x, name
+                group = groups.setdefault(name, Group(site, [name]))
+                group.aligned &= x.shape[:-1] == shape[0]
+                group.rows.append(self._rows(site, x))
 
             return fill
 
         def each(b: int, x: Tensor) -> Tensor:
             seen.clear()
+            shape[0] = x.shape[:-1]
             self.watch.begin(self.batches[b])
             return self._run(i, b, x)
 
         with contextlib.ExitStack() as hooks:
             for name, site in sites.items():
-                if len(site.names) > 1:
-                    continue
+                if len(site.names) > 1 or site.part is not None:
+                    continue  # a weight with several inputs, or one of a mixture
                 handle = self.model.get_submodule(name).register_forward_pre_hook(hook(name, site))
                 hooks.callback(handle.remove)
             made = [each(b, x) for b, x in enumerate(hidden)]
-        return [group for group in groups.values() if self._aligned(group, hidden)], made
-
-    def _aligned(self, group: Group, hidden: Sequence[Tensor]) -> bool:
-        """Whether each batch's rows are those of the hidden states, once and in order."""
-        whole = [x.shape[:-1].numel() for x in hidden]
-        if len(group.rows) != len(hidden):
-            return False
-        for batch, rows, count in zip(self.batches, group.rows, whole, strict=True):
-            self.watch.begin(batch)
-            unmasked = count if self.watch.mask is None else int(self.watch.mask.sum())
-            if len(rows) not in (count, unmasked):
-                return False
-        return True
+        return [g for g in groups.values() if g.aligned and len(g.rows) == len(hidden)], made
 
     def _compare(
         self, i: int, group: Group, hidden: Sequence[Tensor]
@@ -240,7 +250,8 @@ class _Seen(Exception):
 def without_cache(model: nn.Module) -> Iterator[None]:
     """Have blocks keep no keys and values: each is run more than once."""
     config: Any = getattr(model, "config", None)
-    parts = {id(part): part for part in (config, config.get_text_config()) if hasattr(part, "use_cache")}
+    inner = [config.get_text_config()] if hasattr(config, "get_text_config") else []
+    parts = {id(part): part for part in (config, *inner) if hasattr(part, "use_cache")}
     before = {key: part.use_cache for key, part in parts.items()}
     try:
         for part in parts.values():

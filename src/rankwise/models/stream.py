@@ -38,8 +38,8 @@ def parts_of(chain: Chain, sites: Mapping[str, Site]) -> dict[str, dict[str, Sit
         }
         if len(found) > 1:
             raise ValueError(
-                f"layers {' and '.join(site.names[:2])} share a weight, which cannot be streamed; "
-                "compress in memory, or leave them out with 'where'."
+                f"layers {' and '.join(site.names[:2])} share a weight, which cannot be taken block by block; "
+                "compress in memory and all at once, or leave them out with 'where'."
             )
         parts[found.pop()][name] = site
     return parts

@@ -117,8 +117,8 @@ def find_widths(model: Any, sites: Mapping[str, Site], batch: Batch) -> list[Wid
         batch: what the model takes.
 
     Raises:
-        ValueError: if the model has no blocks, its parameters are not those that its config asks for, or there
-            is no such number.
+        ValueError: if the model has no blocks, its parameters are not those that its config asks for, blocks
+            share a parameter, or there is no such number.
     """
     base, live = shapes_of(built(model, {})), shapes_of(model)
     wrong = next((name for name in base | live if base.get(name) != live.get(name)), None)
@@ -133,6 +133,7 @@ def find_widths(model: Any, sites: Mapping[str, Site], batch: Batch) -> list[Wid
         raise ValueError(
             f"{type(model).__name__} has no list of blocks; nothing in it can be narrowed."
         ) from None
+    _refuse_shared(model, blocks)
     if not all(bool(output.isfinite().all()) for output in outputs_of(model, batch, {})):
         raise ValueError("the model's outputs are not finite; look at its weights and inputs.")
     found: list[Width] = []
@@ -148,6 +149,15 @@ def find_widths(model: Any, sites: Mapping[str, Site], batch: Batch) -> list[Wid
             f"be dropped one by one (tried: {', '.join(tried) or 'none'}); use rankwise.compress."
         )
     return found
+
+
+def _refuse_shared(model: Any, blocks: str) -> None:
+    """Raise if a parameter of the blocks has two names: its units could not be dropped in each by itself."""
+    names: dict[int, str] = {}
+    for name, parameter in parameters_of(model).items():
+        other = names.setdefault(id(parameter), name)
+        if other != name and name.startswith(f"{blocks}."):
+            raise ValueError(f"{other} and {name} are one parameter; nothing can be narrowed where blocks share.")
 
 
 def _droppable(model: Any, width: Width, blocks: str, batch: Batch) -> bool:
