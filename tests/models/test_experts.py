@@ -364,7 +364,8 @@ def test_padding_is_not_a_token_that_experts_share(family):
         for batch in ({"input_ids": x}, {"input_ids": wide, "attention_mask": mask})
     )
     for name, stats in plain.layers.items():
-        torch.testing.assert_close(padded.layers[name][OutputGradGram].value(), stats[OutputGradGram].value())
+        ours, other = (each[OutputGradGram].value() for each in (padded.layers[name], stats))
+        torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-6 * float(other.abs().max()))
 
 
 def test_other_ways_to_compute_experts_are_refused():
