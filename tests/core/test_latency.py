@@ -133,7 +133,7 @@ def test_noise_in_the_times_does_no_harm():
 def test_a_ladder_leaves_out_what_is_dominated():
     offer = PlainSvd().choices(draw(12, 12), {})
     costs, errors = torch.tensor([5, 5, 7, 6, 9, 99]), torch.tensor([4.0, 3.0, 3.0, 2.0, 2.0, 0.5]).double()
-    choices = type(offer)({"macs": costs}, errors, 9.0, offer.build, offer.error_of)
+    choices = type(offer)({"macs": costs}, errors, 9.0, offer.build, offer.refit, offer.error_of)
     ladder = Ladder.of(choices, "macs", 50)
     assert ladder.index.tolist() == [1, 3]
     assert ladder.costs.tolist() == [5, 6, 50]

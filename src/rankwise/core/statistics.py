@@ -266,9 +266,9 @@ class Watch:
         return {name: {} if name in paths and name not in reached else self.layers[name] for name in self.sites}
 
     def rows(self, x: Tensor) -> Tensor:
-        """Flatten (..., k) to (t, k) without padding."""
-        if self.mask is not None and x.shape[:-1] == self.mask.shape:
-            return x[self.mask.to(x.device)]
+        """Flatten (..., k) to (t, k) without padding; the rows of all sequences may be together already."""
+        if self.mask is not None and x.shape[:-1] in (self.mask.shape, (self.mask.numel(),)):
+            return x.flatten(0, -2)[self.mask.flatten().to(x.device)]
         return x.flatten(0, -2)
 
     def _filling(self, name: str) -> Callable[[nn.Module, Any, Any], Tensor]:
