@@ -15,7 +15,7 @@ LAYERS = [
     {"measures", "compressors", "allocators", "preconditioners", "starts", "models"},
     {"exporters", "serving"},
     {"api"},
-    {"quickstart", "streaming", "training"},
+    {"narrowing", "quickstart", "streaming", "training"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

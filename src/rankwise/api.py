@@ -23,9 +23,10 @@ from .core.memory import peak_memory_bytes
 from .core.methods import Compressor, Measure, Preconditioner
 from .core.progress import track
 from .core.report import Report
-from .core.statistics import Batch, Statistic, Statistics, collect
+from .core.statistics import Batch, Statistic, Statistics
 from .core.surgery import Site, StructuredLinear, Where, replace, select, structured
 from .core.surgery import fold as fold_layers
+from .core.watch import collect
 from .exporters.base import Exporter, Source
 from .matrices import StructuredMatrix
 from .measures.spectral import SpectralMeasure, singular_values

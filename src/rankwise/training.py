@@ -18,8 +18,9 @@ from .core.memory import peak_memory_bytes
 from .core.methods import Preconditioner, Start
 from .core.progress import track
 from .core.report import Report
-from .core.statistics import Batch, Statistics, call_of
+from .core.statistics import Batch, Statistics
 from .core.surgery import StructuredLinear, Where, replace, select, structured
+from .core.watch import call_of
 from .matrices import LowRank, PivotedLowRank
 from .preconditioners import KroneckerFactored
 

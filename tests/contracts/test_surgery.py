@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from rankwise.core.surgery import StructuredLinear, fold, replace, select, structured, view_of
+from rankwise.core.surgery import StructuredLinear, fold, replace, select, structured
+from rankwise.core.views import view_of
 from rankwise.matrices import Dense, PivotedLowRank
 
 

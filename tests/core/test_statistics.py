@@ -15,10 +15,10 @@ from rankwise.core.statistics import (
     InputMean,
     OutputGradGram,
     Statistics,
-    collect,
 )
 from rankwise.core.statistics_file import load_statistics, save_statistics
 from rankwise.core.surgery import select
+from rankwise.core.watch import collect
 
 ALL = (InputGram, OutputGradGram, InputMean, InputMagnitude, GradientWeightedInput)
 

@@ -14,8 +14,9 @@ from torch import Generator, Tensor, nn
 from .checkpoint import load_tree, save_tree
 from .fingerprint import digest_of
 from .progress import gauge, track
-from .statistics import Batch, call_of, frozen
+from .statistics import Batch
 from .targets import Target, target_of
+from .watch import call_of, frozen
 
 SKIPS = 3  # steps in a row whose gradients are not finite
 WARMUP = 0.05  # of the budget

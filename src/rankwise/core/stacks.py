@@ -29,7 +29,23 @@ class Slice(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-class Operand:
+class _Like:
+    """Has the type and the place of ``like``, as a tensor has its own."""
+
+    like: Any  # a tensor, or a property that gives one
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the numbers."""
+        return self.like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.like.device
+
+
+class Operand(_Like):
     """Stands for a matrix of a stack in ``linear(x, W)`` or ``x @ W``, which its layer then computes.
 
     Args:
@@ -41,16 +57,6 @@ class Operand:
 
     def __init__(self, layer: nn.Module, like: Tensor, shape: torch.Size, transposed: bool) -> None:
         self.layer, self.like, self.shape, self.transposed = layer, like, shape, transposed
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the numbers."""
-        return self.like.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where they are."""
-        return self.like.device
 
     @property
     def mT(self) -> "Operand":
@@ -77,7 +83,7 @@ class Operand:
                 raise _misused(func)
 
 
-class Stack(nn.Module):
+class Stack(_Like, nn.Module):
     """Stands where a 3-D parameter stood; each of its matrices is a layer of its own, under its number.
 
     ``stack[i]`` goes where the slice of the parameter went, and the stack itself into a batched product.
@@ -110,16 +116,6 @@ class Stack(nn.Module):
         """An empty tensor of the type of the matrices, where they are."""
         weight: Any = self.layer(0).weight
         return weight.detach().new_empty(0)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the numbers."""
-        return self.like.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where they are."""
-        return self.like.device
 
     def layer(self, i: int) -> nn.Module:
         """Return the layer that applies a matrix."""

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.statistics import Batch, call_of
+from ..core.statistics import Batch
+from ..core.watch import call_of
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from ..core.memory import peak_memory_bytes
 from ..core.progress import track
 from ..core.report import Report
 from ..core.stacks import stacks_of
-from ..core.surgery import StructuredLinear, view_of
+from ..core.surgery import StructuredLinear
+from ..core.views import view_of
 from ..matrices import StructuredMatrix
 from .causal import check_causal, evaluating
 from .texts import tokens as tokens_of

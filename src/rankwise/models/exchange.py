@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..core.labels import features_of
-from ..core.statistics import Batch, call_of
+from ..core.statistics import Batch
+from ..core.watch import call_of
 from .causal import evaluating
 from .load import quiet
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.surgery import StructuredLinear, set_module, structured, unstack, view_of
+from ..core.surgery import StructuredLinear, set_module, structured, unstack
+from ..core.views import view_of
 from ..matrices import StructuredMatrix, from_spec
 
 METHOD = "rankwise"

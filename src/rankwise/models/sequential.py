@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core.progress import track
-from ..core.statistics import Batch, InputGram, Statistic, Watch, frozen
-from ..core.surgery import Site, View, replace, set_module, unstacked
+from ..core.statistics import Batch, InputGram, Statistic
+from ..core.surgery import Site, replace, set_module, unstacked
+from ..core.views import View
+from ..core.watch import Watch, frozen
 from ..matrices import StructuredMatrix
 from .blocks import Chain
 from .stream import parts_of

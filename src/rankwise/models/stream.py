@@ -12,10 +12,11 @@ from torch import Generator, Tensor
 from ..core.errors import CalibrationError
 from ..core.labels import Labels
 from ..core.progress import track
-from ..core.statistics import Batch, Statistic, Stats, Watch
+from ..core.statistics import Batch, Statistic, Stats
 from ..core.statistics_file import pack, unpack
 from ..core.steps import Steps, write_tensors
 from ..core.surgery import Site
+from ..core.watch import Watch
 from .blocks import Chain
 from .checkpoint import Checkpoint
 
@@ -67,7 +68,7 @@ def digest_of(batches: Iterable[Batch]) -> str:
 
 
 class Sweeps:
-    """Collects what :func:`rankwise.core.statistics.collect` does, with one block in memory at a time.
+    """Collects what :func:`rankwise.core.watch.collect` does, with one block in memory at a time.
 
     The forward sweep runs all batches through one block after the other; ``hidden-i`` holds what enters block i.
     If gradients are needed, the backward sweep runs each block again, from the last to the first, and passes
@@ -80,7 +81,7 @@ class Sweeps:
         batches: what the model takes.
         parts: from :func:`parts_of`.
         needs: the statistics to fill.
-        labels: see :func:`rankwise.core.statistics.collect`.
+        labels: see :func:`rankwise.core.watch.collect`.
         seed: of the labels.
     """
 

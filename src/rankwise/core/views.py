@@ -1,0 +1,194 @@
+"""How kinds of layers are seen as matrices."""
+
+import abc
+import dataclasses
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..matrices import StructuredMatrix
+from .stacks import Slice
+
+
+class View(abc.ABC):
+    """How a kind of layer is seen as an (m, n) matrix that maps rows of inputs to rows of outputs."""
+
+    @classmethod
+    @abc.abstractmethod
+    def of(cls, layer: nn.Module) -> Self | None:
+        """Return the view of a layer, or None if this view does not fit it."""
+
+    @abc.abstractmethod
+    def matrix(self, weight: Tensor) -> Tensor:
+        """See the layer's weight as (m, n)."""
+
+    @abc.abstractmethod
+    def inputs(self, x: Tensor) -> Tensor:
+        """See a batch of the layer's inputs as (..., n)."""
+
+    @abc.abstractmethod
+    def outputs(self, y: Tensor) -> Tensor:
+        """See a batch of the layer's outputs, or their gradients, as (..., m)."""
+
+    @abc.abstractmethod
+    def apply(self, matrix: StructuredMatrix, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute what the layer computes, with its weight replaced by ``matrix``."""
+
+    @abc.abstractmethod
+    def restore(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """Build the ordinary layer again from an (m, n) weight."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearView(View):
+    """``nn.Linear``: the weight is the matrix."""
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Self | None:
+        """Fit ``nn.Linear`` itself; subclasses may compute something else."""
+        return cls() if type(layer) is nn.Linear else None
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """(m, n) as it is."""
+        return weight
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """(..., n) as it is."""
+        return x
+
+    def outputs(self, y: Tensor) -> Tensor:
+        """(..., m) as it is."""
+        return y
+
+    def apply(self, matrix: StructuredMatrix, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Apply the matrix and add the bias."""
+        y = matrix(x)
+        return y if bias is None else y + bias
+
+    def restore(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """Build an ``nn.Linear``."""
+        m, n = weight.shape
+        return _filled(nn.Linear(n, m, bias=bias is not None, device="meta"), weight, bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class TransposedView(LinearView):
+    """transformers' ``Conv1D``: a linear layer that stores its weight as (n, m)."""
+
+    kind: type[nn.Module]
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Self | None:
+        """Fit ``transformers.pytorch_utils.Conv1D`` without importing it."""
+        name = f"{type(layer).__module__}.{type(layer).__qualname__}"
+        return cls(type(layer)) if name == "transformers.pytorch_utils.Conv1D" else None
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Transpose (n, m) to (m, n)."""
+        return weight.mT
+
+    def restore(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """Build a ``Conv1D``, which always has a bias."""
+        m, n = weight.shape
+        with torch.device("meta"):
+            layer = self.kind(m, n)
+        return _filled(layer, weight.mT.contiguous(), weight.new_zeros(m) if bias is None else bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv2dView(View):
+    """``nn.Conv2d`` without groups: the (m, channels * height * width) matrix applied to every patch."""
+
+    channels: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Self | None:
+        """Fit ``nn.Conv2d`` with one group and zero padding given in numbers."""
+        if type(layer) is not nn.Conv2d or layer.groups != 1 or layer.padding_mode != "zeros":
+            return None
+        if isinstance(layer.padding, str):
+            return None
+        pairs = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        kernel, stride, padding, dilation = ((int(p[0]), int(p[1])) for p in pairs)
+        return cls(layer.in_channels, kernel, stride, padding, dilation)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Flatten (m, channels, height, width) to (m, n)."""
+        return weight.flatten(1)
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """Cut (b, channels, H, W) into patches: (b, positions, n)."""
+        geometry = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        return functional.unfold(x, self.kernel, **geometry).mT
+
+    def outputs(self, y: Tensor) -> Tensor:
+        """See (b, m, H, W) as (b, positions, m)."""
+        return y.flatten(2).mT
+
+    def apply(self, matrix: StructuredMatrix, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Apply the matrix to every patch and fold the positions back into an image."""
+        batched = x if x.dim() == 4 else x[None]
+        y = matrix(self.inputs(batched)).mT
+        y = y.unflatten(2, self._positions(batched.shape[-2:]))
+        y = y if bias is None else y + bias[:, None, None]
+        return y if x.dim() == 4 else y[0]
+
+    def restore(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """Build an ``nn.Conv2d``."""
+        geometry: dict[str, Any] = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        layer = nn.Conv2d(
+            self.channels, weight.shape[0], self.kernel, bias=bias is not None, device="meta", **geometry
+        )
+        return _filled(layer, weight.reshape(layer.weight.shape), bias)
+
+    def _positions(self, image: torch.Size) -> tuple[int, int]:
+        each = zip(image, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        height, width = ((i + 2 * p - d * (k - 1) - 1) // s + 1 for i, k, s, p, d in each)
+        return height, width
+
+
+@dataclasses.dataclass(frozen=True)
+class SliceView(LinearView):
+    """One matrix of a 3-D parameter, such as an expert's, stored as (m, n) or (n, m)."""
+
+    transposed: bool
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Self | None:
+        """Fit a layer of a :class:`Stack` that is as it was."""
+        return cls(layer.transposed) if isinstance(layer, Slice) else None
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Transpose what is stored as (n, m)."""
+        return weight.mT if self.transposed else weight
+
+    def restore(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """Build a :class:`Slice`."""
+        stored = weight.mT.contiguous() if self.transposed else weight
+        return Slice(nn.Parameter(stored), self.transposed, None if bias is None else parameter_of(bias))
+
+
+VIEWS: tuple[type[View], ...] = (LinearView, TransposedView, Conv2dView, SliceView)
+
+
+def view_of(layer: nn.Module) -> View | None:
+    """Return how a layer is seen as a matrix, or None if it is not one."""
+    return next((view for kind in VIEWS if (view := kind.of(layer)) is not None), None)
+
+
+def _filled(layer: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    layer.weight = nn.Parameter(weight)
+    if bias is not None:
+        layer.bias = parameter_of(bias)
+    return layer
+
+
+def parameter_of(tensor: Tensor) -> nn.Parameter:
+    """The parameter itself, so that sharing and flags last, or a new one."""
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)

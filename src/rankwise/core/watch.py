@@ -1,0 +1,247 @@
+"""One pass over the data that fills the statistics of all layers."""
+
+import contextlib
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from .errors import CalibrationError
+from .labels import Labels
+from .memory import peak_memory_bytes
+from .progress import track
+from .stacks import Stack, stacks
+from .statistics import Batch, Statistic, Statistics, Stats
+from .surgery import Site, unstacked
+from .views import View
+
+
+class Watch:
+    """Fills the statistics of some sites while their model runs inside :meth:`on`.
+
+    A matrix of a 3-D parameter, such as an expert's, sees only some rows. Its input statistics are means over
+    these, and those of gradients means over all rows that entered the module, with zero for the others: so
+    1/2 tr(S D C D') is a change of the loss per row of the module, as it is for any other layer. Where every
+    matrix is handed all rows, those that are zero did not reach it. Rows of padding cannot be told from others;
+    they count as inputs, but their gradients are zero.
+
+    Args:
+        sites: the layers to watch, from :func:`rankwise.core.surgery.select`.
+        needs: the statistics to fill.
+    """
+
+    def __init__(self, sites: Mapping[str, Site], needs: Iterable[type[Statistic]]) -> None:
+        self.sites, self.needs = sites, tuple(dict.fromkeys(needs))
+        self.layers: dict[str, dict[type[Statistic], Statistic]] = {}
+        self.mask: Tensor | None = None
+        self.seen: dict[tuple[int, int, View], tuple[weakref.ref[Tensor], str]] = {}
+        self.leader: dict[str, str] = {}  # layer -> the first layer that saw the same input
+        self.gradients = any(need.side != "input" for need in self.needs)
+        self.stacks: dict[str, str] = {}  # layer -> path of the stack that it is a matrix of
+        self.entered: dict[str, int] = {}  # path of a stack -> rows that entered its module
+
+    @contextlib.contextmanager
+    def on(self, model: nn.Module) -> Iterator[None]:
+        """Have every run of the model counted; :meth:`begin` comes before each."""
+        with unstacked(model, self.sites.values()), contextlib.ExitStack() as hooks:
+            named = [(path, name) for name, site in self.sites.items() for path in site.names]
+            places = [(model.get_submodule(path), name) for path, name in named]
+            for layer, name in {id(layer): (layer, name) for layer, name in places}.values():
+                hooks.enter_context(layer.register_forward_hook(self._filling(name)))
+            found = dict(stacks(model))
+            owners: dict[int, tuple[nn.Module, str, Stack]] = {}
+            for path, name in named:
+                above = path.rpartition(".")[0]
+                if above in found:
+                    first, stack = self.stacks.setdefault(name, above), found[above]
+                    owners[id(stack)] = model.get_submodule(above.rpartition(".")[0]), first, stack
+            for owner, path, stack in owners.values():
+                hooks.enter_context(owner.register_forward_hook(self._counting(path, stack), with_kwargs=True))
+            yield
+
+    def begin(self, batch: Batch) -> None:
+        """Start a batch; a keyword ``attention_mask`` in it marks padding, which does not count."""
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        self.mask = None if mask is None else mask.bool()
+        self.seen.clear()
+
+    def result(self) -> dict[str, dict[type[Statistic], Statistic]]:
+        """Return the statistics of each site; a matrix of a stack that no row reached has none.
+
+        Raises:
+            CalibrationError: if no batch reached a layer, or any matrix of a stack.
+        """
+        paths = {name: self.stacks[name] for name in self.sites if name in self.stacks}
+        reached = {name for name in paths if _reached(self.layers.get(name, {}))}
+        for name in self.sites:
+            if name not in paths and name not in self.layers:
+                raise CalibrationError(f"layer {name} was never reached by the data; leave it out with 'where'.")
+            if name not in paths and not all(statistic.count for statistic in self.layers[name].values()):
+                raise CalibrationError(f"the loss does not depend on layer {name}; leave it out with 'where'.")
+        for path in sorted(set(paths.values()) - {paths[name] for name in reached}):
+            raise CalibrationError(f"no matrix of {path} was reached by the data; leave it out with 'where'.")
+        for name in reached:
+            for need, statistic in self.layers[name].items():
+                if need.side != "input":
+                    statistic.count = self.entered[paths[name]]
+        return {name: {} if name in paths and name not in reached else self.layers[name] for name in self.sites}
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Flatten (..., k) to (t, k) without padding; the rows of all sequences may be together already."""
+        if self.mask is not None and x.shape[:-1] in (self.mask.shape, (self.mask.numel(),)):
+            return x.flatten(0, -2)[self.mask.flatten().to(x.device)]
+        return x.flatten(0, -2)
+
+    def _filling(self, name: str) -> Callable[[nn.Module, Any, Any], Tensor]:
+        return lambda _, inputs, y: self._fill(name, inputs[0], y)
+
+    def _counting(self, path: str, stack: Stack) -> Callable[..., None]:
+        """Return a hook that counts the rows that the module of a stack was given, but for padding."""
+
+        def count(_: nn.Module, args: Any, options: Any, output: Any) -> None:
+            given = [*args, *options.values()]
+            x = next(value for value in given if isinstance(value, Tensor) and value.is_floating_point())
+            copies = len(stack) if stack.batched else 1  # every matrix is given its own copy of all rows
+            rows = x.numel() // x.shape[-1] // copies
+            if self.mask is not None and rows == self.mask.numel():
+                rows = int(self.mask.sum())
+            self.entered[path] = self.entered.get(path, 0) + rows
+
+        return count
+
+    def _fill(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """Count the input and the output of a layer; return what takes the place of the output."""
+        site = self.sites[name]
+        leader = self._leader(name, x)
+        x = x.detach()
+        if name not in self.layers:
+            m, n = site.weight.shape
+            shared = self.layers.get(leader, {})
+            self.layers[name] = {
+                need: shared[need] if need.side == "input" and leader != name else need(m, n, x.device)
+                for need in self.needs
+            }
+        stats = self.layers[name]
+        inputs, both = None, any(need.side == "both" for need in self.needs)
+        given = (x != 0).any(-1) if name in self.stacks else None
+        if leader == name or both:
+            inputs = self.rows(site.view.inputs(x)) if given is None else x[given]
+            if not bool(inputs.isfinite().all()):
+                raise CalibrationError(
+                    f"layer {name}: its inputs are not finite; use float32, or look at the weights."
+                )
+        for need, statistic in stats.items():
+            if need.side == "input" and leader == name:
+                statistic.update(inputs)
+        if not self.gradients:
+            return y
+        leaf = not y.requires_grad
+        self._on_gradient(name, y.requires_grad_() if leaf else y, inputs if both else None, given)
+        return y.clone() if leaf else y  # what follows may work in place, which a leaf does not allow
+
+    def _on_gradient(self, name: str, y: Tensor, inputs: Tensor | None, given: Tensor | None) -> None:
+        """Have the gradient of y, or its ``given`` rows, counted when it comes; keep ``inputs`` until then."""
+
+        def fill(gradient: Tensor) -> None:
+            rows = self.rows(self.sites[name].view.outputs(gradient)) if given is None else gradient[given]
+            if not bool(rows.isfinite().all()):
+                raise CalibrationError(f"layer {name}: its output gradients are not finite; use float32.")
+            for need, statistic in self.layers[name].items():
+                if need.side != "input":
+                    statistic.update(inputs if need.side == "both" else None, rows)
+
+        y.register_hook(fill)
+
+    def _leader(self, name: str, x: Tensor) -> str:
+        if len(self.sites[name].names) > 1:
+            return name  # one weight with several inputs
+        known = self.seen.get((id(x), x._version, self.sites[name].view))
+        found = known[1] if known is not None and known[0]() is x else name
+        if found == name:
+            self.seen[id(x), x._version, self.sites[name].view] = (weakref.ref(x), name)
+        if self.leader.setdefault(name, found) != found:
+            raise CalibrationError(f"layers {name} and {self.leader[name]} share inputs in some batches only.")
+        return found
+
+
+def _reached(stats: Stats) -> bool:
+    """Whether something was summed: rows of zeros, as padding has for gradients, say nothing."""
+    return bool(stats) and all(s.count > 0 and bool((s.sum != 0).any()) for s in stats.values())
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode without parameter gradients, and put everything back."""
+    training = {module: module.training for module in model.modules()}
+    gradients = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.eval().requires_grad_(False)
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        for parameter, flag in gradients.items():
+            parameter.requires_grad_(flag)
+
+
+def collect(
+    model: nn.Module,
+    sites: Mapping[str, Site],
+    needs: Iterable[type[Statistic]],
+    batches: Iterable[Batch],
+    *,
+    labels: Labels,
+    generator: Generator,
+    autocast: torch.dtype | None = None,
+    total: int | None = None,
+) -> Statistics:
+    """Run a model once over some data and fill the statistics of its layers.
+
+    Layers that see the same input tensor (query, key and value; gate and up) share one statistic of it. No
+    gradient of a parameter is computed: the backward pass carries only those of the activations.
+
+    Args:
+        model: any module; its mode and its parameters' flags are the same afterwards.
+        sites: the layers to watch, from :func:`rankwise.core.surgery.select`.
+        needs: the statistics to fill.
+        batches: what the model takes: a tensor, positional arguments, or keyword arguments. A keyword
+            ``attention_mask`` marks padding, which does not count.
+        labels: turns the model's output into the loss whose gradients are wanted, summed over tokens.
+        generator: source of the labels' randomness.
+        autocast: run the model in this type (for a float32 model on hardware that is faster in bfloat16).
+        total: number of batches, for the progress bar.
+
+    Raises:
+        CalibrationError: if there is no batch, if a layer is never reached, or if a number is not finite.
+    """
+    start, watch, count = time.perf_counter(), Watch(sites, needs), 0
+    device = next(model.parameters()).device
+    cast = torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None)
+    with watch.on(model), frozen(model), torch.set_grad_enabled(watch.gradients):
+        for batch in track(batches, "statistics", total):
+            arguments, options = call_of(batch, device)
+            watch.begin(batch)
+            with cast:
+                output = model(*arguments, **options)
+            if watch.gradients:
+                labels(output, batch, generator).backward()
+            count += 1
+    if count == 0:
+        raise CalibrationError("the calibration data is empty; give at least one batch.")
+    return Statistics(watch.result(), time.perf_counter() - start, peak_memory_bytes())
+
+
+def call_of(batch: Batch, device: torch.device) -> tuple[list[Any], dict[str, Any]]:
+    """Return the positional and keyword arguments that feed a batch to a model on a device."""
+
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    if isinstance(batch, Tensor):
+        return [move(batch)], {}
+    if isinstance(batch, Mapping):
+        return [], {key: move(value) for key, value in batch.items()}
+    return [move(value) for value in batch], {}
