@@ -14,6 +14,7 @@ LAYERS = [
     {"core"},
     {"measures", "compressors", "allocators", "preconditioners", "starts", "models"},
     {"exporters", "serving"},
+    {"compression"},
     {"api"},
     {"narrowing", "quickstart", "streaming", "training"},
     {"cli"},
@@ -31,7 +32,13 @@ HEAVY = {
     "onnx",
     "vllm",
 }
-LIGHT = (*(name for names in LAYERS[:4] for name in sorted(names - {"models"})), "exporters", "serving", "api")
+LIGHT = (
+    *(name for names in LAYERS[:4] for name in sorted(names - {"models"})),
+    "exporters",
+    "serving",
+    "compression",
+    "api",
+)
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or path.stem in LEVEL)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,15 +12,25 @@ from torch import Generator, Tensor, nn
 
 from . import measures as known_measures
 from .allocators import uniform, water_filling
+from .compression import (
+    budget_words,
+    check_arguments,
+    check_weights,
+    choices_of,
+    dense_costs,
+    matrix_costs,
+    measured_error,
+    order_of,
+    report_of,
+    row_of,
+)
 from .core import labels as label_kinds
-from .core.choices import BUDGETS, UNITS, Allocator, Choices, Ladder, Unit, cost_of, nothing, spend
+from .core.choices import UNITS, Allocator, Choices, Ladder, Unit, cost_of, spend
 from .core.data import batches_of
-from .core.errors import CalibrationError
 from .core.files import new_folder
 from .core.labels import Labels
 from .core.latency import Latency, Timer, latencies, time_matrices
-from .core.memory import peak_memory_bytes
-from .core.methods import Compressor, Measure, Preconditioner
+from .core.methods import Compressor, Measure
 from .core.progress import track
 from .core.report import Report
 from .core.statistics import Batch, Statistic, Statistics
@@ -32,7 +42,6 @@ from .matrices import StructuredMatrix
 from .measures.spectral import SpectralMeasure, singular_values
 from .models import forget, sample
 from .models.blocks import Chain, find_blocks
-from .models.sequential import Sequential, strength_of
 
 Data = Literal["self"] | Tensor | Iterable[Batch] | Statistics
 
@@ -302,42 +311,6 @@ def export(model: nn.Module | str | Path, to: Exporter, out: str | Path, *, toke
     return out
 
 
-def check_arguments(method: Compressor, keep: float, of: Unit) -> None:
-    """Raise if a method, a share or a unit is wrong."""
-    if not isinstance(method, Compressor):
-        raise TypeError(f"method must be an object from rankwise.compressors, got {method!r}.")
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep must be > 0 and <= 1, got {keep}.")
-    if of not in BUDGETS:
-        raise ValueError(f"of must be one of {', '.join(BUDGETS)}, got {of!r}.")
-
-
-def check_weights(sites: Mapping[str, Site]) -> None:
-    """Raise if a weight holds NaN or infinity."""
-    for name, site in sites.items():
-        if not bool(site.weight.isfinite().all()):
-            raise ValueError(f"layer {name}: its weight holds NaN or infinity; load a sound checkpoint.")
-
-
-def described(method: Compressor | Preconditioner) -> dict[str, Any]:
-    """Return the name and the fields of a method as JSON data; a method may hold others."""
-    values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}  # pyright: ignore[reportArgumentType]
-    return {"name": type(method).__name__} | {
-        name: [described(part) for part in value] if isinstance(value, tuple) else value
-        for name, value in values.items()
-    }
-
-
-def dense_costs(weight: Tensor) -> dict[Unit, int]:
-    """What an (m, n) weight costs as it is."""
-    return {"params": weight.numel(), "bytes": weight.numel() * weight.element_size(), "macs": weight.numel()}
-
-
-def matrix_costs(matrix: StructuredMatrix) -> dict[Unit, int]:
-    """What a structured matrix costs."""
-    return {"params": matrix.params, "bytes": matrix.nbytes, "macs": matrix.macs}
-
-
 def _statistics(
     model: nn.Module,
     method: Compressor,
@@ -356,19 +329,6 @@ def _statistics(
     )
 
 
-def order_of(
-    sequential: bool | float, method: Compressor, sites: Mapping[str, Site], chain: Callable[[], Chain]
-) -> Sequential | None:
-    """Return what fits layers one after the other, if that is wanted."""
-    return None if sequential is False else Sequential(chain(), sites, method.needs, strength_of(sequential))
-
-
-def budget_words(keep: float, of: Unit, order: Sequential | None) -> str:
-    """Say what a compression was asked for."""
-    how = "" if order is None else f", fitted in order with strength {order.strength:g}"
-    return f"keep {keep:g} of their {of}{how}"
-
-
 def _batches(
     model: nn.Module, data: Literal["self"] | Tensor | Iterable[Batch], tokens: int, window: int, seed: int
 ) -> Sequence[Batch]:
@@ -382,16 +342,6 @@ def sampled(model: nn.Module, data: str, tokens: int, window: int, seed: int) ->
     if data != "self":
         raise ValueError(f"data must be 'self', token ids or batches, got {data!r}; tokenize a text first.")
     return sample(model, tokens=tokens, window=window, seed=seed)
-
-
-def choices_of(name: str, site: Site, method: Compressor, statistics: Statistics) -> Choices:
-    """Ask a method for the choices of a layer, none if no data reached it; an error names the layer."""
-    if method.needs and statistics.unreached(name):
-        return nothing()
-    try:
-        return method.choices(site.weight, statistics.of(name, method.needs))
-    except ValueError as error:
-        raise CalibrationError(f"layer {name}: {error} Or leave the layer out with 'where'.") from error
 
 
 def _bias_costs(choices: Choices, site: Site) -> dict[Unit, int]:
@@ -411,63 +361,3 @@ def _shift(site: Site, matrix: StructuredMatrix | None, choices: Choices) -> Ten
     if matrix is None or choices.mean is None:
         return None
     return (site.weight.double() - matrix.dense().detach().double()) @ choices.mean
-
-
-def measured_error(weight: Tensor, matrix: StructuredMatrix, choices: Choices) -> float:
-    """Measure the damage of a matrix in place of a weight, in the units of the method."""
-    return choices.error_of(weight.double() - matrix.dense().detach().double())
-
-
-def row_of(
-    name: str,
-    weight: Tensor,
-    matrix: StructuredMatrix | None,
-    predicted: float,
-    measured: float,
-    biases: int = 0,
-) -> dict[str, Any]:
-    """Describe a layer and the matrix that takes its place, or None, with its new biases, for a report."""
-    return {
-        "name": name,
-        "kind": "Dense" if matrix is None else type(matrix).__name__,
-        "rank": min(weight.shape) if matrix is None else matrix.rank,
-        "params_before": weight.numel(),
-        "params_after": weight.numel() if matrix is None else matrix.params + biases,
-        "predicted_error": predicted,
-        "measured_error": measured,
-    }
-
-
-def report_of(
-    method: Compressor,
-    budget: str,
-    rows: Sequence[Mapping[str, Any]],
-    before: Mapping[Any, int],
-    after: Mapping[Any, int],
-    seconds: Mapping[str, float],
-    curves: Mapping[str, Sequence[float]],
-    unreached: Sequence[str],
-) -> Report:
-    """Put the report of a compression together.
-
-    Args:
-        method: that was used.
-        budget: in words.
-        rows: from :func:`row_of`.
-        before: cost of all layers before, by unit.
-        after: and afterwards.
-        seconds: of each stage.
-        curves: the spectrum of each layer.
-        unreached: layers that no data reached, which stay as they are.
-    """
-    totals = {
-        "method": described(method),
-        "keep": {unit: after[unit] / before[unit] for unit in UNITS},
-        "seconds": dict(seconds),
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
-    title = f"{type(method).__name__}: {len(rows)} layers at {budget}"
-    if unreached:
-        totals["unreached"] = list(unreached)
-        title += f"; {len(unreached)} that no data reached stay as they are"
-    return Report(title, rows, "layers", totals, curves)

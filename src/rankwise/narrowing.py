@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .api import Data, calibrate, check_weights
+from .api import Data, calibrate
+from .compression import check_weights
 from .compressors.loss_metric import LossMetric, Regularisers
 from .core.choices import UNITS
 from .core.data import batches_of

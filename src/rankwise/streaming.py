@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .allocators import uniform, water_filling
-from .api import (
+from .compression import (
     budget_words,
     check_arguments,
     choices_of,

@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from .api import calibrate, described, sampled
+from .api import calibrate, sampled
+from .compression import described
 from .core.data import batches_of
 from .core.errors import CalibrationError
 from .core.fingerprint import digest_of, fingerprint

@@ -1,0 +1,137 @@
+"""What compressing a model in memory and a checkpoint on disk have in common: requests, choices, accounts."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .core.choices import BUDGETS, UNITS, Choices, Unit, nothing
+from .core.errors import CalibrationError
+from .core.memory import peak_memory_bytes
+from .core.methods import Compressor, Preconditioner
+from .core.report import Report
+from .core.statistics import Statistics
+from .core.surgery import Site
+from .matrices import StructuredMatrix
+from .models.blocks import Chain
+from .models.sequential import Sequential, strength_of
+
+
+def check_arguments(method: Compressor, keep: float, of: Unit) -> None:
+    """Raise if a method, a share or a unit is wrong."""
+    if not isinstance(method, Compressor):
+        raise TypeError(f"method must be an object from rankwise.compressors, got {method!r}.")
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep must be > 0 and <= 1, got {keep}.")
+    if of not in BUDGETS:
+        raise ValueError(f"of must be one of {', '.join(BUDGETS)}, got {of!r}.")
+
+
+def check_weights(sites: Mapping[str, Site]) -> None:
+    """Raise if a weight holds NaN or infinity."""
+    for name, site in sites.items():
+        if not bool(site.weight.isfinite().all()):
+            raise ValueError(f"layer {name}: its weight holds NaN or infinity; load a sound checkpoint.")
+
+
+def order_of(
+    sequential: bool | float, method: Compressor, sites: Mapping[str, Site], chain: Callable[[], Chain]
+) -> Sequential | None:
+    """Return what fits layers one after the other, if that is wanted."""
+    return None if sequential is False else Sequential(chain(), sites, method.needs, strength_of(sequential))
+
+
+def choices_of(name: str, site: Site, method: Compressor, statistics: Statistics) -> Choices:
+    """Ask a method for the choices of a layer, none if no data reached it; an error names the layer."""
+    if method.needs and statistics.unreached(name):
+        return nothing()
+    try:
+        return method.choices(site.weight, statistics.of(name, method.needs))
+    except ValueError as error:
+        raise CalibrationError(f"layer {name}: {error} Or leave the layer out with 'where'.") from error
+
+
+def dense_costs(weight: Tensor) -> dict[Unit, int]:
+    """What an (m, n) weight costs as it is."""
+    return {"params": weight.numel(), "bytes": weight.numel() * weight.element_size(), "macs": weight.numel()}
+
+
+def matrix_costs(matrix: StructuredMatrix) -> dict[Unit, int]:
+    """What a structured matrix costs."""
+    return {"params": matrix.params, "bytes": matrix.nbytes, "macs": matrix.macs}
+
+
+def measured_error(weight: Tensor, matrix: StructuredMatrix, choices: Choices) -> float:
+    """Measure the damage of a matrix in place of a weight, in the units of the method."""
+    return choices.error_of(weight.double() - matrix.dense().detach().double())
+
+
+def row_of(
+    name: str,
+    weight: Tensor,
+    matrix: StructuredMatrix | None,
+    predicted: float,
+    measured: float,
+    biases: int = 0,
+) -> dict[str, Any]:
+    """Describe a layer and the matrix that takes its place, or None, with its new biases, for a report."""
+    return {
+        "name": name,
+        "kind": "Dense" if matrix is None else type(matrix).__name__,
+        "rank": min(weight.shape) if matrix is None else matrix.rank,
+        "params_before": weight.numel(),
+        "params_after": weight.numel() if matrix is None else matrix.params + biases,
+        "predicted_error": predicted,
+        "measured_error": measured,
+    }
+
+
+def budget_words(keep: float, of: Unit, order: Sequential | None) -> str:
+    """Say what a compression was asked for."""
+    how = "" if order is None else f", fitted in order with strength {order.strength:g}"
+    return f"keep {keep:g} of their {of}{how}"
+
+
+def described(method: Compressor | Preconditioner) -> dict[str, Any]:
+    """Return the name and the fields of a method as JSON data; a method may hold others."""
+    values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}  # pyright: ignore[reportArgumentType]
+    return {"name": type(method).__name__} | {
+        name: [described(part) for part in value] if isinstance(value, tuple) else value
+        for name, value in values.items()
+    }
+
+
+def report_of(
+    method: Compressor,
+    budget: str,
+    rows: Sequence[Mapping[str, Any]],
+    before: Mapping[Any, int],
+    after: Mapping[Any, int],
+    seconds: Mapping[str, float],
+    curves: Mapping[str, Sequence[float]],
+    unreached: Sequence[str],
+) -> Report:
+    """Put the report of a compression together.
+
+    Args:
+        method: that was used.
+        budget: in words.
+        rows: from :func:`row_of`.
+        before: cost of all layers before, by unit.
+        after: and afterwards.
+        seconds: of each stage.
+        curves: the spectrum of each layer.
+        unreached: layers that no data reached, which stay as they are.
+    """
+    totals = {
+        "method": described(method),
+        "keep": {unit: after[unit] / before[unit] for unit in UNITS},
+        "seconds": dict(seconds),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    title = f"{type(method).__name__}: {len(rows)} layers at {budget}"
+    if unreached:
+        totals["unreached"] = list(unreached)
+        title += f"; {len(unreached)} that no data reached stay as they are"
+    return Report(title, rows, "layers", totals, curves)
