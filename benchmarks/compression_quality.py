@@ -31,6 +31,7 @@ BASELINE = {"method": "WhitenedSvd", "gauge": "factors", "allocate": "uniform", 
 BEST = {"method": "KroneckerFactoredSvd", "gauge": "pivot", "allocate": "water_filling"}
 PRUNED = {"method": "KroneckerFactoredPruning", "gauge": "", "allocate": "water_filling"}
 METHODS = ("PlainSvd", "ActivationAwareSvd", "WhitenedSvd", "FisherSvd", "KroneckerFactoredSvd")
+BOTH = {"method": "KroneckerFactoredSvd+KroneckerFactoredPruning", "gauge": "", "allocate": "water_filling"}
 MIX = {"topics": 0.25, "wiki": 0.33, "c4": 0.25, "python": 0.17}
 
 
@@ -115,7 +116,10 @@ class Bench:
         settings = (fields or {}) | ({"gauge": gauge} if gauge else {})
         name = repr((method, settings))
         if name not in self.remembered:
-            self.remembered[name] = Remember(getattr(compressors, method)(**settings))
+            parts = [getattr(compressors, part)(**settings) for part in method.split("+")]
+            self.remembered[name] = Remember(
+                parts[0] if len(parts) == 1 else compressors.Mixed(methods=tuple(parts))
+            )
         with restoring(self.model):
             report = rankwise.compress(
                 self.model, self.remembered[name], keep=keep, data=statistics,
@@ -161,7 +165,7 @@ def structures(options):
     about = {"calibration": "topics", "tokens": 24576}
     alike = {**PRUNED, "allocate": "uniform", **about}
     for keep in (0.6, 0.4, 0.8):
-        for each in (BASELINE, BEST, PRUNED):
+        for each in (BASELINE, BEST, PRUNED, BOTH):
             yield {**each, **about, "keep": keep}
         if keep == 0.6:
             for left in (
@@ -172,7 +176,7 @@ def structures(options):
                 {"input_shrinkage": 0.0},
             ):
                 yield {**alike, "keep": keep, "fields": {"share": keep, **left}}
-        for method in ("CoSpaDi", "OrthogonalDictionary"):
+        for method in ("OrthogonalDictionary", "CoSpaDi"):
             yield {**alike, "method": method, "keep": keep, "fields": {"share": keep}}
 
 
