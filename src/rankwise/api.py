@@ -174,8 +174,6 @@ def compress(
     choices = {
         name: choices_of(name, site, method, statistics) for name, site in track(sites.items(), "factorisation")
     }
-    if order is not None and any(offer.mean is not None for offer in choices.values()):
-        raise ValueError(f"{type(method).__name__} gives layers a bias, which cannot be sequential.")
     choices = {name: _with_bias(offer, sites[name]) for name, offer in choices.items()}
     seconds["factorisation"] = time.perf_counter() - start
     start = time.perf_counter()

@@ -38,8 +38,16 @@ def check_weights(sites: Mapping[str, Site]) -> None:
 def order_of(
     sequential: bool | float, method: Compressor, sites: Mapping[str, Site], chain: Callable[[], Chain]
 ) -> Sequential | None:
-    """Return what fits layers one after the other, if that is wanted."""
-    return None if sequential is False else Sequential(chain(), sites, method.needs, strength_of(sequential))
+    """Return what fits layers one after the other, if that is wanted.
+
+    Raises:
+        ValueError: if the method or the model cannot do so.
+    """
+    if sequential is False:
+        return None
+    if method.shifts:
+        raise ValueError(f"{type(method).__name__} gives layers a bias, which cannot be sequential.")
+    return Sequential(chain(), sites, method.needs, strength_of(sequential))
 
 
 def choices_of(name: str, site: Site, method: Compressor, statistics: Statistics) -> Choices:

@@ -95,6 +95,10 @@ def compress_folder(
         OSError: if the disk is full; finished steps are kept.
     """
     check_arguments(method, keep, of)
+    if method.shifts:
+        raise ValueError(
+            f"{type(method).__name__} gives layers a bias, which a stream cannot; compress the model in memory."
+        )
     if of not in UNITS:
         raise ValueError(f"a stream is budgeted in {', '.join(UNITS)}, not in {of}.")
     if method.needs and data is None:
@@ -201,11 +205,6 @@ class _Run:
                 statistics = self._statistics(part)
                 for name, site in self.parts[part].items():
                     choices, dense = choices_of(name, site, self.method, statistics), dense_costs(site.weight)
-                    if choices.mean is not None:
-                        raise ValueError(
-                            f"{type(self.method).__name__} gives layers a bias, which a stream cannot; "
-                            "compress the model in memory."
-                        )
                     totals[name] = choices.total
                     if self.method.needs and statistics.unreached(name):
                         unreached.append(name)

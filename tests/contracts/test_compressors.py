@@ -139,6 +139,10 @@ def test_same_input_same_bits(method: Compressor):
     assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
 
 
+def test_a_mean_comes_from_methods_that_say_so(method: Compressor):
+    assert (offer(method, WEIGHTS["tall"]).mean is not None) == method.shifts
+
+
 def test_another_weight_is_fitted_with_the_same_sizes(method: Compressor):
     offers = offer(method, WEIGHTS["tall"])
     other, x, grad = draw(17, 6), correlated(40, 6, 7), correlated(40, 17, 8)

@@ -35,6 +35,7 @@ class Lord(TruncatedSvd):
 
     damping: float = 1e-6
     needs: ClassVar[tuple[type[Statistic], ...]] = (InputGram, InputMean)
+    shifts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

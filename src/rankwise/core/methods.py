@@ -16,11 +16,13 @@ class Compressor(abc.ABC):
     """Offers structured matrices of several sizes for one weight.
 
     ``needs`` names the statistics it reads. ``comparable`` says that its errors mean the same in every
-    layer, so that an allocator may weigh one layer against another.
+    layer, so that an allocator may weigh one layer against another. ``shifts`` says that its choices have a mean,
+    so that layers may get a bias.
     """
 
     needs: ClassVar[tuple[type[Statistic], ...]] = ()
     comparable: ClassVar[bool] = False
+    shifts: ClassVar[bool] = False
 
     @abc.abstractmethod
     def choices(self, weight: Tensor, stats: Stats) -> Choices:
