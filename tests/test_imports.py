@@ -12,11 +12,21 @@ LAYERS = [
     {"linalg"},
     {"matrices"},
     {"core"},
-    {"measures", "compressors", "allocators", "preconditioners", "starts", "models"},
+    {
+        "measures",
+        "compressors",
+        "allocators",
+        "preconditioners",
+        "starts",
+        "models",
+        "initialisers",
+        "rank_rules",
+    },
+    {"adapters"},
     {"exporters", "serving"},
     {"compression"},
     {"api"},
-    {"narrowing", "quickstart", "streaming", "training"},
+    {"adapting", "narrowing", "quickstart", "streaming", "training"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -33,7 +43,7 @@ HEAVY = {
     "vllm",
 }
 LIGHT = (
-    *(name for names in LAYERS[:4] for name in sorted(names - {"models"})),
+    *(name for names in LAYERS[:5] for name in sorted(names - {"models"})),
     "exporters",
     "serving",
     "compression",

@@ -1,6 +1,18 @@
 """Inspect, compress, adapt, train and merge neural networks through the structure of their matrices."""
 
-from . import allocators, compressors, exporters, matrices, measures, preconditioners, starts
+from . import (
+    adapters,
+    allocators,
+    compressors,
+    exporters,
+    initialisers,
+    matrices,
+    measures,
+    preconditioners,
+    rank_rules,
+    starts,
+)
+from .adapting import adapt
 from .api import calibrate, compress, export, fold, inspect
 from .core.errors import CalibrationError
 from .core.report import Report
@@ -16,6 +28,8 @@ __all__ = [
     "CalibrationError",
     "Report",
     "StructuredLinear",
+    "adapt",
+    "adapters",
     "allocators",
     "calibrate",
     "compress",
@@ -27,12 +41,14 @@ __all__ = [
     "fold",
     "heal",
     "initialise",
+    "initialisers",
     "inspect",
     "load",
     "matrices",
     "measures",
     "narrow",
     "preconditioners",
+    "rank_rules",
     "save",
     "starts",
     "trainable_low_rank",

@@ -52,6 +52,7 @@ def calibrate(
     *,
     data: Literal["self"] | Tensor | Iterable[Batch] = "self",
     where: Where | None = None,
+    compressed: bool = False,
     labels: Labels | None = None,
     tokens: int = 24576,
     window: int = 512,
@@ -66,6 +67,7 @@ def calibrate(
         data: "self" samples sequences from the model, which must be a causal language model; otherwise token
             ids, (t,) or (b, t), or batches as the model takes them.
         where: which layers; see :func:`rankwise.core.surgery.select`.
+        compressed: also watch layers that are structured already.
         labels: from :mod:`rankwise.core.labels`; None means the sampled tokens themselves for "self", and labels
             drawn from the model for other data.
         tokens: how many tokens "self" samples.
@@ -77,7 +79,7 @@ def calibrate(
         CalibrationError: if the data is empty or a number in the model is not finite.
         ValueError: if no layer is selected.
     """
-    sites = select(model, where)
+    sites = select(model, where, compressed=compressed)
     check_weights(sites)
     generator = Generator().manual_seed(seed)
     if isinstance(data, str):

@@ -6,8 +6,11 @@ import torch
 from torch import Generator, Tensor
 
 from rankwise.matrices import (
+    Base,
+    Branch,
     Dense,
     Diagonal,
+    Frozen,
     IndexedSparse,
     LowRank,
     Permutation,
@@ -15,6 +18,7 @@ from rankwise.matrices import (
     Product,
     Quantized,
     Recomputed,
+    RowNormalised,
     Scaled,
     SemiSparse,
     Sparse,
@@ -37,14 +41,23 @@ def _product() -> StructuredMatrix:
     return Product(Permutation(order), Diagonal(draw(5)), PivotedLowRank.from_factors(draw(5, 2), draw(2, 4)))
 
 
+def _row_normalised() -> StructuredMatrix:
+    matrix = RowNormalised.of(Base(Dense(draw(5, 4))), Branch(LowRank(draw(5, 2), draw(2, 4)), 0.5))
+    matrix.lengths.data *= 1 + draw(5).abs()
+    return matrix
+
+
 def _quantized() -> StructuredMatrix:
     codes = torch.arange(20).view(5, 4) % 8
     return Quantized.from_codes(codes, draw(5, 2), draw(5, 2, seed=1), bits=3, group=3)
 
 
 EXAMPLES: dict[str, Callable[[], StructuredMatrix]] = {
+    "Base": lambda: Base(_sum()),
+    "Branch": lambda: Branch(_sum(), 0.7),
     "Dense": lambda: Dense(draw(5, 4)),
     "Diagonal": lambda: Diagonal(draw(5)),
+    "Frozen": lambda: Frozen(_sum()),
     "IndexedSparse": lambda: IndexedSparse.from_dense(draw(5, 4) * (draw(5, 4, seed=1) > 0)),
     "LowRank": lambda: LowRank(draw(5, 2), draw(2, 4)),
     "Permutation": lambda: Permutation(torch.tensor([3, 0, 4, 1, 2])),
@@ -52,6 +65,7 @@ EXAMPLES: dict[str, Callable[[], StructuredMatrix]] = {
     "Product": _product,
     "Quantized": _quantized,
     "Recomputed": lambda: Recomputed(_sum()),
+    "RowNormalised": _row_normalised,
     "Scaled": lambda: Scaled(_sum(), -0.3),
     "SemiSparse": lambda: SemiSparse.from_dense(draw(5, 6), kept=2, group=3),
     "Sparse": lambda: Sparse.from_dense(draw(5, 4) * (draw(5, 4, seed=1) > 0)),

@@ -1,13 +1,14 @@
 """What a method is: a frozen dataclass with one function of tensors."""
 
 import abc
+import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
 
-from ..matrices import StructuredMatrix
+from ..matrices import Base, StructuredMatrix
 from .choices import Choices
 from .statistics import Statistic, Statistics, Stats
 
@@ -27,6 +28,74 @@ class Compressor(abc.ABC):
     @abc.abstractmethod
     def choices(self, weight: Tensor, stats: Stats) -> Choices:
         """Return the choices for an (m, n) weight."""
+
+
+class Adapter(abc.ABC):
+    """Puts a few trained numbers beside a frozen matrix; the result is the same matrix at the start.
+
+    An adapter is a frozen dataclass. If it has a ``rank``, ``ranks`` may give each layer its own.
+    """
+
+    @property
+    def needs(self) -> tuple[type[Statistic], ...]:
+        """The statistics that it reads of each layer."""
+        return ()
+
+    @property
+    def ranks(self) -> "RankRule | None":
+        """What gives layers their ranks, or None if all get the same."""
+        return None
+
+    def with_rank(self, rank: int) -> "Adapter":
+        """The same adapter with another rank."""
+        method: Any = self
+        return dataclasses.replace(method, rank=rank)
+
+    @abc.abstractmethod
+    def attach(self, base: Base, stats: Stats, generator: Generator) -> StructuredMatrix:
+        """Return an expression that contains ``base``; its parameters outside ``base`` and ``Frozen`` train.
+
+        Raises:
+            ValueError: if the adapter does not fit the shape, or a statistic is not what it needs.
+        """
+
+
+class Initialiser(abc.ABC):
+    """Says where a low-rank update begins."""
+
+    @property
+    def needs(self) -> tuple[type[Statistic], ...]:
+        """The statistics that it reads of each layer."""
+        return ()
+
+    @abc.abstractmethod
+    def factors(
+        self, base: StructuredMatrix, rank: int, scale: float, stats: Stats, generator: Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Return the first left (m, r) and right (r, n) factor of an update that counts ``scale`` times.
+
+        They are float32 or float64, on the device of the base. Where their product is not zero, it is taken off
+        again, so that the sum starts as the base.
+        """
+
+
+class RankRule(abc.ABC):
+    """Says what ranks are worth to a layer, so that they can be spread over layers.
+
+    Args:
+        most: the largest rank of a layer, as a multiple of the average.
+    """
+
+    most: float
+
+    @property
+    def needs(self) -> tuple[type[Statistic], ...]:
+        """The statistics that it reads of each layer."""
+        return ()
+
+    @abc.abstractmethod
+    def missed(self, base: StructuredMatrix, stats: Stats, count: int) -> Tensor:
+        """Return (count + 1,) what ranks 0 ... count leave undone, never increasing, in units layers share."""
 
 
 class Measure(abc.ABC):

@@ -91,6 +91,8 @@ class Site:
     @property
     def weight(self) -> Tensor:
         """The (m, n) weight, detached."""
+        if isinstance(self.layer, StructuredLinear):
+            return self.layer.matrix.dense().detach()
         if self.part is None:
             return self.view.matrix(self.layer.get_parameter("weight").detach())
         name, i = self.part
@@ -104,7 +106,7 @@ class _HasHead(Protocol):
     def get_output_embeddings(self) -> nn.Module | None: ...
 
 
-def select(model: nn.Module, where: Where | None = None) -> dict[str, Site]:
+def select(model: nn.Module, where: Where | None = None, *, compressed: bool = False) -> dict[str, Site]:
     """Find the weight matrices of a model by the kind and shape of its modules.
 
     Layers that share one weight are one site. A weight that is also an embedding table is never
@@ -115,6 +117,7 @@ def select(model: nn.Module, where: Where | None = None) -> dict[str, Site]:
         model: any module.
         where: keeps a layer if it is true for (name, module); None keeps all but output heads. For a matrix of a
             3-D parameter the module is the one that owns the parameter.
+        compressed: also find the layers that are structured already.
 
     Raises:
         ValueError: if nothing is selected.
@@ -126,7 +129,9 @@ def select(model: nn.Module, where: Where | None = None) -> dict[str, Site]:
     sites: dict[tuple[int, int], Site] = {}
     for path, owner in model.named_modules(remove_duplicate=False):
         for weight, site in _sites_at(path, owner):
-            if id(weight) not in tied and keep(site.name, owner):
+            if id(weight) in tied or (isinstance(owner, StructuredLinear) and not compressed):
+                continue
+            if keep(site.name, owner):
                 key = id(weight), 0 if site.part is None else site.part[1]
                 known = sites.get(key, dataclasses.replace(site, names=()))
                 sites[key] = dataclasses.replace(known, names=(*known.names, *site.names))
@@ -136,8 +141,11 @@ def select(model: nn.Module, where: Where | None = None) -> dict[str, Site]:
     return {site.name: site for site in sites.values()}
 
 
-def _sites_at(path: str, layer: nn.Module) -> Iterator[tuple[nn.Parameter, Site]]:
-    """Yield the weight matrices that a module itself holds, each with the parameter it is, or is cut from."""
+def _sites_at(path: str, layer: nn.Module) -> Iterator[tuple[nn.Module | nn.Parameter, Site]]:
+    """Yield the matrices that a module itself holds, each with what holds its values, which others may share."""
+    if isinstance(layer, StructuredLinear):
+        yield layer.matrix, Site((path,), layer, layer.view)
+        return
     view = view_of(layer)
     if view is not None:
         yield layer.get_parameter("weight"), Site((path,), layer, view)

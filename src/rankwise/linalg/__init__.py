@@ -10,6 +10,7 @@ from .masks import draw_places, largest, largest_in_groups
 from .metric import Metric, metric_norm, metric_svd, truncated_factors
 from .packing import pack, packed_bytes, unpack
 from .parabola import log_parabola
+from .principal import principal_components
 from .rounding import Rounded, choose_grids, nearest_codes, round_to_grid
 from .sparse_coding import matching_pursuit
 from .sparse_plus_low_rank import sparse_plus_low_rank
@@ -37,6 +38,7 @@ __all__ = [
     "orthogonal_dictionary",
     "pack",
     "packed_bytes",
+    "principal_components",
     "refit_columns",
     "round_to_grid",
     "sparse_plus_low_rank",

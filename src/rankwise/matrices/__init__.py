@@ -7,20 +7,26 @@ from typing import Any
 import torch
 
 from .base import StructuredMatrix
+from .branch import Branch
 from .dense import Dense
 from .diagonal import Diagonal
 from .expressions import Product, Scaled, Sum
+from .frozen import Base, Frozen
 from .indexed_sparse import IndexedSparse
 from .low_rank import LowRank, PivotedLowRank
 from .permutation import Permutation
 from .quantized import Quantized
 from .recomputed import Recomputed
+from .row_normalised import RowNormalised
 from .semi_sparse import SemiSparse
 from .sparse import Sparse
 
 __all__ = [
+    "Base",
+    "Branch",
     "Dense",
     "Diagonal",
+    "Frozen",
     "IndexedSparse",
     "LowRank",
     "Permutation",
@@ -28,6 +34,7 @@ __all__ = [
     "Product",
     "Quantized",
     "Recomputed",
+    "RowNormalised",
     "Scaled",
     "SemiSparse",
     "Sparse",

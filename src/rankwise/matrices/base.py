@@ -1,6 +1,7 @@
 """The one value that carries structure: an (m, n) matrix kept in factors."""
 
 import abc
+import itertools
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -48,6 +49,17 @@ class StructuredMatrix(nn.Module, abc.ABC):
         """Multiply-adds to apply the matrix to one vector."""
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The type of the first stored floating-point number, or else torch's default."""
+        stored = (t.dtype for t in itertools.chain(self.parameters(), self.buffers()) if t.is_floating_point())
+        return next(stored, torch.get_default_dtype())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the stored numbers are."""
+        return next((t.device for t in itertools.chain(self.parameters(), self.buffers())), torch.device("cpu"))
+
+    @property
     def rank(self) -> int:
         """The largest rank that the structure allows."""
         return min(self.shape)
@@ -72,6 +84,13 @@ class StructuredMatrix(nn.Module, abc.ABC):
     def extra_repr(self) -> str:
         """Show the shape in ``print(model)``."""
         return f"shape={self.shape}, rank={self.rank}"
+
+
+def autocast_of(device: torch.device) -> torch.dtype | None:
+    """Return the type that torch casts to on a device at the moment, or None if it does not."""
+    kind = device.type
+    casting = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if casting else None
 
 
 LARGEST = 2**28  # of a size; products of two and their bytes still fit in 64 bits

@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, Self, cast
 
-import torch
 from torch import Tensor, nn
 
 from .base import StructuredMatrix
@@ -37,12 +36,6 @@ class _Expression(StructuredMatrix):
     def macs(self) -> int:
         """The sum over the matrices."""
         return sum(part.macs for part in self.parts)
-
-    def _written_out(self) -> list[Tensor]:
-        """All parts dense and of one type: that of the first stored floating-point number."""
-        floats = (tensor.dtype for tensor in self.state_dict().values() if tensor.is_floating_point())
-        dtype = next(floats, torch.get_default_dtype())
-        return [part.dense().to(dtype) for part in self.parts]
 
     def spec(self) -> dict[str, Any]:
         """Kind, and the specs of the matrices."""
@@ -99,11 +92,11 @@ class Sum(_Expression):
         return x
 
     def dense(self) -> Tensor:
-        """(m, n)."""
-        first, *others = self._written_out()
+        """(m, n), added in the widest type of the terms and rounded once."""
+        first, *others = (part.dense() for part in self.parts)
         for part in others:
-            first = first + part
-        return first
+            first = first + part  # torch takes the wider type
+        return first.to(self.dtype)
 
 
 class Product(_Expression):
@@ -146,7 +139,7 @@ class Product(_Expression):
 
     def dense(self) -> Tensor:
         """(m, n)."""
-        first, *others = self._written_out()
+        first, *others = (part.dense().to(self.dtype) for part in self.parts)
         for part in others:
             first = first @ part
         return first

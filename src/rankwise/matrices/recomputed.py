@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .base import StructuredMatrix
+from .base import StructuredMatrix, autocast_of
 
 
 class Recomputed(StructuredMatrix):
@@ -79,8 +79,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, matrix: StructuredMatrix, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.matrix, ctx.device = matrix, x.device.type
-        casting = torch.amp.is_autocast_available(ctx.device) and torch.is_autocast_enabled(ctx.device)
-        ctx.cast = torch.get_autocast_dtype(ctx.device) if casting else None
+        ctx.cast = autocast_of(x.device)
         ctx.save_for_backward(x, *parameters)
         return x @ matrix.dense().mT
 

@@ -1,0 +1,95 @@
+"""A low-rank update beside a frozen weight (LoRA), also with rows of trained lengths (DoRA)."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+from torch import Generator
+
+from ..core.methods import Adapter, Initialiser, RankRule
+from ..core.statistics import Statistic, Stats
+from ..initialisers import Uniform
+from ..matrices import Base, Branch, Frozen, LowRank, RowNormalised, Scaled, StructuredMatrix, Sum
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora(Adapter):
+    """Train B (m, r) and A (r, n) in W + s B A with W frozen.
+
+    A start that is not zero is subtracted again, as a frozen term: W itself never changes. The factors are
+    float32 where W is in half precision.
+
+    Args:
+        rank: r, or the average of the layers' where ``ranks`` is given.
+        alpha: s = alpha / rank; None means s = 1. A layer whose rank is not ``rank`` keeps the same s.
+        rank_stabilised: s = alpha / sqrt(rank) (rsLoRA).
+        magnitudes: also train the lengths of the rows of W + s B A (DoRA).
+        dropout: share of the branch's inputs that are dropped while training.
+        start: from :mod:`rankwise.initialisers`.
+        ranks: from :mod:`rankwise.rank_rules`; None gives all layers the same.
+
+    References: Hu et al., "LoRA", ICLR 2022, arXiv 2106.09685; Kalajdzievski, "A rank stabilization scaling
+        factor for fine-tuning with LoRA", 2023, arXiv 2312.03732; Liu et al., "DoRA", ICML 2024,
+        arXiv 2402.09353.
+
+    >>> import torch
+    >>> from rankwise.matrices import Dense
+    >>> adapted = Lora(rank=2).attach(Base(Dense(torch.eye(4))), {}, Generator())
+    >>> sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    16
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    rank_stabilised: bool = False
+    magnitudes: bool = False
+    dropout: float = 0.0
+    start: Initialiser = field(default_factory=Uniform)
+    ranks: RankRule | None = None  # pyright: ignore[reportIncompatibleMethodOverride] (a field is a property)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"rank must be an integer >= 1, got {self.rank!r}.")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha must be a positive number, got {self.alpha!r}.")
+        if self.rank_stabilised and self.alpha is None:
+            raise ValueError("rank_stabilised changes how alpha counts; give alpha.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be >= 0 and < 1, got {self.dropout!r}.")
+        if not isinstance(self.start, Initialiser):
+            raise TypeError(f"start must be an object from rankwise.initialisers, got {self.start!r}.")
+
+    @property
+    def needs(self) -> tuple[type[Statistic], ...]:
+        """What the start reads."""
+        return self.start.needs
+
+    @property
+    def scale(self) -> float:
+        """What B A counts."""
+        if self.alpha is None:
+            return 1.0
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+    def attach(self, base: Base, stats: Stats, generator: Generator) -> StructuredMatrix:
+        """Return W + s B A, or the same with rows of trained lengths."""
+        factors = self.start.factors(base, self.rank, self.scale, stats, generator)
+        wide = torch.promote_types(base.dtype, torch.float32)
+        left, right = (factor.to(wide) for factor in factors)
+        update = Branch(LowRank(left, right), self.scale, self.dropout)
+        moved = bool(left.any()) and bool(right.any())
+        if self.magnitudes:
+            if moved:
+                raise ValueError("magnitudes need a start at zero, such as Uniform().")
+            return RowNormalised.of(base, update)
+        if moved:
+            start = Scaled(Frozen(LowRank(left.clone(), right.clone())), -1.0)
+            update = Branch(Sum(update.matrix, start), self.scale, self.dropout)
+        return Sum(base, update)
+
+    def with_rank(self, rank: int) -> Self:
+        """The same with another rank and the same scale."""
+        alpha = self.scale * (math.sqrt(rank) if self.rank_stabilised else rank)
+        return dataclasses.replace(self, rank=rank, alpha=alpha)

@@ -1,0 +1,160 @@
+"""The verb that prepares a model for training few numbers."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Generator, Tensor, nn
+
+from .allocators import water_filling
+from .api import calibrate
+from .compression import check_weights, described
+from .core.choices import Ladder, spend
+from .core.labels import Labels
+from .core.methods import Adapter
+from .core.progress import track
+from .core.report import Report
+from .core.statistics import Batch, Statistics, Stats
+from .core.surgery import Site, StructuredLinear, Where, replace, select, structured
+from .matrices import Base, Dense, StructuredMatrix
+
+
+def adapt(
+    model: nn.Module,
+    method: Adapter,
+    *,
+    where: Where | None = None,
+    data: Literal["self"] | Tensor | Iterable[Batch] | Statistics | None = None,
+    also: Callable[[str], bool] | None = None,
+    labels: Labels | None = None,
+    tokens: int = 24576,
+    window: int = 512,
+    seed: int = 0,
+) -> Report:
+    """Put trained numbers beside the weights of a model, in place, and freeze all others.
+
+    The model computes what it did. Layers may be ordinary or compressed. Nothing changes before all adapters are
+    made. Train the parameters that ask for gradients, in any loop; then :func:`rankwise.save` them, or
+    :func:`rankwise.fold` them into the weights.
+
+    Args:
+        model: any module; see :func:`rankwise.core.surgery.select` for the layers that count.
+        method: from :mod:`rankwise.adapters`.
+        where: which layers; None selects all weight matrices but embeddings and output heads.
+        data: for methods that read statistics: as in :func:`calibrate`, or what it returned.
+        also: which other parameters train whole, by name, such as ``lambda name: "norm" in name``.
+        labels: as in :func:`calibrate`.
+        tokens: as in :func:`calibrate`.
+        window: as in :func:`calibrate`.
+        seed: of all random numbers.
+
+    Returns:
+        a report with a row for each layer; its totals say how many numbers train, of how many.
+
+    Raises:
+        TypeError: if ``method`` is no adapter.
+        ValueError: if no layer is selected, one is adapted already or does not fit, or a weight is not finite.
+        CalibrationError: if the method needs data that is missing, empty, or does not reach a layer.
+
+    >>> import torch, rankwise
+    >>> from torch import nn
+    >>> net = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 8))
+    >>> report = rankwise.adapt(net, rankwise.adapters.Lora(rank=2))
+    >>> [row["trained"] for row in report.rows], report.totals["params"]
+    ([128, 80], 1528)
+    """
+    if not isinstance(method, Adapter):
+        raise TypeError(f"method must be an object from rankwise.adapters, got {method!r}.")
+    sites = select(model, where, compressed=True)
+    for name, site in sites.items():
+        if isinstance(site.layer, StructuredLinear) and base_of(site.layer.matrix) is not None:
+            raise ValueError(f"layer {name} has an adapter already; fold or remove that first, or leave it out.")
+    check_weights(sites)
+    stats = _statistics(model, method, sites, where, data, labels, tokens, window, seed)
+    generator = Generator().manual_seed(seed)
+    bases = {name: _matrix_of(site) for name, site in sites.items()}
+    ranks = _ranks(method, bases, stats)
+    made = {}
+    for name, base in track(bases.items(), "adapters"):
+        if ranks.get(name) != 0:
+            own = method.with_rank(ranks[name]) if name in ranks else method
+            made[name] = _attached(name, own, base, stats[name], generator)
+    model.requires_grad_(False)
+    rows = []
+    for name, site in sites.items():
+        trained = 0
+        if name in made:
+            replace(model, site, made[name])
+            trained = sum(p.numel() for p in made[name].parameters() if p.requires_grad)
+        rank = ranks.get(name, getattr(method, "rank", None))
+        rows.append({"name": name, "shape": list(bases[name].shape), "rank": rank, "trained": trained})
+    for name, parameter in model.named_parameters():
+        if also is not None and also(name):
+            parameter.requires_grad_(True)
+    totals = {
+        "method": described(method),
+        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "params": sum(p.numel() for p in model.parameters()),
+    }
+    return Report(f"{type(method).__name__}: {len(made)} layers adapted", rows, "layers", totals)
+
+
+def base_of(matrix: StructuredMatrix) -> Base | None:
+    """Return the matrix that an adapter in an expression changes, or None if there is no adapter."""
+    return next((part for part in matrix.modules() if isinstance(part, Base)), None)
+
+
+def adapted(model: nn.Module) -> Mapping[str, StructuredLinear]:
+    """Return the layers of a model that have an adapter, by name."""
+    return {name: layer for name, layer in structured(model).items() if base_of(layer.matrix) is not None}
+
+
+def _matrix_of(site: Site) -> StructuredMatrix:
+    return site.layer.matrix if isinstance(site.layer, StructuredLinear) else Dense(site.weight)
+
+
+def _attached(
+    name: str, method: Adapter, base: StructuredMatrix, stats: Stats, generator: Generator
+) -> StructuredMatrix:
+    """Make the adapter of a layer; an error names the layer."""
+    try:
+        return method.attach(Base(base), stats, generator)
+    except ValueError as error:
+        raise ValueError(f"layer {name}: {error} Or leave the layer out with 'where'.") from error
+
+
+def _ranks(method: Adapter, bases: Mapping[str, StructuredMatrix], stats: Mapping[str, Stats]) -> dict[str, int]:
+    """Spread ranks over layers, where the method does so."""
+    rule, rank = method.ranks, getattr(method, "rank", 0)
+    if rule is None:
+        return {}
+    ladders = {}
+    for name, base in bases.items():
+        count = min(round(rule.most * rank), *base.shape)
+        missed = rule.missed(base, stats[name], count).double().cpu()
+        ladders[name] = Ladder(torch.arange(count + 1), missed, torch.arange(count), float(missed[0]))
+    return spend(water_filling, ladders, rank * len(bases))
+
+
+def _statistics(
+    model: nn.Module,
+    method: Adapter,
+    sites: Mapping[str, Site],
+    where: Where | None,
+    data: Any,
+    labels: Labels | None,
+    tokens: int,
+    window: int,
+    seed: int,
+) -> dict[str, Stats]:
+    needs = tuple(dict.fromkeys((*method.needs, *(method.ranks.needs if method.ranks else ()))))
+    if not needs:
+        return {name: {} for name in sites}
+    if data is None:
+        raise ValueError(
+            f"{type(method).__name__} reads statistics; give data, best that of the task, or 'self'."
+        )
+    if not isinstance(data, Statistics):
+        about: dict[str, Any] = {"tokens": tokens, "window": window, "seed": seed}
+        data = calibrate(model, needs, data=data, where=where, compressed=True, labels=labels, **about)
+    return {name: data.of(name, needs) for name in sites}

@@ -1,0 +1,104 @@
+"""A changed matrix whose rows have trained lengths."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from .base import StructuredMatrix
+from .branch import Branch
+from .frozen import Base
+from .low_rank import LowRank
+
+
+class RowNormalised(StructuredMatrix):
+    """W + s B A with each row rescaled to a trained length: DoRA's form.
+
+    The lengths of the rows are found without writing B A out: with W A' from one call of W,
+    |row|^2 = |W|^2 + 2 s (W A' * B) + s^2 (B A A' * B), summed over the rank. No gradient goes through them, so
+    gradients are not those of the dense form: the published method's, and what keeps its memory small.
+
+    Args:
+        base: W, (m, n).
+        update: s B A, around a low-rank matrix.
+        lengths: (m,), trained.
+        squares: (m,), the squared lengths of the rows of W.
+
+    References: Liu et al., "DoRA: Weight-decomposed low-rank adaptation", ICML 2024, arXiv 2402.09353; the
+        constant denominator is that of its section 4.3.
+    """
+
+    squares: Tensor
+
+    def __init__(self, base: Base, update: Branch, lengths: Tensor, squares: Tensor) -> None:
+        super().__init__()
+        if not isinstance(base, Base) or not isinstance(update, Branch) or not isinstance(update.matrix, LowRank):
+            raise TypeError("RowNormalised takes a Base and a Branch around a LowRank.")
+        m = base.shape[0]
+        if base.shape != update.shape or lengths.shape != (m,) or squares.shape != (m,):
+            raise ValueError(
+                f"base {base.shape}, update {update.shape}, lengths {tuple(lengths.shape)} and squares "
+                f"{tuple(squares.shape)} disagree."
+            )
+        self.base, self.update, self.lengths = base, update, nn.Parameter(lengths)
+        self.register_buffer("squares", squares)
+        self.shape = base.shape
+
+    @classmethod
+    def of(cls, base: Base, update: Branch) -> Self:
+        """Start with the lengths that the rows have."""
+        with torch.no_grad():
+            wide = torch.promote_types(next(update.parameters()).dtype, torch.float32)
+            squares = base.dense().detach().to(wide).square().sum(1)
+            made = cls(base, update, torch.zeros_like(squares), squares)
+            made.lengths.copy_(made.row_lengths())
+        return made
+
+    @property
+    def macs(self) -> int:
+        """Those of both matrices, and one multiplication an output; the lengths of rows are not counted."""
+        return self.base.macs + self.update.macs + self.shape[0]
+
+    def row_lengths(self) -> Tensor:
+        """(m,): the lengths of the rows of W + s B A, without a gradient."""
+        with torch.no_grad():
+            low, scale = self.update.matrix, self.update.scale
+            assert isinstance(low, LowRank)
+            image = self.base(low.right.to(self.base.dtype)).to(low.left.dtype)  # (r, m)
+            crossed = (image * low.left.mT).sum(0)
+            squared = ((low.left @ (low.right @ low.right.mT)) * low.left).sum(1)
+            return (self.squares + 2 * scale * crossed + scale**2 * squared).clamp_min(0).sqrt()
+
+    def _factors(self) -> Tensor:
+        """(m,): how much longer the rows are to be."""
+        lengths = self.row_lengths()
+        return self.lengths / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n) -> (..., m)."""
+        y = self.base(x) + self.update(x)
+        return (self._factors() * y).to(y.dtype)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """(..., m) -> (..., n)."""
+        y = (self._factors() * y).to(y.dtype)
+        return self.base.adjoint(y) + self.update.adjoint(y)
+
+    def dense(self) -> Tensor:
+        """(m, n), rounded once to the type of the base."""
+        return (self._factors()[:, None] * (self.base.dense() + self.update.dense())).to(self.base.dtype)
+
+    def spec(self) -> dict[str, Any]:
+        """Kind, and the specs of the matrices."""
+        return {"kind": "RowNormalised", "base": self.base.spec(), "update": self.update.spec()}
+
+    @classmethod
+    def empty(cls, spec: Mapping[str, Any], **where: Any) -> Self:
+        """The same around matrices that are not initialised."""
+        from . import from_spec
+
+        base, update = (from_spec(spec.get(part), **where) for part in ("base", "update"))
+        if not isinstance(base, Base) or not isinstance(update, Branch):
+            raise ValueError(f"spec of {cls.__name__} needs 'base', a Base, and 'update', a Branch.")
+        return cls(base, update, *(torch.empty(base.shape[0], **where) for _ in range(2)))
