@@ -26,6 +26,7 @@ from rankwise import allocators, compressors
 from rankwise.core import labels
 from rankwise.models import embedded_texts, sample
 from rankwise.models.texts import tokens as ids_of
+from rankwise.training import portions
 
 BASELINE = {"method": "WhitenedSvd", "gauge": "factors", "allocate": "uniform", "calibration": "topics"}
 BEST = {"method": "KroneckerFactoredSvd", "gauge": "pivot", "allocate": "water_filling"}
@@ -89,6 +90,10 @@ class Bench:
             parts.append(ids[:size])
         return torch.cat(parts)
 
+    def unscored(self, name: str) -> Tensor:
+        """Return all tokens of a text that no part scores."""
+        return self.texts[name][: -self.options.eval_tokens]
+
     def calibrate(self, name: str, count: int):
         """Collect the statistics of all methods from one calibration set, once."""
         if self.calibrated != (name, count):
@@ -103,12 +108,12 @@ class Bench:
         return self.statistics
 
     def compressed(
-        self, part, *, method, gauge, allocate, calibration, tokens, keep, fields=None, sequential=None
+        self, part, *, method, gauge, allocate, calibration, tokens, keep, fields=None, sequential=None, heal=None
     ):
-        """Compress the model, score it, and put the dense layers back."""
+        """Compress the model, heal it for some seconds, score it, and put the dense layers back."""
         key = dict(
             method=method, gauge=gauge, allocate=allocate, calibration=calibration, tokens=tokens, keep=keep,
-            fields=fields, sequential=sequential,
+            fields=fields, sequential=sequential, heal=heal,
         )  # fmt: skip
         if self.rows.has(part=part, **key):
             return
@@ -120,6 +125,7 @@ class Bench:
             self.remembered[name] = Remember(
                 parts[0] if len(parts) == 1 else compressors.Mixed(methods=tuple(parts))
             )
+        dense = copy.deepcopy(self.model) if heal else None
         with restoring(self.model):
             report = rankwise.compress(
                 self.model, self.remembered[name], keep=keep, data=statistics,
@@ -133,6 +139,14 @@ class Bench:
                 "kinds": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
                 "predicted_error": sum(row["predicted_error"] for row in report.rows),
             }
+            if heal:
+                healed = rankwise.heal(
+                    self.model, dense, data=portions([self.unscored(calibration)], 512), budget=heal,
+                    autocast=torch.bfloat16,
+                )  # fmt: skip
+                about["healing"] = {
+                    name: healed.totals[name] for name in ("steps", "rows", "held_out", "seconds")
+                }
             self.score(part, about, **key)
 
 
@@ -146,6 +160,8 @@ def bars(options):
         yield {**about, "calibration": "topics", "tokens": 24576, "keep": keep, "sequential": True}
     for keep in (0.9, 0.8):
         yield {**BEST, "calibration": "self", "tokens": 24576, "keep": keep}
+    for about, keep in ((PRUNED, 0.6), (BEST, 0.6), (PRUNED, 0.8), (BEST, 0.8)):
+        yield {**about, "calibration": "topics", "tokens": 24576, "keep": keep, "heal": 600.0}
 
 
 def grid(options):

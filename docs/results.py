@@ -27,8 +27,14 @@ PARTS = {
     "calibration": "Calibration sets and sizes",
 }
 WHITENED = {"method": "WhitenedSvd", "gauge": "factors", "allocate": "uniform"}
-PRUNED = {"method": "KroneckerFactoredPruning", "allocate": "water_filling", "sequential": None}
-DEFAULT = {"method": "KroneckerFactoredSvd", "gauge": "pivot", "allocate": "water_filling", "sequential": None}
+PRUNED = {"method": "KroneckerFactoredPruning", "allocate": "water_filling", "sequential": None, "heal": None}
+DEFAULT = {
+    "method": "KroneckerFactoredSvd",
+    "gauge": "pivot",
+    "allocate": "water_filling",
+    "sequential": None,
+    "heal": None,
+}
 
 
 def find(rows: list[dict], **key: Any) -> dict | None:
@@ -41,7 +47,7 @@ def quality() -> list[str]:
     found = load("compression_quality")
     if found is None:
         return []
-    lines = _head("Quality: perplexity after compression, training-free", found)
+    lines = _head("Quality: perplexity after compression", found)
     lines += [
         "SmolLM2-135M-Instruct (from 4-bit weights), float32, all decoder matrices, windows of 1024.",
         "The gap is to the dense model, in nats per token; the last column divides it by that of `WhitenedSvd`",
@@ -67,6 +73,7 @@ def _quality(title: str, rows: list[dict]) -> list[str]:
             ratio = " / ".join(f"{row['gap'][n] / rival['gap'][n]:.3f}" for n in names)
         fields = "".join(f", {name}={value}" for name, value in (row.get("fields") or {}).items())
         allocate = row["allocate"] + (", sequential" if row.get("sequential") else "")
+        allocate += f", healed {row['heal'] / 60:g} min" if row.get("heal") else ""
         about = [row["method"] + fields, row["gauge"], allocate, f"{row['calibration']} {row['tokens']}"]
         scores = [f"{row['perplexity'][n]:.2f} ({row['gap'][n]:+.3f})" for n in names]
         cells.append([*about, str(row["keep"]), *scores, ratio])
@@ -78,8 +85,10 @@ TITLES = {
     "whitened SVD, factors, uniform": WHITENED,
     "rankwise default": DEFAULT,
     "rankwise default, sequential": {**DEFAULT, "sequential": True},
+    "rankwise default, healed 10 min": {**DEFAULT, "heal": 600.0},
     "rankwise pruned": PRUNED,
     "rankwise pruned, sequential": {**PRUNED, "sequential": True},
+    "rankwise pruned, healed 10 min": {**PRUNED, "heal": 600.0},
 }
 
 

@@ -25,6 +25,8 @@ from .core.watch import call_of
 from .matrices import LowRank, PivotedLowRank
 from .preconditioners import KroneckerFactored
 
+MOST_ASIDE = 4  # batches that are judged by: each look runs them all
+
 
 def heal(
     model: nn.Module,
@@ -40,8 +42,8 @@ def heal(
     checkpoint: str | Path | None = None,
     tokens: int = 24576,
     window: int = 512,
-    rows: int = 4096,
-    every: int = 4,
+    rows: int = 1024,
+    every: int = 16,
     patience: int = 4,
     seed: int = 0,
     autocast: torch.dtype | None = None,
@@ -62,7 +64,7 @@ def heal(
         steps: the largest number of steps. Only a run that ends by it, not by the clock, can be repeated exactly.
         statistics: what the method needs, of the reference, from :func:`calibrate`; None collects it.
         also: which other parameters to train, by name, such as ``lambda name: "norm" in name``; None means none.
-        held_out: share of the batches kept aside, in (0, 1).
+        held_out: share of the batches kept aside, in (0, 1); four batches at most.
         checkpoint: a folder; the same call goes on from what is there, with the very numbers and the
             time already spent.
         tokens: as in :func:`calibrate`.
@@ -247,13 +249,13 @@ def portions(texts: Sequence[Tensor], window: int) -> list[Batch]:
 
 
 def _parted(batches: Sequence[Batch], share: float, seed: int) -> tuple[list[Batch], list[Batch]]:
-    """Keep a share of the batches aside, at least one, chosen at random."""
+    """Keep a share of the batches aside, a few at most and one at least, chosen at random."""
     if len(batches) < 2:
         raise CalibrationError(
             "healing needs two batches or more, one of them to judge by; give more data, or a shorter window."
         )
     order = torch.randperm(len(batches), generator=Generator().manual_seed(seed)).tolist()
-    aside = set(order[: min(max(round(share * len(batches)), 1), len(batches) - 1)])
+    aside = set(order[: min(max(round(share * len(batches)), 1), len(batches) - 1, MOST_ASIDE)])
     parts = [batch for i, batch in enumerate(batches) if i not in aside]
     return parts, [batches[i] for i in sorted(aside)]
 

@@ -38,8 +38,8 @@ class Plan:
 
     seconds: float = 600.0
     steps: int | None = None
-    rows: int = 4096
-    every: int = 4
+    rows: int = 1024
+    every: int = 16
     patience: int = 4
     seed: int = 0
     autocast: torch.dtype | None = None
@@ -112,9 +112,8 @@ class Healing:
         self.start = digest_of(self.best)
         self.device = next(model.parameters()).device
         self._restore()
-        with frozen(reference), torch.no_grad():
-            self.targets = [self._target(reference, batch) for batch in track(train, "the reference")]
-            self.held_targets = [self._target(reference, batch) for batch in track(held, "the reference")]
+        self.reference, self.targets = reference, dict[int, Target]()  # of training batches once they are drawn
+        self.held_targets = [self._target(batch) for batch in track(held, "the reference")]
 
     def run(self) -> str:
         """Train until the budget is spent or nothing gets better; the model then holds the best numbers seen.
@@ -167,7 +166,7 @@ class Healing:
     def _step(self) -> float:
         """Take one step; returns the mean divergence before it."""
         chosen = self._draw()
-        rows = sum(self.targets[i].rows for i in chosen)
+        rows = sum(self._target_at(i).rows for i in chosen)
         self.optimizer.zero_grad()
         loss = 0.0
         for i in chosen:
@@ -201,7 +200,7 @@ class Healing:
             if not order:
                 order += torch.randperm(len(self.train), generator=self.generator).tolist()
             chosen.append(order.pop(0))
-            rows += self.targets[chosen[-1]].rows
+            rows += self._target_at(chosen[-1]).rows
         return chosen
 
     def _look(self, train: float | None) -> None:
@@ -221,8 +220,15 @@ class Healing:
     def _divergence(self, batch: Batch, target: Target) -> Tensor:
         return target.divergence(self._output(self.model, batch), batch)
 
-    def _target(self, reference: nn.Module, batch: Batch) -> Target:
-        return target_of(self._output(reference, batch), batch)
+    def _target(self, batch: Batch) -> Target:
+        """Ask the reference."""
+        with frozen(self.reference), torch.no_grad():
+            return target_of(self._output(self.reference, batch), batch)
+
+    def _target_at(self, i: int) -> Target:
+        if i not in self.targets:
+            self.targets[i] = self._target(self.train[i])
+        return self.targets[i]
 
     def _output(self, model: nn.Module, batch: Batch) -> Any:
         arguments, options = call_of(batch, self.device)
