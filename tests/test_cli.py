@@ -11,6 +11,8 @@ from typer.testing import CliRunner, Result
 
 from rankwise import Report, __version__, compressors
 from rankwise.cli import app
+from rankwise.cli.files import Text
+from rankwise.cli.work import cut
 from rankwise.quickstart import quickstart
 
 WORDS = [f"{a}{b}{c}" for a in "abcde" for b in "aeiou" for c in "nrst"]
@@ -270,6 +272,19 @@ def test_empty_texts(folder, text, tmp_path):
     empty.write_text(" \n")
     refused(run(*small(folder, empty)), "empty")
     refused(run(*small(folder, text, "--eval", f"nothing={empty}")), "empty")
+
+
+def test_healing_may_use_all_that_is_not_evaluated():
+    def tokenizer(text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [int(word) for word in text.split()]}
+
+    both, alone = (
+        Text(name, " ".join(map(str, range(low, low + 10))), name) for name, low in (("a", 0), ("b", 50))
+    )
+    heads, unscored, tails = cut(tokenizer, [both, alone], [both], limit=3, max_tokens=4)
+    assert [ids.tolist() for ids in heads] == [[0, 1, 2], [50, 51, 52]]
+    assert [ids.tolist() for ids in unscored] == [list(range(6)), list(range(50, 60))]
+    assert {name: ids.tolist() for name, ids in tails.items()} == {"a": [6, 7, 8, 9]}
 
 
 def test_calibration_and_evaluation_must_not_overlap(folder, text):

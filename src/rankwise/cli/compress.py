@@ -118,7 +118,7 @@ def compress(
         if chosen.needs and not calibration:
             raise ValueError("--stream cannot sample from a model that is not in memory; give texts with --data.")
         say(f"compressing {model} block by block; a run that is killed continues when it is started again")
-        heads, _ = cut(models.load_tokenizer(model) if calibration else None, calibration, [], limit, max_tokens)
+        heads, *_ = cut(models.load_tokenizer(model) if calibration else None, calibration, [], limit, max_tokens)
         report = streaming.compress_folder(
             model,
             out,
@@ -169,7 +169,7 @@ def compress(
         healed = training.heal(
             network,
             before,
-            data=training.portions(work.heads, window) if work.heads else "self",
+            data=training.portions(work.unscored, window) if work.unscored else "self",
             method=healer,
             budget=seconds,
             statistics=statistics,

@@ -42,6 +42,7 @@ class Work:
         network: the model.
         tokenizer: its tokenizer.
         heads: token ids to calibrate with.
+        unscored: all token ids of these texts that are not evaluated.
         tails: token ids to evaluate on, by name.
         window: of the evaluation.
         perplexity: of each text, by stage.
@@ -52,6 +53,7 @@ class Work:
     network: Any
     tokenizer: Any
     heads: Sequence[Tensor]
+    unscored: Sequence[Tensor]
     tails: Mapping[str, Tensor]
     window: int
     perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -123,29 +125,32 @@ def show(report: Report, model: str, totals: Mapping[str, Any], json: Path | Non
 
 def cut(
     tokenizer: Any, calibration: Sequence[Text], evaluation: Sequence[Text], limit: int, max_tokens: int
-) -> tuple[list[Tensor], dict[str, Tensor]]:
+) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
     """Take the first tokens of the calibration texts and the last ones of the evaluation texts.
+
+    Returns:
+        the first tokens of each calibration text, all tokens of it that are not evaluated, and the last tokens
+        of the evaluation texts by name.
 
     Raises:
         ValueError: if they would overlap in a text that is used for both.
     """
-    heads, taken = [], {}
-    for text in calibration:
-        ids = tokens(tokenizer, text.content, limit=limit, name=text.name)
-        heads.append(ids)
-        taken[text.origin] = len(ids)
-    tails = {}
+    whole = {text.origin: tokens(tokenizer, text.content, name=text.name) for text in calibration}
+    tails, scored = {}, {}
     for text in evaluation:
-        ids = tokens(tokenizer, text.content, name=text.name)
+        known = whole.get(text.origin)
+        ids = tokens(tokenizer, text.content, name=text.name) if known is None else known
         tails[text.name] = ids[-max_tokens:]
-        first = taken.get(text.origin, 0)
+        scored[text.origin] = len(tails[text.name])
+        first = 0 if known is None else min(limit, len(ids))
         if first + len(tails[text.name]) > len(ids):
             raise ValueError(
                 f"--data and --eval overlap: {text.name} has {len(ids)} tokens, of which the first {first} "
                 f"calibrate and the last {len(tails[text.name])} evaluate; "
                 "lower --calibration-tokens or --max-tokens."
             )
-    return heads, tails
+    heads = [ids[:limit] for ids in whole.values()]
+    return heads, [ids[: len(ids) - scored.get(origin, 0)] for origin, ids in whole.items()], tails
 
 
 def file_bytes(folder: Path) -> int:
