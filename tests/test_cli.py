@@ -279,7 +279,7 @@ def test_healing_may_use_all_that_is_not_evaluated():
         return {"input_ids": [int(word) for word in text.split()]}
 
     both, alone = (
-        Text(name, " ".join(map(str, range(low, low + 10))), name) for name, low in (("a", 0), ("b", 50))
+        Text(name, name, " ".join(map(str, range(low, low + 10)))) for name, low in (("a", 0), ("b", 50))
     )
     heads, unscored, tails = cut(tokenizer, [both, alone], [both], limit=3, max_tokens=4)
     assert [ids.tolist() for ids in heads] == [[0, 1, 2], [50, 51, 52]]
