@@ -180,20 +180,22 @@ def structures(options):
     """
     about = {"calibration": "topics", "tokens": 24576}
     alike = {**PRUNED, "allocate": "uniform", **about}
-    for keep in (0.6, 0.4, 0.8):
-        for each in (BASELINE, BEST, PRUNED, BOTH):
+    for keep in (0.6, 0.8, 0.5, 0.4):
+        for each in (BASELINE, BEST):
             yield {**each, **about, "keep": keep}
-        if keep == 0.6:
-            for left in (
-                {},
-                {"output_damping": 1e6},
-                {"input_shrinkage": 0.999},
-                {"steps": 1},
-                {"input_shrinkage": 0.0},
-            ):
-                yield {**alike, "keep": keep, "fields": {"share": keep, **left}}
         for method in ("OrthogonalDictionary", "CoSpaDi"):
             yield {**alike, "method": method, "keep": keep, "fields": {"share": keep}}
+    left_out = (
+        {},
+        {"output_damping": 1e6},
+        {"input_shrinkage": 0.999},
+        {"steps": 1},
+        {"input_shrinkage": 0.0},
+    )
+    for left in left_out:
+        yield {**alike, "keep": 0.6, "fields": {"share": 0.6, **left}}
+    for each, keep in itertools.product((PRUNED, BOTH), (0.6, 0.4)):
+        yield {**each, **about, "keep": keep}
 
 
 def calibration(options):
