@@ -10,13 +10,16 @@ from . import (
     measures,
     preconditioners,
     rank_rules,
+    schedules,
     starts,
 )
 from .adapting import adapt
 from .api import calibrate, compress, export, fold, inspect
+from .checking import check_adapters
 from .core.errors import CalibrationError
 from .core.report import Report
 from .core.surgery import StructuredLinear
+from .following import follow
 from .models import evaluate, load, save
 from .models.quantizer import register_when_ready
 from .narrowing import narrow
@@ -32,6 +35,7 @@ __all__ = [
     "adapters",
     "allocators",
     "calibrate",
+    "check_adapters",
     "compress",
     "compress_folder",
     "compressors",
@@ -39,6 +43,7 @@ __all__ = [
     "export",
     "exporters",
     "fold",
+    "follow",
     "heal",
     "initialise",
     "initialisers",
@@ -50,6 +55,7 @@ __all__ = [
     "preconditioners",
     "rank_rules",
     "save",
+    "schedules",
     "starts",
     "trainable_low_rank",
 ]
