@@ -19,7 +19,7 @@ from .checking import check_adapters
 from .core.errors import CalibrationError
 from .core.report import Report
 from .core.surgery import StructuredLinear
-from .following import follow
+from .following import finish, follow
 from .models import evaluate, load, save
 from .models.quantizer import register_when_ready
 from .narrowing import narrow
@@ -42,6 +42,7 @@ __all__ = [
     "evaluate",
     "export",
     "exporters",
+    "finish",
     "fold",
     "follow",
     "heal",

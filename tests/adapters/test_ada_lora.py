@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import rankwise
 from rankwise.adapters import AdaLora
 from rankwise.adapting import adapted
-from rankwise.core.methods import Run
+from rankwise.core.methods import Course
 from rankwise.matrices import Dense, Diagonal, Product
 from rankwise.schedules import TripletBudget
 
@@ -30,12 +30,13 @@ def triplets(seed: int, rank: int = 4) -> Product:
     )
 
 
-def run_of(*matrices: Product, steps: int = STEPS) -> Run:
-    """A run whose parameters all have gradients."""
+def course_of(*matrices: Product, steps: int = STEPS) -> Course:
+    """A course whose parameters all have gradients."""
     parameters = [p for matrix in matrices for p in matrix.parameters()]
     for i, p in enumerate(parameters):
         p.grad = draw(*p.shape, seed=50 + i)
-    return Run({str(i): m for i, m in enumerate(matrices)}, torch.optim.SGD(parameters, lr=0.1), steps)
+    named = {str(i): m for i, m in enumerate(matrices)}
+    return Course(TripletBudget(), named, torch.optim.SGD(parameters, lr=0.1), steps)
 
 
 def values(matrix: Product) -> Tensor:
@@ -43,14 +44,14 @@ def values(matrix: Product) -> Tensor:
 
 
 def test_the_regulariser_is_the_gradient_of_both_distances():
-    run = run_of(triplets(1), triplets(7))
-    before = [p.grad.clone() for m in run.matrices.values() for p in m.parameters()]
-    TripletBudget(target=2, orthogonality=0.3).before(run)
+    course = course_of(triplets(1), triplets(7))
+    before = [p.grad.clone() for m in course.matrices.values() for p in m.parameters()]
+    TripletBudget(target=2, orthogonality=0.3).before(course)
     distances = []
-    for matrix in run.matrices.values():
+    for matrix in course.matrices.values():
         left, _, right = matrix.parameters()
         distances += [(v @ v.mT - torch.eye(4, dtype=torch.float64)).norm() for v in (left.mT, right)]
-    parameters = [p for m in run.matrices.values() for p in m.parameters()]
+    parameters = [p for m in course.matrices.values() for p in m.parameters()]
     wanted = torch.autograd.grad(
         0.3 * torch.stack(distances).mean(), parameters, allow_unused=True, materialize_grads=True
     )
@@ -60,49 +61,51 @@ def test_the_regulariser_is_the_gradient_of_both_distances():
 
 def test_orthonormal_vectors_are_left_alone():
     left, right = torch.linalg.qr(draw(9, 4)).Q, torch.linalg.qr(draw(7, 4)).Q.mT
-    run = run_of(Product(Dense(left), Diagonal(draw(4)), Dense(right)))
-    run.optimizer.zero_grad()
-    TripletBudget(target=2).before(run)
-    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in run.matrices["0"].parameters())
+    course = course_of(Product(Dense(left), Diagonal(draw(4)), Dense(right)))
+    course.optimizer.zero_grad()
+    TripletBudget(target=2).before(course)
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in course.matrices["0"].parameters())
 
 
 def test_scores_are_those_of_the_paper():
     schedule = TripletBudget(target=1, warmup=0.0, every=1, sensitivity=0.7, uncertainty=0.6, orthogonality=0.0)
-    run = run_of(triplets(1), triplets(7))
-    means = {p: (torch.zeros_like(p), torch.zeros_like(p)) for m in run.matrices.values() for p in m.parameters()}
+    course = course_of(triplets(1), triplets(7))
+    means = {
+        p: (torch.zeros_like(p), torch.zeros_like(p)) for m in course.matrices.values() for p in m.parameters()
+    }
     for step in range(3):
         for p in means:
             p.grad = draw(*p.shape, seed=90 + step)
             now = (p * p.grad).abs().detach()
             mean = 0.7 * means[p][0] + 0.3 * now
             means[p] = mean, 0.6 * means[p][1] + 0.4 * (now - mean).abs()
-        run.done = step
-        schedule.before(run)
+        course.done = step
+        schedule.before(course)
     scores = []
-    for matrix in run.matrices.values():
+    for matrix in course.matrices.values():
         left, value, right = (means[p][0] * means[p][1] for p in matrix.parameters())
         scores.append(value + left.mean(0) + right.mean(1))
-    run.done = 3
-    schedule.after(run)
+    course.done = 3
+    schedule.after(course)
     count = schedule.budget(3, STEPS, 8, 2)
     least = torch.cat(scores).sort(descending=True).values[count - 1]
-    for matrix, score in zip(run.matrices.values(), scores, strict=True):
+    for matrix, score in zip(course.matrices.values(), scores, strict=True):
         assert torch.equal(values(matrix) != 0, score >= least)
 
 
 def test_the_order_of_triplets_changes_nothing():
     order = torch.tensor([2, 0, 3, 1])
-    plain, turned = (run_of(triplets(1)) for _ in range(2))
+    plain, turned = (course_of(triplets(1)) for _ in range(2))
     left, value, right = turned.matrices["0"].parameters()
     with torch.no_grad():
         for p, axis in ((left, 1), (value, 0), (right, 0)):
             p.copy_(p.index_select(axis, order))
             p.grad = p.grad.index_select(axis, order)
-    for run in (plain, turned):
+    for course in (plain, turned):
         schedule = TripletBudget(target=2, tail=0.9, warmup=0.0)
-        schedule.before(run)
-        run.done = schedule.last(STEPS)
-        schedule.after(run)
+        schedule.before(course)
+        course.done = schedule.last(STEPS)
+        schedule.after(course)
     one, two = plain.matrices["0"], turned.matrices["0"]
     assert torch.equal(values(one)[order] != 0, values(two) != 0)
     assert int((values(one) != 0).sum()) == 2
@@ -147,7 +150,9 @@ def test_as_many_values_are_left_as_the_budget_says():
             assert count == method.schedule.budget(done, STEPS, 12, 4), done
     x, before = draw(5, 10, seed=3), [m for m in model.modules() if isinstance(m, Diagonal)]
     output = model.eval()(x).detach()
-    follower.finish()
+    report = follower.finish()
+    assert report.totals["rank"] == sum(row["rank"] for row in report.rows) == 4
+    assert [row["before"] for row in report.rows] == [6, 6]
     sizes = [m.shape[0] for m in model.modules() if isinstance(m, Diagonal)]
     assert sum(sizes) == 4 < sum(m.shape[0] for m in before)
     torch.testing.assert_close(model(x), output)

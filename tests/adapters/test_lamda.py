@@ -124,7 +124,7 @@ def test_a_turn_inside_the_leading_subspaces_needs_the_core_alone():
     p, q = torch.linalg.qr(draw(16, r, seed=5)).Q, torch.linalg.qr(draw(12, r, seed=6)).Q
     best = p @ (p.mT @ (teacher - weight) @ q) @ q.mT
     random = float((teacher - weight - best).norm() / (teacher - weight).norm())
-    assert reached < 1e-3 < 0.8 < random
+    assert reached < 0.02 < 0.8 < random
 
 
 def test_a_whole_model_ends_with_r_squared_a_layer():

@@ -102,10 +102,11 @@ State = dict[str, dict[str, Tensor]]  # of each layer, by name
 
 
 @dataclasses.dataclass
-class Run:
+class Course:
     """One training of the matrices that share a schedule.
 
     Args:
+        schedule: what acts.
         matrices: by layer name.
         optimizer: trains them.
         steps: how many steps there will be.
@@ -113,6 +114,7 @@ class Run:
         state: all else that a schedule remembers between steps.
     """
 
+    schedule: "Schedule"
     matrices: Mapping[str, StructuredMatrix]
     optimizer: torch.optim.Optimizer
     steps: int
@@ -124,20 +126,21 @@ class Schedule(abc.ABC):
     """Acts on trained matrices around each step of an optimiser, on all that share its settings together.
 
     A schedule is a frozen dataclass of plain numbers, so that a saved matrix can name it. What it remembers is in
-    ``run.state``, and all that it does follows from that, ``run.done`` and ``run.steps``: so it can be resumed.
+    ``course.state``; all that it does follows from that, ``course.done`` and ``course.steps``, so that it can be
+    resumed.
     """
 
     @abc.abstractmethod
     def check(self, matrix: StructuredMatrix) -> None:
         """Raise ValueError unless this is a form of matrix that it can act on."""
 
-    def before(self, run: Run) -> None:  # noqa: B027 (most need not do it)
-        """Act when gradients are there and no number has moved; ``run.done`` does not count this step."""
+    def before(self, course: Course) -> None:  # noqa: B027 (most need not do it)
+        """Act when gradients are there and no number has moved; ``course.done`` does not count this step."""
 
-    def after(self, run: Run) -> None:  # noqa: B027 (most need not do it)
-        """Act when numbers have moved; ``run.done`` counts this step."""
+    def after(self, course: Course) -> None:  # noqa: B027 (most need not do it)
+        """Act when numbers have moved; ``course.done`` counts this step."""
 
-    def settle(self, run: Run) -> None:  # noqa: B027 (most need not do it)
+    def settle(self, course: Course) -> None:  # noqa: B027 (most need not do it)
         """Say what trains now: called at the start, after each step, and when a state was loaded."""
 
     def finished(self, matrix: StructuredMatrix) -> StructuredMatrix | None:

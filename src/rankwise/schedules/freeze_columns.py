@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..core.methods import Run, Schedule
+from ..core.methods import Course, Schedule
 from ..matrices import Dense, Frozen, StructuredMatrix
 
 
@@ -39,31 +39,31 @@ class FreezeColumns(Schedule):
         last = max(1, round(self.until * steps))
         return columns * min(done, last) // last
 
-    def before(self, run: Run) -> None:
+    def before(self, course: Course) -> None:
         """Remember the frozen columns."""
-        for name, weight in _weights(run):
-            count = self.frozen(weight.shape[1], run.done, run.steps)
-            run.state[name] = {"kept": weight.detach()[:, :count].clone()} if weight.requires_grad else {}
+        for name, weight in _weights(course):
+            count = self.frozen(weight.shape[1], course.done, course.steps)
+            course.state[name] = {"kept": weight.detach()[:, :count].clone()} if weight.requires_grad else {}
 
     @torch.no_grad()
-    def after(self, run: Run) -> None:
+    def after(self, course: Course) -> None:
         """Put the frozen columns back."""
-        for name, weight in _weights(run):
-            for kept in run.state.pop(name).values():
+        for name, weight in _weights(course):
+            for kept in course.state.pop(name).values():
                 weight[:, : kept.shape[1]] = kept
 
-    def settle(self, run: Run) -> None:
+    def settle(self, course: Course) -> None:
         """Let a matrix whose columns are all frozen ask for no gradients."""
-        for _, weight in _weights(run):
-            if self.frozen(weight.shape[1], run.done, run.steps) == weight.shape[1]:
+        for _, weight in _weights(course):
+            if self.frozen(weight.shape[1], course.done, course.steps) == weight.shape[1]:
                 weight.requires_grad_(False)
                 weight.grad = None  # optimisers leave such a parameter alone
-                run.optimizer.state.pop(weight, None)
+                course.optimizer.state.pop(weight, None)
 
     def finished(self, matrix: StructuredMatrix) -> StructuredMatrix:
         """It is frozen for good."""
         return Frozen(matrix)
 
 
-def _weights(run: Run) -> list[tuple[str, nn.Parameter]]:
-    return [(name, matrix.get_parameter("weight")) for name, matrix in run.matrices.items()]
+def _weights(course: Course) -> list[tuple[str, nn.Parameter]]:
+    return [(name, matrix.get_parameter("weight")) for name, matrix in course.matrices.items()]

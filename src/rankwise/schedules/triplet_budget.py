@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.methods import Run, Schedule
+from ..core.methods import Course, Schedule
 from ..matrices import Dense, Diagonal, Product, StructuredMatrix
 
 
@@ -106,30 +106,30 @@ class TripletBudget(Schedule):
         return last + int((first - last) * (1 - (done - start) / (end - start)) ** 3)
 
     @torch.no_grad()
-    def before(self, run: Run) -> None:
+    def before(self, course: Course) -> None:
         """Add the gradient of the regulariser; then take the sensitivities in."""
-        layers = _layers(run)
+        layers = _layers(course)
         for name, triplets in layers.items():
             self._regularise(triplets, 2 * len(layers))
-            if run.done < self.last(run.steps):
-                self._observe(triplets, run.state.setdefault(name, {}))
+            if course.done < self.last(course.steps):
+                self._observe(triplets, course.state.setdefault(name, {}))
 
     @torch.no_grad()
-    def after(self, run: Run) -> None:
+    def after(self, course: Course) -> None:
         """Set values to zero."""
-        layers, end = _layers(run), self.last(run.steps)
+        layers, end = _layers(course), self.last(course.steps)
         first = sum(len(triplets.values) for triplets in layers.values())
         last = min(first, self.target * len(layers))
-        due = run.done % self.every == 0 and run.done > round(self.warmup * run.steps)
-        if run.done == end or (run.done < end and due):
-            kept = _largest(_scores(layers, run.state), self.budget(run.done, run.steps, first, last))
+        due = course.done % self.every == 0 and course.done > round(self.warmup * course.steps)
+        if course.done == end or (course.done < end and due):
+            kept = _largest(_scores(layers, course.state), self.budget(course.done, course.steps, first, last))
             for name, triplets in layers.items():
                 triplets.values[~kept[name]] = 0
-                if run.done == end:
-                    run.state[name] = {"kept": kept[name]}
-        elif run.done > end:
+                if course.done == end:
+                    course.state[name] = {"kept": kept[name]}
+        elif course.done > end:
             for name, triplets in layers.items():
-                triplets.values[~run.state[name]["kept"]] = 0
+                triplets.values[~course.state[name]["kept"]] = 0
 
     def finished(self, matrix: StructuredMatrix) -> StructuredMatrix | None:
         """Keep the triplets whose values are not zero."""
@@ -162,8 +162,8 @@ class TripletBudget(Schedule):
             spread.lerp_((now - mean).abs(), 1 - self.uncertainty)
 
 
-def _layers(run: Run) -> dict[str, Triplets]:
-    return {name: Triplets.of(matrix) for name, matrix in run.matrices.items()}
+def _layers(course: Course) -> dict[str, Triplets]:
+    return {name: Triplets.of(matrix) for name, matrix in course.matrices.items()}
 
 
 def _scores(layers: Mapping[str, Triplets], state: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
