@@ -21,12 +21,14 @@ LAYERS = [
         "models",
         "initialisers",
         "rank_rules",
+        "schedules",
     },
     {"adapters"},
     {"exporters", "serving"},
     {"compression"},
     {"api"},
     {"adapting", "narrowing", "quickstart", "streaming", "training"},
+    {"checking", "following"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

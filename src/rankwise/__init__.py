@@ -10,13 +10,16 @@ from . import (
     measures,
     preconditioners,
     rank_rules,
+    schedules,
     starts,
 )
 from .adapting import adapt
 from .api import calibrate, compress, export, fold, inspect
+from .checking import check_adapters
 from .core.errors import CalibrationError
 from .core.report import Report
 from .core.surgery import StructuredLinear
+from .following import finish, follow
 from .models import evaluate, load, save
 from .models.quantizer import register_when_ready
 from .narrowing import narrow
@@ -32,13 +35,16 @@ __all__ = [
     "adapters",
     "allocators",
     "calibrate",
+    "check_adapters",
     "compress",
     "compress_folder",
     "compressors",
     "evaluate",
     "export",
     "exporters",
+    "finish",
     "fold",
+    "follow",
     "heal",
     "initialise",
     "initialisers",
@@ -50,6 +56,7 @@ __all__ = [
     "preconditioners",
     "rank_rules",
     "save",
+    "schedules",
     "starts",
     "trainable_low_rank",
 ]

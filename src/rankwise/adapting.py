@@ -15,7 +15,7 @@ from .core.methods import Adapter
 from .core.progress import track
 from .core.report import Report
 from .core.statistics import Batch, Statistics, Stats
-from .core.surgery import Site, StructuredLinear, Where, replace, select, structured
+from .core.surgery import Site, StructuredLinear, Where, base_of, replace, select, structured
 from .matrices import Base, Dense, StructuredMatrix
 
 
@@ -97,11 +97,6 @@ def adapt(
         "params": sum(p.numel() for p in model.parameters()),
     }
     return Report(f"{type(method).__name__}: {len(made)} layers adapted", rows, "layers", totals)
-
-
-def base_of(matrix: StructuredMatrix) -> Base | None:
-    """Return the matrix that an adapter in an expression changes, or None if there is no adapter."""
-    return next((part for part in matrix.modules() if isinstance(part, Base)), None)
 
 
 def adapted(model: nn.Module) -> Mapping[str, StructuredLinear]:

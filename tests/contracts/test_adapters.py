@@ -17,7 +17,9 @@ from rankwise.core.methods import Adapter
 from rankwise.matrices import Base, Dense, LowRank, StructuredMatrix, from_spec
 
 SETTINGS: dict[str, list[Adapter]] = {
+    "AdaLora": [adapters.AdaLora(rank=3, target=2), adapters.AdaLora(rank=2, target=1, alpha=3.0, tail=0.0)],
     "Eva": [adapters.Eva(rank=2), adapters.Eva(rank=2, alpha=3.0, whiten=True, centred=False)],
+    "Lamda": [adapters.Lamda(rank=2), adapters.Lamda(rank=8, alpha=3.0, until=1.0)],
     "Lora": [
         adapters.Lora(rank=2),
         adapters.Lora(rank=2, alpha=4.0, rank_stabilised=True),
@@ -48,9 +50,10 @@ def base(request: pytest.FixtureRequest) -> StructuredMatrix:
 
 
 def attach(method: Adapter, base: StructuredMatrix, seed: int = 0) -> StructuredMatrix:
+    """As it is used, not trained: what has a schedule would refuse otherwise."""
     m, n = base.shape
     stats = fill(method.needs, correlated(40, n, 3), draw(40, m, seed=4))
-    return method.attach(Base(base), stats, Generator().manual_seed(seed))
+    return method.attach(Base(base), stats, Generator().manual_seed(seed)).eval()
 
 
 def moved(matrix: StructuredMatrix) -> StructuredMatrix:
@@ -76,6 +79,7 @@ def test_it_trains_its_own_numbers_alone(method: Adapter, base: StructuredMatrix
     assert trained
     assert not any(p.requires_grad for p in base.parameters())
     optimizer = torch.optim.AdamW(trained, lr=0.02)
+    rankwise.follow(matrix.train(), optimizer, steps=8)
     x, y = draw(30, base.shape[1], seed=5), draw(30, base.shape[0], seed=6)
     losses = []
     for _ in range(8):
@@ -128,7 +132,7 @@ def test_it_compiles_without_breaks(method: Adapter):
 
 def net() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8)).double()
+    return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8)).double().eval()
 
 
 def batches() -> list[Tensor]:

@@ -69,7 +69,7 @@ def test_spec_and_state_make_the_matrix_again(matrix: StructuredMatrix, device: 
 
 def test_meta_device(matrix: StructuredMatrix):
     m, n = matrix.shape
-    empty = from_spec(matrix.spec(), device="meta", dtype=torch.bfloat16)
+    empty = from_spec(matrix.spec(), device="meta", dtype=torch.bfloat16).eval()
     assert all(tensor.is_meta for tensor in empty.state_dict().values())
     with torch.device("meta"):  # as transformers builds a model
         assert from_spec(matrix.spec(), device="meta").shape == matrix.shape
@@ -123,6 +123,7 @@ def test_macs_are_the_multiplications_of_forward():
         "Recomputed": 20,
         "RowNormalised": 20 + 18 + 5 + 5,
         "Scaled": 20 + 18 + 5,
+        "Scheduled": 20 + 18,
         "SemiSparse": 5 * 4,
         "Sparse": EXAMPLES["Sparse"]().params - 3,
         "Sum": 20 + 18,
@@ -187,6 +188,8 @@ def test_nested_expressions_round_trip():
         ({"kind": "Product", "members": [{"kind": "Diagonal", "size": n} for n in (1, 2)]}, "disagree"),
         ({"kind": "Scaled", "scale": 2.0}, "mapping"),
         ({"kind": "Recomputed"}, "mapping"),
+        ({"kind": "Scheduled", "matrix": {"kind": "Diagonal", "size": 1}}, "kind"),
+        ({"kind": "Scheduled", "matrix": {"kind": "Diagonal", "size": 1}, "schedule": {"kind": []}}, "kind"),
         ({"kind": "IndexedSparse", "shape": [3, 2], "kept": 7}, "kept must be <="),
         ({"kind": "Scaled", "matrix": {"kind": "Diagonal", "size": 1}}, "scale"),
         ({"kind": "Scaled", "matrix": {"kind": "Diagonal", "size": 1}, "scale": "2"}, "scale"),

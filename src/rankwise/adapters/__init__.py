@@ -1,6 +1,8 @@
 """Few trained numbers beside frozen weights."""
 
+from .ada_lora import AdaLora
 from .eva import Eva
+from .lamda import Lamda
 from .lora import Lora
 
-__all__ = ["Eva", "Lora"]
+__all__ = ["AdaLora", "Eva", "Lamda", "Lora"]

@@ -98,6 +98,61 @@ class RankRule(abc.ABC):
         """Return (count + 1,) what ranks 0 ... count leave undone, never increasing, in units layers share."""
 
 
+State = dict[str, dict[str, Tensor]]  # of each layer, by name
+
+
+@dataclasses.dataclass
+class Course:
+    """One training of the matrices that share a schedule.
+
+    Args:
+        schedule: what acts.
+        matrices: by layer name.
+        optimizer: trains them.
+        steps: how many steps there will be.
+        done: how many steps there were.
+        state: all else that a schedule remembers between steps.
+    """
+
+    schedule: "Schedule"
+    matrices: Mapping[str, StructuredMatrix]
+    optimizer: torch.optim.Optimizer
+    steps: int
+    done: int = 0
+    state: State = dataclasses.field(default_factory=dict)
+
+
+class Schedule(abc.ABC):
+    """Acts on trained matrices around each step of an optimiser, on all that share its settings together.
+
+    A schedule is a frozen dataclass of plain numbers, so that a saved matrix can name it. What it remembers is in
+    ``course.state``; all that it does follows from that, ``course.done`` and ``course.steps``, so that it can be
+    resumed.
+    """
+
+    @abc.abstractmethod
+    def check(self, matrix: StructuredMatrix) -> None:
+        """Raise ValueError unless this is a form of matrix that it can act on."""
+
+    def before(self, course: Course) -> None:  # noqa: B027 (most need not do it)
+        """Act when gradients are there and no number has moved; ``course.done`` does not count this step."""
+
+    def after(self, course: Course) -> None:  # noqa: B027 (most need not do it)
+        """Act when numbers have moved; ``course.done`` counts this step."""
+
+    def settle(self, course: Course) -> None:  # noqa: B027 (most need not do it)
+        """Say what trains now: called at the start, after each step, and when a state was loaded."""
+
+    def finished(self, matrix: StructuredMatrix) -> StructuredMatrix | None:
+        """Return what stays of a matrix when training is over, or None if nothing does."""
+        return matrix
+
+    def data(self) -> dict[str, Any]:
+        """Its name and fields, for :class:`~rankwise.matrices.Scheduled`."""
+        fields: Any = self
+        return {"kind": type(self).__name__, **dataclasses.asdict(fields)}
+
+
 class Measure(abc.ABC):
     """Says something about one weight in a few numbers."""
 

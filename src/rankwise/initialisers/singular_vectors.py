@@ -30,7 +30,15 @@ class SingularVectors(Initialiser):
     def factors(
         self, base: StructuredMatrix, rank: int, scale: float, stats: Stats, generator: Generator
     ) -> tuple[Tensor, Tensor]:
-        """Decompose the base, written out in float32 or wider."""
+        """Share each singular value among both sides."""
+        u, s, vt = self.decomposed(base, rank, generator)
+        root = (s / scale).sqrt()
+        return u * root, root[:, None] * vt
+
+    def decomposed(
+        self, base: StructuredMatrix, rank: int, generator: Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return U (m, r), the r largest singular values and V' (r, n) of the base, in float32 or wider."""
         weight = base.dense().detach()
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if self.iterations is not None:
@@ -39,8 +47,7 @@ class SingularVectors(Initialiser):
             basis = None
         u, s, vt = torch.linalg.svd(weight, full_matrices=False)
         u = u if basis is None else basis @ u
-        root = (s[:rank] / scale).sqrt()
-        return u[:, :rank] * root, root[:, None] * vt[:rank]
+        return u[:, :rank].contiguous(), s[:rank], vt[:rank].contiguous()
 
     def _sketch(self, weight: Tensor, rank: int, generator: Generator) -> tuple[Tensor, Tensor]:
         """Return a few rows that hold most of the weight, and the orthonormal columns that they belong to."""

@@ -18,6 +18,7 @@ from .permutation import Permutation
 from .quantized import Quantized
 from .recomputed import Recomputed
 from .row_normalised import RowNormalised
+from .scheduled import Scheduled
 from .semi_sparse import SemiSparse
 from .sparse import Sparse
 
@@ -36,6 +37,7 @@ __all__ = [
     "Recomputed",
     "RowNormalised",
     "Scaled",
+    "Scheduled",
     "SemiSparse",
     "Sparse",
     "StructuredMatrix",

@@ -56,11 +56,11 @@ class Branch(StructuredMatrix):
         """(..., n) -> (..., m)."""
         if self.dropout:
             x = functional.dropout(x, self.dropout, self.training)
-        return (self.scale * self.matrix(self._in_own_type(x))).to(x.dtype)
+        return self._as_given(self.scale * self.matrix(self._in_own_type(x)), x)
 
     def adjoint(self, y: Tensor) -> Tensor:
         """(..., m) -> (..., n), without dropout."""
-        return (self.scale * self.matrix.adjoint(self._in_own_type(y))).to(y.dtype)
+        return self._as_given(self.scale * self.matrix.adjoint(self._in_own_type(y)), y)
 
     def dense(self) -> Tensor:
         """(m, n)."""
@@ -68,6 +68,9 @@ class Branch(StructuredMatrix):
 
     def _in_own_type(self, x: Tensor) -> Tensor:
         return x if autocast_of(x.device) is not None else x.to(self.matrix.dtype)
+
+    def _as_given(self, result: Tensor, x: Tensor) -> Tensor:
+        return result if autocast_of(x.device) is not None else result.to(x.dtype)
 
     def spec(self) -> dict[str, Any]:
         """Kind, scale, dropout, and the spec of the matrix."""

@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .base import StructuredMatrix, check_2d, shape_of
+from .base import StructuredMatrix, autocast_of, check_2d, shape_of
 
 
 class Dense(StructuredMatrix):
@@ -33,6 +33,9 @@ class Dense(StructuredMatrix):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) -> (..., m)."""
+        casts = autocast_of(x.device) is not None and not torch.compiler.is_compiling()
+        if casts and x.requires_grad and not self.weight.requires_grad:
+            return _Recast.apply(x, self.weight)
         return x @ self.weight.mT
 
     def dense(self) -> Tensor:
@@ -47,3 +50,18 @@ class Dense(StructuredMatrix):
     def empty(cls, spec: Mapping[str, Any], **where: Any) -> Self:
         """A weight of the spec's shape, not initialised."""
         return cls(torch.empty(shape_of(spec), **where))
+
+
+class _Recast(torch.autograd.Function):
+    """``x @ weight.mT`` with a weight that does not train: under autocast its short copy is not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.dtype = x.dtype
+        return x @ weight.mT
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (dy,), (weight,) = gradients, ctx.saved_tensors
+        return (dy @ weight.to(dy.dtype)).to(ctx.dtype), None

@@ -3,50 +3,16 @@
 from collections.abc import Mapping
 from typing import Any, Self
 
-from torch import Tensor
-
 from .base import StructuredMatrix
+from .wrapper import Wrapper
 
 
-class _Untrained(StructuredMatrix):
+class _Untrained(Wrapper):
     """Another matrix, whose parameters ask for no gradients."""
 
     def __init__(self, matrix: StructuredMatrix) -> None:
-        super().__init__()
-        if not isinstance(matrix, StructuredMatrix):
-            raise TypeError(f"{type(self).__name__} takes a StructuredMatrix, got {type(matrix).__name__}.")
-        self.matrix, self.shape = matrix.requires_grad_(False), matrix.shape
-
-    @property
-    def rank(self) -> int:
-        """The rank of the matrix."""
-        return self.matrix.rank
-
-    @property
-    def params(self) -> int:
-        """Those of the matrix."""
-        return self.matrix.params
-
-    @property
-    def macs(self) -> int:
-        """Those of the matrix."""
-        return self.matrix.macs
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., n) -> (..., m)."""
-        return self.matrix(x)
-
-    def adjoint(self, y: Tensor) -> Tensor:
-        """(..., m) -> (..., n)."""
-        return self.matrix.adjoint(y)
-
-    def dense(self) -> Tensor:
-        """(m, n)."""
-        return self.matrix.dense()
-
-    def spec(self) -> dict[str, Any]:
-        """Kind, and the spec of the matrix."""
-        return {"kind": type(self).__name__, "matrix": self.matrix.spec()}
+        super().__init__(matrix)
+        self.requires_grad_(False)
 
     @classmethod
     def empty(cls, spec: Mapping[str, Any], **where: Any) -> Self:

@@ -1,0 +1,167 @@
+"""How schedules come to act: hooks on an optimiser that cannot be forgotten between steps."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..matrices import Dense, Scheduled
+from .methods import Course, Schedule, State
+from .report import Report
+from .surgery import base_of, set_module, structured
+
+Group = tuple[Schedule, Mapping[str, Scheduled]]
+
+
+class Follower:
+    """Lets the schedules of a model act around each step of an optimiser; made by :func:`rankwise.follow`.
+
+    It hangs on the optimiser. Gradients that are summed over several batches count as one step, and steps that a
+    ``GradScaler`` skips do not count. ``done`` says how many steps it has seen.
+
+    Args:
+        model: holds the matrices.
+        optimizer: trains them.
+        steps: how many steps there will be.
+        groups: each schedule with its matrices by name.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, groups: Sequence[Group]
+    ) -> None:
+        self.model, self.optimizer, self.groups = model, optimizer, list(groups)
+        self.steps, self.done, self._skips = steps, 0, False
+        self.silent = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.courses: list[Course] = []
+        for schedule, matrices in groups:
+            for name, each in matrices.items():
+                if each.followed:
+                    raise ValueError(f"layer {name} is followed already; stop() the other follower first.")
+                schedule.check(each.matrix)
+            inner = {name: each.matrix for name, each in matrices.items()}
+            self.courses.append(Course(schedule, inner, optimizer, steps))
+        self._follow(True)
+        self._settle()
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    def stop(self) -> None:
+        """Act no more; the model refuses to train on unless it is followed again."""
+        for handle in self._handles:
+            handle.remove()
+        self._follow(False)
+
+    def finish(self) -> Report:
+        """Stop for good, and leave of each matrix what its schedule leaves, as :func:`rankwise.finish` does."""
+        self.stop()
+        return finished(self.model, self.groups)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and plain values; with the model's and the optimiser's, enough to go on exactly."""
+        states = [_copied(course.state) for course in self.courses]
+        return {**self._about(), "done": self.done, "silent": list(self.silent), "states": states}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there; load the model's and the optimiser's state first.
+
+        Raises:
+            ValueError: if the state is of another length of training, other schedules or other layers.
+        """
+        wrong = [key for key, value in self._about().items() if state.get(key) != value]
+        if wrong:
+            key = wrong[0]
+            raise ValueError(f"the state has other {key}: {state.get(key)}, not {self._about()[key]}.")
+        self.done = state["done"]
+        self.silent = {name: p for name, p in self.silent.items() if name in state["silent"]}
+        for course, saved in zip(self.courses, state["states"], strict=True):
+            course.state = _copied(saved, {name: each.device for name, each in course.matrices.items()})
+        self._settle()
+
+    def _about(self) -> dict[str, Any]:
+        """Say what a state belongs to."""
+        layers = [list(course.matrices) for course in self.courses]
+        kinds = [course.schedule.data() for course in self.courses]
+        return {"steps": self.steps, "schedules": kinds, "layers": layers}
+
+    def _follow(self, follow: bool) -> None:
+        for _, matrices in self.groups:
+            for each in matrices.values():
+                each.followed = follow
+
+    def _settle(self) -> None:
+        for course in self.courses:
+            course.done = self.done
+            course.schedule.settle(course)
+
+    def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # the first is the optimiser
+        if closure is not None:
+            raise ValueError(
+                "adapters that follow a schedule need gradients before optimizer.step(): give it no closure."
+            )
+        found = getattr(optimizer, "found_inf", None)  # a GradScaler leaves skipping to fused optimisers
+        self._skips = found is not None and bool(found)
+        if self._skips:
+            return
+        if getattr(optimizer, "grad_scale", None) is not None:
+            raise ValueError(
+                "gradients are still scaled: call scaler.unscale_(optimizer) before scaler.step(optimizer)."
+            )
+        heard = [name for name, p in self.silent.items() if p.grad is not None and bool(p.grad.any())]
+        for name in heard:
+            del self.silent[name]
+        for course in self.courses:
+            course.schedule.before(course)
+
+    def _after(self, optimizer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if self._skips:
+            return
+        self.done += 1
+        for course, (_, matrices) in zip(self.courses, self.groups, strict=True):
+            course.done = self.done
+            course.schedule.after(course)
+            for each in matrices.values():
+                each.acted += 1
+        self._settle()
+
+
+def finished(model: nn.Module, groups: Sequence[Group]) -> Report:
+    """Leave of each matrix what its schedule leaves, in place; see :func:`rankwise.finish`."""
+    rows = []
+    plain: dict[int, nn.Module] = {}
+    for schedule, matrices in groups:
+        for name, each in matrices.items():
+            rest = schedule.finished(each.matrix)
+            rows.append({"name": name, "before": each.rank, "rank": 0 if rest is None else rest.rank})
+            if rest is None:
+                _take_off(model, each, plain)
+            else:
+                set_module(model, name, rest.train(each.training))
+    return Report(f"{len(rows)} matrices are finished", rows, "matrices", {"rank": sum(r["rank"] for r in rows)})
+
+
+def _take_off(model: nn.Module, each: Scheduled, plain: dict[int, nn.Module]) -> None:
+    """Give the layers that hold a matrix their base back, as an ordinary layer where it is dense."""
+    for name, layer in list(structured(model).items()):
+        if any(part is each for part in layer.matrix.modules()):
+            base = base_of(layer.matrix)
+            assert base is not None
+            layer.matrix = base.matrix
+            if isinstance(base.matrix, Dense):
+                new: Any = layer.dense().train(layer.training).requires_grad_(False)
+                new.weight = plain.setdefault(id(base), new).weight
+                set_module(model, name, new)
+
+
+def _copied(state: State, devices: Mapping[str, torch.device] | None = None) -> State:
+    """Copy the tensors of a state, each to the device of its layer."""
+    return {
+        name: {
+            k: v.detach().to(v.device if devices is None else devices[name], copy=True)
+            for k, v in tensors.items()
+        }
+        for name, tensors in state.items()
+    }

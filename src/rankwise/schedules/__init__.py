@@ -1,0 +1,6 @@
+"""What happens to adapters around each optimiser step. A saved adapter may name what ``__all__`` names."""
+
+from .freeze_columns import FreezeColumns
+from .triplet_budget import TripletBudget
+
+__all__ = ["FreezeColumns", "TripletBudget"]

@@ -1,0 +1,192 @@
+"""A budget of ranks over all layers that falls while they train (AdaLoRA)."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.methods import Course, Schedule
+from ..matrices import Dense, Diagonal, Product, StructuredMatrix
+
+
+@dataclass(frozen=True)
+class Triplets:
+    """P (m, r), the diagonal e (r,) and Q (r, n) of P diag(e) Q: r triplets of two vectors and a number."""
+
+    left: Tensor
+    values: Tensor
+    right: Tensor
+
+    @classmethod
+    def of(cls, matrix: StructuredMatrix) -> "Triplets":
+        """Read the parameters of a product.
+
+        Raises:
+            ValueError: if the matrix has another form.
+        """
+        parts = matrix.parts if isinstance(matrix, Product) else []
+        if [type(part) for part in parts] != [Dense, Diagonal, Dense]:
+            raise ValueError("TripletBudget acts on a Product of a Dense, a Diagonal and a Dense.")
+        left, values, right = (next(part.parameters()) for part in parts)
+        return cls(left, values, right)
+
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        """The three parameters by name."""
+        return ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TripletBudget(Schedule):
+    """Keep those triplets of all layers for which the loss is sensitive; fewer and fewer, by a cubic law.
+
+    The sensitivity of a number p is |p dL/dp|. Its running mean times the running mean of its distance from that
+    mean is the number's score. A triplet's score is that of its value, plus the mean scores of its two vectors.
+    Where the budget is b, all but the b largest scores of all layers together lose their value, which is set to
+    zero: its gradient goes on, so that it may come back. In the tail what was dropped stays so.
+
+    Vectors are drawn towards orthonormal ones: the gradient of ``orthogonality`` times the mean of |Q Q' - I| and
+    |P' P - I| over all layers (Frobenius norms) is added once a step, to whatever the loss is. The scores see it,
+    as in the published code, and clipping by the training loop does not.
+
+    Args:
+        target: average number of triplets of a layer in the end; the start is what the layers have.
+        warmup: share of the steps before the budget falls, in [0, 1).
+        tail: share of the steps after it fell, in [0, 1).
+        every: steps between two choices.
+        sensitivity: how much a running mean of sensitivities keeps, in [0, 1).
+        uncertainty: how much a running mean of distances keeps, in [0, 1).
+        orthogonality: what the mean distance from orthonormal vectors counts.
+
+    References: Zhang et al., "Adaptive budget allocation for parameter-efficient fine-tuning", ICLR 2023,
+        arXiv 2303.10512. Norms are not squared and averaged, as in the published code. Exactly b triplets are
+        left where scores are equal, as all are at first.
+    """
+
+    target: int = 8
+    warmup: float = 0.1
+    tail: float = 0.5
+    every: int = 10
+    sensitivity: float = 0.85
+    uncertainty: float = 0.85
+    orthogonality: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name, least in (("target", 1), ("every", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
+        for name in ("warmup", "tail", "sensitivity", "uncertainty"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 0 and < 1, got {getattr(self, name)!r}.")
+        if not self.warmup + self.tail < 1:
+            raise ValueError(
+                f"warmup {self.warmup} and tail {self.tail} leave no steps in which the budget falls; "
+                "together they must be < 1."
+            )
+        if not 0 <= self.orthogonality < float("inf"):
+            raise ValueError(f"orthogonality must be >= 0, got {self.orthogonality!r}.")
+
+    def check(self, matrix: StructuredMatrix) -> None:
+        """Raise unless it is a product of triplets."""
+        Triplets.of(matrix)
+
+    def last(self, steps: int) -> int:
+        """The step after which nothing is chosen any more."""
+        return max(1, steps - round(self.tail * steps))
+
+    def budget(self, done: int, steps: int, first: int, last: int) -> int:
+        """How many triplets are left after so many of the steps: ``first`` at first, ``last`` at last."""
+        start, end = round(self.warmup * steps), self.last(steps)
+        if done >= end:
+            return last
+        if done <= start:
+            return first
+        return last + int((first - last) * (1 - (done - start) / (end - start)) ** 3)
+
+    @torch.no_grad()
+    def before(self, course: Course) -> None:
+        """Add the gradient of the regulariser; then take the sensitivities in."""
+        layers = _layers(course)
+        for name, triplets in layers.items():
+            self._regularise(triplets, 2 * len(layers))
+            if course.done < self.last(course.steps):
+                self._observe(triplets, course.state.setdefault(name, {}))
+
+    @torch.no_grad()
+    def after(self, course: Course) -> None:
+        """Set values to zero."""
+        layers, end = _layers(course), self.last(course.steps)
+        first = sum(len(triplets.values) for triplets in layers.values())
+        last = min(first, self.target * len(layers))
+        due = course.done % self.every == 0 and course.done > round(self.warmup * course.steps)
+        if course.done == end or (course.done < end and due):
+            kept = _largest(_scores(layers, course.state), self.budget(course.done, course.steps, first, last))
+            for name, triplets in layers.items():
+                triplets.values[~kept[name]] = 0
+                if course.done == end:
+                    course.state[name] = {"kept": kept[name]}
+        elif course.done > end:
+            for name, triplets in layers.items():
+                triplets.values[~course.state[name]["kept"]] = 0
+
+    def finished(self, matrix: StructuredMatrix) -> StructuredMatrix | None:
+        """Keep the triplets whose values are not zero."""
+        triplets = Triplets.of(matrix)
+        kept = triplets.values.detach() != 0
+        if not bool(kept.any()):
+            return None
+        left, values, right = (tensor.detach() for _, tensor in triplets.named())
+        return Product(Dense(left[:, kept]), Diagonal(values[kept]), Dense(right[kept]))
+
+    def _regularise(self, triplets: Triplets, count: int) -> None:
+        """Add the gradient of ``orthogonality / count`` times the sum of both distances."""
+        if self.orthogonality == 0:
+            return
+        for rows, turned in ((triplets.right, False), (triplets.left, True)):
+            vectors = rows.mT if turned else rows
+            off = vectors @ vectors.mT
+            off.diagonal().sub_(1)
+            norm = off.norm().clamp_min(torch.finfo(off.dtype).tiny)
+            slope = (2 * self.orthogonality / count / norm) * (off @ vectors)
+            slope = slope.mT if turned else slope
+            rows.grad = slope.clone() if rows.grad is None else rows.grad.add_(slope)
+
+    def _observe(self, triplets: Triplets, state: dict[str, Tensor]) -> None:
+        """Move the running means."""
+        for name, p in triplets.named():
+            now = torch.zeros_like(p) if p.grad is None else (p * p.grad).abs()
+            mean = state.setdefault(f"{name}.mean", torch.zeros_like(now)).lerp_(now, 1 - self.sensitivity)
+            spread = state.setdefault(f"{name}.spread", torch.zeros_like(now))
+            spread.lerp_((now - mean).abs(), 1 - self.uncertainty)
+
+
+def _layers(course: Course) -> dict[str, Triplets]:
+    return {name: Triplets.of(matrix) for name, matrix in course.matrices.items()}
+
+
+def _scores(layers: Mapping[str, Triplets], state: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """(r,) for each layer.
+
+    Raises:
+        ValueError: if a score is not finite.
+    """
+    scores = {}
+    for name, means in state.items():
+        each = {part: means[f"{part}.mean"] * means[f"{part}.spread"] for part, _ in layers[name].named()}
+        scores[name] = each["values"] + each["right"].mean(1) + each["left"].mean(0)
+        if not bool(scores[name].isfinite().all()):
+            raise ValueError(
+                f"layer {name}: gradients were not finite; lower the learning rate or look at the data."
+            )
+    return scores
+
+
+def _largest(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Mark so many of the largest scores of all layers."""
+    together = torch.cat([score.cpu() for score in scores.values()])
+    kept = torch.zeros_like(together, dtype=torch.bool)
+    kept[together.sort(descending=True, stable=True).indices[:count]] = True
+    parts = kept.split([len(score) for score in scores.values()])
+    return {name: part.to(score.device) for (name, score), part in zip(scores.items(), parts, strict=True)}

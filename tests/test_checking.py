@@ -1,0 +1,110 @@
+"""What does not train is named; what does is not."""
+
+import pytest
+import torch
+from contracts.examples import draw
+from torch import nn
+
+import rankwise
+from rankwise.adapters import AdaLora, Lora
+from rankwise.initialisers import SingularVectors
+
+
+def adapted_net(method: object, **options) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 12), nn.Tanh(), nn.Linear(12, 8))
+    rankwise.adapt(model, method, **options)
+    return model
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, scale: float = 1.0) -> None:
+    optimizer.zero_grad()
+    (scale * model(draw(16, 10).float())).square().mean().backward()
+    optimizer.step()
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("method", [Lora(rank=2), Lora(rank=2, magnitudes=True), Lora(start=SingularVectors())])
+def test_one_step_is_enough_to_be_without_a_problem(method: Lora):
+    """Though the gradient of A was zero at the first step."""
+    model = adapted_net(method)
+    optimizer = torch.optim.SGD(trained(model), lr=1e-4)
+    follower = rankwise.follow(model, optimizer, steps=2)
+    step(model, optimizer)
+    report = rankwise.check_adapters(model, optimizer, follower=follower)
+    assert report.totals["problems"] == {}
+    assert report.title == "2 adapted layers train"
+    for row, layer in zip(report.rows, rankwise.adapting.adapted(model).values(), strict=True):
+        gradients = [p.grad.norm() for p in layer.matrix.parameters() if p.grad is not None]
+        assert row["gradient"] == pytest.approx(float(torch.stack(gradients).norm()), rel=1e-5)
+        before = layer.matrix.members[0].dense() if not method.magnitudes else layer.matrix.base.dense()
+        change = (layer.matrix.dense() - before).norm() / before.norm()
+        assert row["change"] == pytest.approx(float(change.detach()), rel=1e-2, abs=1e-7)
+        assert row["change"] > 0
+
+
+@pytest.mark.parametrize("method", [Lora(rank=2), Lora(rank=2, start=SingularVectors())])
+def test_what_never_moved_is_named(method: Lora):
+    model = adapted_net(method)
+    rows = rankwise.check_adapters(model).rows
+    assert [row["problem"] for row in rows] == ["no gradient and no change"] * 2
+    optimizer = torch.optim.SGD(trained(model), lr=0.0)
+    step(model, optimizer)
+    report = rankwise.check_adapters(model, optimizer)
+    assert report.totals["problems"] == {"0": "a gradient, but no change", "2": "a gradient, but no change"}
+    assert report.title.startswith("2 of 2 adapted layers have a problem: 0: a gradient")
+
+
+def test_an_always_zero_gradient_is_named():
+    """A layer whose outputs nobody reads, and a factor behind one that stays zero."""
+    model = adapted_net(Lora(rank=2))
+    left = model[0].matrix.members[1].matrix.left
+    optimizer = torch.optim.SGD([p for p in trained(model) if p is not left], lr=0.1)
+    follower = rankwise.follow(model, optimizer, steps=3)
+    for _ in range(2):
+        step(model, optimizer)
+    problems = rankwise.check_adapters(model, follower=follower).totals["problems"]
+    assert problems == {"0": "the gradient was always zero: matrix.members.1.matrix.right"}
+    torch.manual_seed(0)
+    unread = nn.ModuleDict({"read": nn.Linear(10, 12), "unread": nn.Linear(10, 12)})
+    rankwise.adapt(unread, Lora(rank=2))
+    optimizer = torch.optim.SGD(trained(unread), lr=0.1)
+    for _ in range(2):
+        step(unread["read"], optimizer)
+    problems = rankwise.check_adapters(unread, optimizer).totals["problems"]
+    assert problems == {"unread": "no gradient and no change"}
+
+
+def test_what_is_in_no_optimiser_is_named():
+    model = adapted_net(Lora(rank=2), also=lambda name: name == "2.bias")
+    known = [*model[0].parameters(), model[2].matrix.members[1].matrix.left]
+    optimizers = [torch.optim.SGD([p], lr=0.1) for p in known if p.requires_grad]
+    for optimizer in optimizers:
+        step(model, optimizer)
+    report = rankwise.check_adapters(model, optimizers)
+    assert report.totals["problems"] == {
+        "2": "in no optimiser: matrix.members.1.matrix.right",
+        "2.bias": "in no optimiser",
+    }
+    assert report.title.endswith("and 1 more")
+
+
+def test_a_schedule_that_did_not_act_is_named():
+    model = adapted_net(AdaLora(rank=2, target=1)).eval()  # where the model itself does not refuse
+    optimizer = torch.optim.SGD(trained(model), lr=0.1)
+    step(model, optimizer)
+    report = rankwise.check_adapters(model, optimizer)
+    assert all("never acted" in problem for problem in report.totals["problems"].values())
+    rankwise.follow(model, optimizer, steps=2)
+    step(model, optimizer)
+    report = rankwise.check_adapters(model, optimizer)
+    assert report.totals["problems"] == {}
+    assert [row["acted"] for row in report.rows] == [1, 1]
+
+
+def test_without_adapters_there_is_nothing_to_check():
+    with pytest.raises(ValueError, match="no layer of the model has an adapter"):
+        rankwise.check_adapters(nn.Sequential(nn.Linear(3, 3)))

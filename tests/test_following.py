@@ -1,0 +1,279 @@
+"""Schedules act by themselves, once a step, in every kind of loop; and nothing trains without them."""
+
+import copy
+import json
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from contracts.examples import draw
+from torch import Tensor, nn
+
+import rankwise
+from rankwise.adapters import AdaLora, Lamda, Lora
+from rankwise.core.checkpoint import load_tree, save_tree
+from rankwise.core.methods import Adapter
+from rankwise.matrices import Dense, Scheduled, from_spec
+
+METHODS = {
+    "AdaLora": AdaLora(rank=4, target=2, every=3),
+    "Lamda": Lamda(rank=4, until=0.5),
+}
+STEPS = 12
+
+
+@pytest.fixture(params=sorted(METHODS))
+def method(request: pytest.FixtureRequest) -> Adapter:
+    return METHODS[request.param]
+
+
+def adapted_net(method: Adapter) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 12), nn.Tanh(), nn.Linear(12, 8))
+    rankwise.adapt(model, method)
+    return model
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def loss_of(model: nn.Module, i: int) -> Tensor:
+    return (model(draw(16, 10, seed=i).float()) - draw(16, 8, seed=90).float()).square().mean()
+
+
+def begin(method: Adapter, steps: int = STEPS, **options: Any):
+    model = adapted_net(method)
+    optimizer = torch.optim.AdamW(trained(model), lr=0.02, **options)
+    return model, optimizer, rankwise.follow(model, optimizer, steps=steps)
+
+
+def go(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for i in steps:
+        optimizer.zero_grad()
+        loss_of(model, i).backward()
+        optimizer.step()
+
+
+def same(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_what_nothing_follows_refuses_to_train(method: Adapter):
+    model = adapted_net(method)
+    with pytest.raises(RuntimeError, match=r"rankwise\.follow"):
+        loss_of(model, 0)
+    with torch.no_grad():
+        loss_of(model, 0)
+    assert loss_of(model.eval(), 0).isfinite()
+    model.train()
+    optimizer = torch.optim.AdamW(trained(model))
+    follower = rankwise.follow(model, optimizer, steps=2)
+    loss_of(model, 0).backward()
+    for each in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(RuntimeError, match=r"rankwise\.follow"):
+            loss_of(each, 0)
+    follower.stop()
+    with pytest.raises(RuntimeError, match=r"rankwise\.follow"):
+        loss_of(model, 0)
+    optimizer.step()
+    assert follower.done == 0
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_same_bits(method: Adapter, tmp_path: Path):
+    whole, optimizer, _ = begin(method)
+    go(whole, optimizer, range(STEPS))
+    for stop in (2, 5, 8):
+        model, optimizer, follower = begin(method)
+        go(model, optimizer, range(stop))
+        states = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "follower": follower.state_dict(),
+        }
+        save_tree(states, tmp_path / "all")
+        states = load_tree(tmp_path / "all")
+        model, optimizer, follower = begin(method)
+        model.load_state_dict(states["model"])
+        optimizer.load_state_dict(states["optimizer"])
+        follower.load_state_dict(states["follower"])
+        go(model, optimizer, range(stop, STEPS))
+        assert same(model.state_dict(), whole.state_dict())
+        assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in whole.parameters()]
+
+
+def test_a_state_is_tensors_and_plain_values(method: Adapter):
+    model, optimizer, follower = begin(method)
+    go(model, optimizer, range(3))
+
+    def without_tensors(tree: Any) -> Any:
+        if isinstance(tree, dict):
+            return {key: without_tensors(value) for key, value in tree.items()}
+        if isinstance(tree, list):
+            return [without_tensors(value) for value in tree]
+        return tree.tolist() if isinstance(tree, Tensor) else tree
+
+    state = follower.state_dict()
+    assert json.loads(json.dumps(without_tensors(state)))["done"] == 3
+
+
+def test_a_state_of_another_training_is_refused():
+    _, _, follower = begin(METHODS["AdaLora"])
+    for other in (begin(METHODS["Lamda"]), begin(METHODS["AdaLora"], steps=5)):
+        with pytest.raises(ValueError, match=r"other (schedules|steps)"):
+            follower.load_state_dict(other[2].state_dict())
+    state = begin(METHODS["AdaLora"])[2].state_dict()
+    state["layers"] = [["elsewhere"]]
+    with pytest.raises(ValueError, match="other layers"):
+        follower.load_state_dict(state)
+
+
+def test_summed_gradients_are_one_step(method: Adapter):
+    one, optimizer, follower = begin(method)
+    go(one, optimizer, range(STEPS))
+    two, optimizer, summed = begin(method)
+    for i in range(STEPS):
+        optimizer.zero_grad()
+        for _ in range(2):
+            (loss_of(two, i) / 2).backward()
+        optimizer.step()
+    assert follower.done == summed.done == STEPS
+    assert same(one.state_dict(), two.state_dict())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_that_a_scaler_skips_do_not_count(method: Adapter, fused: bool):
+    plain, optimizer, _ = begin(method, steps=4, fused=fused)
+    go(plain, optimizer, range(4))
+    model, optimizer, follower = begin(method, steps=4, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=100)
+    for i in [0, 1, None, 2, 3]:
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, i or 0) * (float("inf") if i is None else 1.0)).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    assert follower.done == 4
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_scaled_gradients_are_refused_where_the_optimiser_would_unscale_them():
+    model, optimizer, _ = begin(METHODS["AdaLora"], fused=True)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(loss_of(model, 0)).backward()
+    with pytest.raises(ValueError, match="unscale_"):
+        scaler.step(optimizer)
+
+
+def test_with_accelerate(method: Adapter):
+    from accelerate import Accelerator
+
+    plain, optimizer, _ = begin(method)
+    go(plain, optimizer, range(STEPS))
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = adapted_net(method)
+    wrapped, optimizer = accelerator.prepare(model, torch.optim.AdamW(trained(model), lr=0.02))
+    follower = rankwise.follow(model, optimizer, steps=STEPS)
+    for i in range(2 * STEPS):
+        with accelerator.accumulate(wrapped):
+            accelerator.backward(loss_of(wrapped, i // 2))
+            optimizer.step()
+            optimizer.zero_grad()
+    assert follower.done == STEPS
+    assert same(model.state_dict(), plain.state_dict())
+
+
+def test_with_a_trainer(tmp_path: Path):
+    from tiny import llama
+    from transformers import Trainer, TrainingArguments
+
+    model = llama()
+    rankwise.adapt(model, METHODS["AdaLora"])
+    optimizer = torch.optim.AdamW(trained(model), lr=0.01)
+    follower = rankwise.follow(model, optimizer, steps=4)
+    data = [{"input_ids": row, "labels": row} for row in torch.randint(3, 64, (16, 10))]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=4,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None)).train()
+    assert follower.done == 4
+    assert not rankwise.check_adapters(model, optimizer, follower=follower).totals["problems"]
+
+
+def test_compiled_without_breaks(method: Adapter):
+    plain, optimizer, _ = begin(method)
+    go(plain, optimizer, range(3))
+    model, optimizer, _ = begin(method)
+    go(torch.compile(model, backend="aot_eager", fullgraph=True), optimizer, range(3))
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_two_settings_in_one_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 12), nn.Tanh(), nn.Linear(12, 8))
+    rankwise.adapt(model, METHODS["AdaLora"], where=lambda name, _: name == "0")
+    first = trained(model)
+    rankwise.adapt(model, METHODS["Lamda"], where=lambda name, _: name == "2")
+    for p in first:
+        p.requires_grad_(True)
+    optimizer = torch.optim.AdamW(trained(model), lr=0.01)
+    follower = rankwise.follow(model, optimizer, steps=4)
+    go(model, optimizer, range(4))
+    kinds = [schedule["kind"] for schedule in follower.state_dict()["schedules"]]
+    assert kinds == ["TripletBudget", "FreezeColumns"]
+    assert [row["acted"] for row in rankwise.check_adapters(model).rows] == [4, 4]
+
+
+def _closure(model: nn.Module) -> Callable[[], Tensor]:
+    return lambda: loss_of(model, 0)
+
+
+def test_bad_use():
+    model = adapted_net(METHODS["Lamda"])
+    optimizer = torch.optim.AdamW(trained(model))
+    with pytest.raises(ValueError, match="steps must be"):
+        rankwise.follow(model, optimizer, steps=0)
+    with pytest.raises(TypeError, match=r"torch\.optim"):
+        rankwise.follow(model, object(), steps=1)
+    with pytest.raises(ValueError, match=r"0\.matrix\.members\.1\.matrix.*which a schedule acts on"):
+        rankwise.follow(model, torch.optim.SGD(model[2].parameters()), steps=1)
+    with pytest.raises(ValueError, match="no adapter"):
+        rankwise.follow(nn.Linear(2, 2), optimizer, steps=1)
+    rankwise.follow(model, optimizer, steps=1)
+    with pytest.raises(ValueError, match="followed already"):
+        rankwise.follow(model, optimizer, steps=1)
+    with pytest.raises(ValueError, match="followed still"):
+        rankwise.finish(model)
+    with pytest.raises(ValueError, match="no closure"):
+        optimizer.step(_closure(model))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ({"kind": "Path"}, "unknown schedule"),
+        ({"kind": "FreezeColumns", "before": 1}, "version"),
+        ({"kind": "FreezeColumns", "until": 2.0}, "until must be"),
+        ({"kind": "TripletBudget"}, "acts on a Product"),
+    ],
+)
+def test_schedules_from_files_are_checked(schedule: dict, message: str):
+    model = adapted_net(Lora(rank=2))
+    spec = {"kind": "Scheduled", "matrix": {"kind": "Dense", "shape": [12, 8]}, "schedule": schedule}
+    model.append(from_spec(spec))
+    with pytest.raises(ValueError, match=message):
+        rankwise.follow(model, torch.optim.SGD(model.parameters()), steps=1)
+    with pytest.raises(ValueError, match="plain values"):
+        Scheduled(Dense(torch.eye(2)), {"kind": "FreezeColumns", "until": [1]})
