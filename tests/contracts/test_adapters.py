@@ -17,6 +17,7 @@ from rankwise.core.methods import Adapter
 from rankwise.matrices import Base, Dense, LowRank, StructuredMatrix, from_spec
 
 SETTINGS: dict[str, list[Adapter]] = {
+    "Bat": [adapters.Bat(block=4), adapters.Bat(block=2)],
     "Eva": [adapters.Eva(rank=2), adapters.Eva(rank=2, alpha=3.0, whiten=True, centred=False)],
     "Lora": [
         adapters.Lora(rank=2),
@@ -25,6 +26,7 @@ SETTINGS: dict[str, list[Adapter]] = {
         adapters.Lora(rank=2, start=rankwise.initialisers.SingularVectors()),
         adapters.Lora(rank=2, start=rankwise.initialisers.SingularVectors(iterations=2), alpha=3.0),
     ],
+    "Miss": [adapters.Miss(rank=3), adapters.Miss(rank=4, mini=2)],
 }
 NAMES = [name for name in adapters.__all__ if inspect.isclass(getattr(adapters, name))]
 BASES = {

@@ -110,6 +110,7 @@ def test_macs_are_the_multiplications_of_forward():
     macs = {name: build().macs for name, build in EXAMPLES.items()}
     assert macs == {
         "Base": 20 + 18,
+        "BlockAffine": 24 + 24,
         "Branch": 20 + 18 + 5,
         "Dense": 20,
         "Diagonal": 5,
@@ -126,6 +127,7 @@ def test_macs_are_the_multiplications_of_forward():
         "SemiSparse": 5 * 4,
         "Sparse": EXAMPLES["Sparse"]().params - 3,
         "Sum": 20 + 18,
+        "Tiled": 6,
     }
 
 
@@ -187,6 +189,16 @@ def test_nested_expressions_round_trip():
         ({"kind": "Product", "members": [{"kind": "Diagonal", "size": n} for n in (1, 2)]}, "disagree"),
         ({"kind": "Scaled", "scale": 2.0}, "mapping"),
         ({"kind": "Recomputed"}, "mapping"),
+        ({"kind": "Tiled", "shape": [3, 2], "rows": 4, "columns": 1}, "rows must be <="),
+        ({"kind": "BlockAffine", "length": 1, "base": {"kind": "Diagonal", "size": 1}}, "needs 'base'"),
+        (
+            {
+                "kind": "BlockAffine",
+                "length": 2,
+                "base": {"kind": "Base", "matrix": {"kind": "Diagonal", "size": 3}},
+            },
+            "fit",
+        ),
         ({"kind": "IndexedSparse", "shape": [3, 2], "kept": 7}, "kept must be <="),
         ({"kind": "Scaled", "matrix": {"kind": "Diagonal", "size": 1}}, "scale"),
         ({"kind": "Scaled", "matrix": {"kind": "Diagonal", "size": 1}, "scale": "2"}, "scale"),

@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Generator
 
-from ..core.methods import Adapter, Initialiser, RankRule
+from ..core.methods import Adapter, Initialiser, RankRule, check_count
 from ..core.statistics import Statistic, Stats
 from ..initialisers import Uniform
 from ..matrices import Base, Branch, Frozen, LowRank, RowNormalised, Scaled, StructuredMatrix, Sum
@@ -50,8 +50,7 @@ class Lora(Adapter):
     ranks: RankRule | None = None  # pyright: ignore[reportIncompatibleMethodOverride] (a field is a property)
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"rank must be an integer >= 1, got {self.rank!r}.")
+        check_count("rank", self.rank)
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha must be a positive number, got {self.alpha!r}.")
         if self.rank_stabilised and self.alpha is None:

@@ -98,6 +98,12 @@ class RankRule(abc.ABC):
         """Return (count + 1,) what ranks 0 ... count leave undone, never increasing, in units layers share."""
 
 
+def check_count(name: str, value: object) -> None:
+    """Raise unless a field is a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+
+
 class Measure(abc.ABC):
     """Says something about one weight in a few numbers."""
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .base import StructuredMatrix
+from .block_affine import BlockAffine
 from .branch import Branch
 from .dense import Dense
 from .diagonal import Diagonal
@@ -20,9 +21,11 @@ from .recomputed import Recomputed
 from .row_normalised import RowNormalised
 from .semi_sparse import SemiSparse
 from .sparse import Sparse
+from .tiled import Tiled
 
 __all__ = [
     "Base",
+    "BlockAffine",
     "Branch",
     "Dense",
     "Diagonal",
@@ -40,6 +43,7 @@ __all__ = [
     "Sparse",
     "StructuredMatrix",
     "Sum",
+    "Tiled",
     "from_spec",
 ]
 

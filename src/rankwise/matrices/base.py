@@ -93,6 +93,11 @@ def autocast_of(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if casting else None
 
 
+def widened(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x in the type of the numbers that multiply it; under autocast as it is, since torch converts it."""
+    return x if autocast_of(x.device) is not None else x.to(dtype)
+
+
 LARGEST = 2**28  # of a size; products of two and their bytes still fit in 64 bits
 
 

@@ -7,7 +7,7 @@ from typing import Any, Self
 from torch import Tensor
 from torch.nn import functional
 
-from .base import StructuredMatrix, autocast_of
+from .base import StructuredMatrix, widened
 
 
 class Branch(StructuredMatrix):
@@ -56,18 +56,15 @@ class Branch(StructuredMatrix):
         """(..., n) -> (..., m)."""
         if self.dropout:
             x = functional.dropout(x, self.dropout, self.training)
-        return (self.scale * self.matrix(self._in_own_type(x))).to(x.dtype)
+        return (self.scale * self.matrix(widened(x, self.matrix.dtype))).to(x.dtype)
 
     def adjoint(self, y: Tensor) -> Tensor:
         """(..., m) -> (..., n), without dropout."""
-        return (self.scale * self.matrix.adjoint(self._in_own_type(y))).to(y.dtype)
+        return (self.scale * self.matrix.adjoint(widened(y, self.matrix.dtype))).to(y.dtype)
 
     def dense(self) -> Tensor:
         """(m, n)."""
         return self.scale * self.matrix.dense()
-
-    def _in_own_type(self, x: Tensor) -> Tensor:
-        return x if autocast_of(x.device) is not None else x.to(self.matrix.dtype)
 
     def spec(self) -> dict[str, Any]:
         """Kind, scale, dropout, and the spec of the matrix."""
