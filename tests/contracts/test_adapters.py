@@ -19,6 +19,7 @@ from rankwise.matrices import Base, Dense, LowRank, StructuredMatrix, from_spec
 SETTINGS: dict[str, list[Adapter]] = {
     "Bat": [adapters.Bat(block=4), adapters.Bat(block=2)],
     "Eva": [adapters.Eva(rank=2), adapters.Eva(rank=2, alpha=3.0, whiten=True, centred=False)],
+    "Loldu": [adapters.Loldu(rank=3), adapters.Loldu(rank=8, alpha=None)],
     "Lora": [
         adapters.Lora(rank=2),
         adapters.Lora(rank=2, alpha=4.0, rank_stabilised=True),
@@ -27,6 +28,8 @@ SETTINGS: dict[str, list[Adapter]] = {
         adapters.Lora(rank=2, start=rankwise.initialisers.SingularVectors(iterations=2), alpha=3.0),
     ],
     "Miss": [adapters.Miss(rank=3), adapters.Miss(rank=4, mini=2)],
+    "Pissa": [adapters.Pissa(rank=2), adapters.Pissa(rank=3, iterations=2, alpha=6.0)],
+    "Svfit": [adapters.Svfit(energy=0.9), adapters.Svfit(rank=3, relative=True)],
 }
 NAMES = [name for name in adapters.__all__ if inspect.isclass(getattr(adapters, name))]
 BASES = {
@@ -124,6 +127,7 @@ def test_half_precision_keeps_trained_numbers_in_float32(method: Adapter):
 
 
 def test_it_compiles_without_breaks(method: Adapter):
+    torch.compiler.reset()  # what other tests compiled counts towards torch's limit
     matrix, x = moved(attach(method, BASES["dense"]()).double()), draw(3, 8, seed=5)
     torch.testing.assert_close(torch.compile(matrix, backend="aot_eager", fullgraph=True)(x), matrix(x))
 

@@ -2,7 +2,10 @@
 
 from .bat import Bat
 from .eva import Eva
+from .loldu import Loldu
 from .lora import Lora
 from .miss import Miss
+from .pissa import Pissa
+from .svfit import Svfit
 
-__all__ = ["Bat", "Eva", "Lora", "Miss"]
+__all__ = ["Bat", "Eva", "Loldu", "Lora", "Miss", "Pissa", "Svfit"]

@@ -23,8 +23,7 @@ class Bat(Adapter):
     Names: this is the Bone of 2024, "block affine transformation", later called Bat, and it is PEFT's ``MISS``
     with the weights ``bat``. What the paper of 2025 calls Bone is :class:`Miss`.
 
-    PEFT takes a merged change out again by (I + T_i)^-1, which may not exist, and rounds trained numbers of half
-    precision where it writes the change out; here neither W nor T changes.
+    PEFT takes a merged change out again by (I + T_i)^-1, which may not exist; here W never changes.
 
     Args:
         block: b, which must divide both sides of W; 64 is the published choice.

@@ -12,6 +12,7 @@ from ..core.methods import Adapter, Initialiser, RankRule, check_count
 from ..core.statistics import Statistic, Stats
 from ..initialisers import Uniform
 from ..matrices import Base, Branch, Frozen, LowRank, RowNormalised, Scaled, StructuredMatrix, Sum
+from ..matrices.base import check_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,7 @@ class Lora(Adapter):
 
     def attach(self, base: Base, stats: Stats, generator: Generator) -> StructuredMatrix:
         """Return W + s B A, or the same with rows of trained lengths."""
+        check_rank(self.rank, *base.shape)
         factors = self.start.factors(base, self.rank, self.scale, stats, generator)
         wide = torch.promote_types(base.dtype, torch.float32)
         left, right = (factor.to(wide) for factor in factors)
