@@ -26,6 +26,8 @@ SETTINGS: dict[str, list[Adapter]] = {
         adapters.Lora(rank=2, magnitudes=True),
         adapters.Lora(rank=2, start=rankwise.initialisers.SingularVectors()),
         adapters.Lora(rank=2, start=rankwise.initialisers.SingularVectors(iterations=2), alpha=3.0),
+        adapters.Lora(rank=2, start=rankwise.initialisers.GradientSvd(), alpha=4.0, rank_stabilised=True),
+        adapters.Lora(rank=2, start=rankwise.initialisers.GradientSvd(gamma=None)),
     ],
     "Miss": [adapters.Miss(rank=3), adapters.Miss(rank=4, mini=2)],
     "Pissa": [adapters.Pissa(rank=2), adapters.Pissa(rank=3, iterations=2, alpha=6.0)],
@@ -141,10 +143,15 @@ def batches() -> list[Tensor]:
     return [draw(20, 8, seed=i) for i in range(2)]
 
 
+def toward_zero(output: Tensor, batch: Tensor, generator: Generator) -> Tensor:
+    """A loss for a model whose outputs are no logits."""
+    return output.square().sum()
+
+
 def test_a_model_is_adapted_and_folded(method: Adapter):
     model, x = net(), draw(3, 8, seed=9)
     before, kinds = model(x).detach(), [type(layer) for layer in model]
-    report = rankwise.adapt(model, method, data=batches())
+    report = rankwise.adapt(model, method, data=batches(), labels=toward_zero)
     torch.testing.assert_close(model(x), before, rtol=1e-6, atol=1e-6)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert report.totals["trained"] == trained == sum(row["trained"] for row in report.rows) > 0
