@@ -1,6 +1,7 @@
 """The verb that prepares a model for training few numbers."""
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -78,7 +79,8 @@ def adapt(
     for name, base in track(bases.items(), "adapters"):
         if ranks.get(name) != 0:
             own = method.with_rank(ranks[name]) if name in ranks else method
-            made[name] = _attached(name, own, base, stats[name], generator)
+            with _about(name):
+                made[name] = own.attach(Base(base), stats[name], generator)
     model.requires_grad_(False)
     rows = []
     for name, site in sites.items():
@@ -113,12 +115,11 @@ def _matrix_of(site: Site) -> StructuredMatrix:
     return site.layer.matrix if isinstance(site.layer, StructuredLinear) else Dense(site.weight)
 
 
-def _attached(
-    name: str, method: Adapter, base: StructuredMatrix, stats: Stats, generator: Generator
-) -> StructuredMatrix:
-    """Make the adapter of a layer; an error names the layer."""
+@contextlib.contextmanager
+def _about(name: str) -> Iterator[None]:
+    """Have an error name the layer."""
     try:
-        return method.attach(Base(base), stats, generator)
+        yield
     except ValueError as error:
         raise ValueError(f"layer {name}: {error} Or leave the layer out with 'where'.") from error
 
@@ -131,7 +132,8 @@ def _ranks(method: Adapter, bases: Mapping[str, StructuredMatrix], stats: Mappin
     ladders = {}
     for name, base in bases.items():
         count = min(round(rule.most * rank), *base.shape)
-        missed = rule.missed(base, stats[name], count).double().cpu()
+        with _about(name):
+            missed = rule.missed(base, stats[name], count).double().cpu()
         ladders[name] = Ladder(torch.arange(count + 1), missed, torch.arange(count), float(missed[0]))
     return spend(water_filling, ladders, rank * len(bases))
 

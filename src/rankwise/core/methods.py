@@ -104,6 +104,12 @@ def check_count(name: str, value: object) -> None:
         raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
 
 
+def check_most(most: float) -> None:
+    """Raise unless a layer may have the average rank."""
+    if not most >= 1:
+        raise ValueError(f"most must be >= 1, got {most}.")
+
+
 class Measure(abc.ABC):
     """Says something about one weight in a few numbers."""
 

@@ -25,8 +25,8 @@ class GradientSvd(Initialiser):
 
     Args:
         gamma: c^2 = sqrt(m) / gamma, the published rule, so that the size of what a layer puts out does not
-            depend on its width; 16 is the published choice. It does not look at s, which the publication takes
-            with ``Lora(rank_stabilised=True)``. None means c = 1 / s: the step is that of full fine-tuning.
+            depend on its width; 16 is the published choice. It does not look at s. None means c = 1 / s: the
+            step is that of full fine-tuning, with gradient descent.
 
     References: Wang, Yu, Li, "LoRA-GA: Low-rank adaptation with gradient approximation", NeurIPS 2024, arXiv
         2407.05000; the rule of ``gamma`` is that of its code.
