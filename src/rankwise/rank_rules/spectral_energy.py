@@ -36,7 +36,7 @@ class SpectralEnergy(RankRule):
         check_most(self.most)
 
     def missed(self, base: StructuredMatrix, stats: Stats, count: int) -> Tensor:
-        """Return -log E; that of rank 0 stands for infinity, so that all layers get one rank before any gets two."""
+        """Return -log E; that of rank 0 stands for infinity, so that all layers get one before any gets two."""
         squares = torch.linalg.svdvals(base.dense().detach().double()).square()
         if not bool(squares[0] > 0):
             raise ValueError("the weight is zero, so it has no spectrum.")
