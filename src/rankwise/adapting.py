@@ -17,6 +17,7 @@ from .core.progress import track
 from .core.report import Report
 from .core.statistics import Batch, Statistics, Stats
 from .core.surgery import Site, StructuredLinear, Where, replace, select, structured
+from .core.views import EmbeddingView
 from .matrices import Base, Dense, StructuredMatrix
 
 
@@ -41,7 +42,8 @@ def adapt(
     Args:
         model: any module; see :func:`rankwise.core.surgery.select` for the layers that count.
         method: from :mod:`rankwise.adapters`.
-        where: which layers; None selects all weight matrices but embeddings and output heads.
+        where: which layers; None selects all weight matrices but embeddings and output heads. Embeddings that it
+            accepts are adapted too, by methods without data, unless the output head has the same weight.
         data: for methods that read statistics: as in :func:`calibrate`, or what it returned.
         also: which other parameters train whole, by name, such as ``lambda name: "norm" in name``.
         labels: as in :func:`calibrate`.
@@ -66,7 +68,7 @@ def adapt(
     """
     if not isinstance(method, Adapter):
         raise TypeError(f"method must be an object from rankwise.adapters, got {method!r}.")
-    sites = select(model, where, compressed=True)
+    sites = select(model, where, compressed=True, tables=True)
     for name, site in sites.items():
         if isinstance(site.layer, StructuredLinear) and base_of(site.layer.matrix) is not None:
             raise ValueError(f"layer {name} has an adapter already; fold or remove that first, or leave it out.")
@@ -152,6 +154,9 @@ def _statistics(
     needs = tuple(dict.fromkeys((*method.needs, *(method.ranks.needs if method.ranks else ()))))
     if not needs:
         return {name: {} for name in sites}
+    tables = [name for name, site in sites.items() if isinstance(site.view, EmbeddingView)]
+    if tables:
+        raise ValueError(f"{type(method).__name__} reads statistics, which embeddings have none of: {tables}.")
     if data is None:
         raise ValueError(
             f"{type(method).__name__} reads statistics; give data, best that of the task, or 'self'."

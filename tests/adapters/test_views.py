@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from adapters.methods import METHODS
 from contracts.examples import draw
 from tiny import gpt2, ids
 from torch import nn
@@ -12,19 +13,6 @@ import rankwise
 from rankwise import adapters
 from rankwise.core.methods import Adapter
 from rankwise.core.surgery import StructuredLinear
-from rankwise.initialisers import GradientSvd, SingularVectors
-
-METHODS: list[Adapter] = [
-    adapters.Lora(rank=2),
-    adapters.Lora(rank=2, magnitudes=True),
-    adapters.Lora(rank=2, start=SingularVectors()),
-    adapters.Lora(rank=2, start=GradientSvd()),
-    adapters.Eva(rank=2),
-    adapters.Miss(rank=4),
-    adapters.Bat(block=2),
-    adapters.Svfit(rank=3),
-    adapters.Loldu(rank=3),
-]
 
 
 def images() -> nn.Module:

@@ -28,6 +28,7 @@ SETTINGS: dict[str, list[Adapter]] = {
         adapters.Lora(rank=2, start=rankwise.initialisers.SingularVectors(iterations=2), alpha=3.0),
         adapters.Lora(rank=2, start=rankwise.initialisers.GradientSvd(), alpha=4.0, rank_stabilised=True),
         adapters.Lora(rank=2, start=rankwise.initialisers.GradientSvd(gamma=None)),
+        adapters.Lora(rank=2, start=rankwise.initialisers.NormalOutputs()),
     ],
     "Miss": [adapters.Miss(rank=3), adapters.Miss(rank=4, mini=2)],
     "Pissa": [adapters.Pissa(rank=2), adapters.Pissa(rank=3, iterations=2, alpha=6.0)],

@@ -51,6 +51,19 @@ def test_gradients_are_those_of_dense(matrix: StructuredMatrix):
     torch.testing.assert_close(structured, gradients(torch.cat([x @ dense.mT, y @ dense], dim=-1)))
 
 
+def test_looked_up_columns_are_those_of_dense(matrix: StructuredMatrix):
+    index = torch.arange(matrix.shape[1]).flip(0).repeat(2, 1)
+    torch.testing.assert_close(matrix.lookup(index), matrix.dense().mT[index])
+    assert matrix.lookup(index[:, :0]).shape == (2, 0, matrix.shape[0])
+    parameters = [p for p in matrix.parameters() if p.requires_grad]
+    if parameters:
+        found = [
+            torch.autograd.grad(value.square().sum(), parameters, allow_unused=True, materialize_grads=True)
+            for value in (matrix.lookup(index), matrix.dense().mT[index])
+        ]
+        torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_spec_and_state_make_the_matrix_again(matrix: StructuredMatrix, device: str):
     spec = json.loads(json.dumps(matrix.spec(), allow_nan=False))

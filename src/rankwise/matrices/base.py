@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 class StructuredMatrix(nn.Module, abc.ABC):
@@ -77,6 +78,13 @@ class StructuredMatrix(nn.Module, abc.ABC):
     def adjoint(self, y: Tensor) -> Tensor:
         """Apply the transpose: (..., m) -> (..., n), equal to ``y @ self.dense()``."""
         return y @ self.dense()
+
+    def lookup(self, index: Tensor) -> Tensor:
+        """Return columns: (...) integers -> (..., m), what forward makes of rows that are zero but for a one.
+
+        This is how an embedding's table, transposed, is applied to the numbers of tokens.
+        """
+        return functional.embedding(index, self.dense().mT)
 
     def check(self) -> None:
         """Raise ValueError if stored numbers are impossible, such as an order that is no permutation."""

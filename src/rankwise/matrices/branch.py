@@ -62,6 +62,10 @@ class Branch(StructuredMatrix):
         """(..., m) -> (..., n), without dropout."""
         return (self.scale * self.matrix.adjoint(widened(y, self.matrix.dtype))).to(y.dtype)
 
+    def lookup(self, index: Tensor) -> Tensor:
+        """(...) -> (..., m), in the matrix's own type and without dropout, which would drop whole tokens."""
+        return self.scale * self.matrix.lookup(index)
+
     def dense(self) -> Tensor:
         """(m, n)."""
         return self.scale * self.matrix.dense()

@@ -40,6 +40,10 @@ class _Untrained(StructuredMatrix):
         """(..., m) -> (..., n)."""
         return self.matrix.adjoint(y)
 
+    def lookup(self, index: Tensor) -> Tensor:
+        """(...) -> (..., m)."""
+        return self.matrix.lookup(index)
+
     def dense(self) -> Tensor:
         """(m, n)."""
         return self.matrix.dense()
