@@ -116,3 +116,21 @@ def test_an_update_whose_shards_cancel_is_learnt_by_bat_and_never_by_miss():
 def test_bad_arguments(method, message: str):
     with pytest.raises(ValueError, match=message):
         method()
+
+
+def test_bat_keeps_nothing_of_the_size_of_the_weight_for_its_gradient():
+    matrix, parameter = trained(Bat(block=4), draw(32, 24))
+    x, kept = draw(5, 24, seed=2).requires_grad_(), []
+    owned = {p.data_ptr() for p in matrix.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in owned:
+            kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = matrix(x)
+    assert max(kept) <= x.numel()
+    y.sum().backward()
+    assert parameter.grad is not None
+    assert bool(parameter.grad.any())

@@ -17,8 +17,7 @@ class Bat(Adapter):
     blocks.
 
     It trains m b numbers, as many as :class:`Miss` of rank b, and its change has full rank in general. The change
-    is written out at every step: m n b more multiply-adds, and m n more numbers kept for the gradient, in each
-    layer.
+    is written out in every forward and every backward pass, at m n b multiply-adds, and not kept between them.
 
     Names: this is the Bone of 2024, "block affine transformation", later called Bat, and it is PEFT's ``MISS``
     with the weights ``bat``. What the paper of 2025 calls Bone is :class:`Miss`.
