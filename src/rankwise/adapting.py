@@ -1,6 +1,7 @@
 """The verb that prepares a model for training few numbers."""
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from .core.progress import track
 from .core.report import Report
 from .core.statistics import Batch, Statistics, Stats
 from .core.surgery import Site, StructuredLinear, Where, base_of, replace, select, structured
+from .core.views import EmbeddingView
 from .matrices import Base, Dense, StructuredMatrix
 
 
@@ -40,7 +42,8 @@ def adapt(
     Args:
         model: any module; see :func:`rankwise.core.surgery.select` for the layers that count.
         method: from :mod:`rankwise.adapters`.
-        where: which layers; None selects all weight matrices but embeddings and output heads.
+        where: which layers; None selects all weight matrices but embeddings and output heads. Embeddings that it
+            accepts are adapted too, by methods without data, unless the output head has the same weight.
         data: for methods that read statistics: as in :func:`calibrate`, or what it returned.
         also: which other parameters train whole, by name, such as ``lambda name: "norm" in name``.
         labels: as in :func:`calibrate`.
@@ -65,7 +68,7 @@ def adapt(
     """
     if not isinstance(method, Adapter):
         raise TypeError(f"method must be an object from rankwise.adapters, got {method!r}.")
-    sites = select(model, where, compressed=True)
+    sites = select(model, where, compressed=True, tables=True)
     for name, site in sites.items():
         if isinstance(site.layer, StructuredLinear) and base_of(site.layer.matrix) is not None:
             raise ValueError(f"layer {name} has an adapter already; fold or remove that first, or leave it out.")
@@ -78,7 +81,8 @@ def adapt(
     for name, base in track(bases.items(), "adapters"):
         if ranks.get(name) != 0:
             own = method.with_rank(ranks[name]) if name in ranks else method
-            made[name] = _attached(name, own, base, stats[name], generator)
+            with _about(name):
+                made[name] = own.attach(Base(base), stats[name], generator)
     model.requires_grad_(False)
     rows = []
     for name, site in sites.items():
@@ -108,12 +112,11 @@ def _matrix_of(site: Site) -> StructuredMatrix:
     return site.layer.matrix if isinstance(site.layer, StructuredLinear) else Dense(site.weight)
 
 
-def _attached(
-    name: str, method: Adapter, base: StructuredMatrix, stats: Stats, generator: Generator
-) -> StructuredMatrix:
-    """Make the adapter of a layer; an error names the layer."""
+@contextlib.contextmanager
+def _about(name: str) -> Iterator[None]:
+    """Have an error name the layer."""
     try:
-        return method.attach(Base(base), stats, generator)
+        yield
     except ValueError as error:
         raise ValueError(f"layer {name}: {error} Or leave the layer out with 'where'.") from error
 
@@ -126,7 +129,8 @@ def _ranks(method: Adapter, bases: Mapping[str, StructuredMatrix], stats: Mappin
     ladders = {}
     for name, base in bases.items():
         count = min(round(rule.most * rank), *base.shape)
-        missed = rule.missed(base, stats[name], count).double().cpu()
+        with _about(name):
+            missed = rule.missed(base, stats[name], count).double().cpu()
         ladders[name] = Ladder(torch.arange(count + 1), missed, torch.arange(count), float(missed[0]))
     return spend(water_filling, ladders, rank * len(bases))
 
@@ -145,6 +149,9 @@ def _statistics(
     needs = tuple(dict.fromkeys((*method.needs, *(method.ranks.needs if method.ranks else ()))))
     if not needs:
         return {name: {} for name in sites}
+    tables = [name for name, site in sites.items() if isinstance(site.view, EmbeddingView)]
+    if tables:
+        raise ValueError(f"{type(method).__name__} reads statistics, which embeddings have none of: {tables}.")
     if data is None:
         raise ValueError(
             f"{type(method).__name__} reads statistics; give data, best that of the task, or 'self'."

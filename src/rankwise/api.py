@@ -69,7 +69,7 @@ def calibrate(
         where: which layers; see :func:`rankwise.core.surgery.select`.
         compressed: also watch layers that are structured already.
         labels: from :mod:`rankwise.core.labels`; None means the sampled tokens themselves for "self", and labels
-            drawn from the model for other data.
+            drawn from the model for other data, or those of the data where a statistic asks for them.
         tokens: how many tokens "self" samples.
         window: length of a sequence.
         seed: for the sampled sequences and labels.
@@ -77,12 +77,15 @@ def calibrate(
 
     Raises:
         CalibrationError: if the data is empty or a number in the model is not finite.
-        ValueError: if no layer is selected.
+        ValueError: if no layer is selected, or a statistic asks for labels of the data and there is none.
     """
     sites = select(model, where, compressed=compressed)
     check_weights(sites)
     generator = Generator().manual_seed(seed)
-    if isinstance(data, str):
+    asking = [need.__name__ for need in needs if need.labelled]
+    if asking and isinstance(data, str):
+        raise ValueError(f"{asking[0]} is zero on the model's own samples but for noise; give data of the task.")
+    if asking or isinstance(data, str):
         labels = labels or label_kinds.given
     batches = _batches(model, data, tokens, window, seed)
     found = collect(

@@ -7,6 +7,7 @@ from torch import Generator, Tensor
 
 from rankwise.matrices import (
     Base,
+    BlockAffine,
     Branch,
     Dense,
     Diagonal,
@@ -25,6 +26,7 @@ from rankwise.matrices import (
     Sparse,
     StructuredMatrix,
     Sum,
+    Tiled,
 )
 
 
@@ -55,6 +57,7 @@ def _quantized() -> StructuredMatrix:
 
 EXAMPLES: dict[str, Callable[[], StructuredMatrix]] = {
     "Base": lambda: Base(_sum()),
+    "BlockAffine": lambda: BlockAffine(Base(Dense(draw(6, 4))), draw(3, 2, 2, seed=1)),
     "Branch": lambda: Branch(_sum(), 0.7),
     "Dense": lambda: Dense(draw(5, 4)),
     "Diagonal": lambda: Diagonal(draw(5)),
@@ -72,4 +75,5 @@ EXAMPLES: dict[str, Callable[[], StructuredMatrix]] = {
     "SemiSparse": lambda: SemiSparse.from_dense(draw(5, 6), kept=2, group=3),
     "Sparse": lambda: Sparse.from_dense(draw(5, 4) * (draw(5, 4, seed=1) > 0)),
     "Sum": _sum,
+    "Tiled": lambda: Tiled(draw(2, 3), (5, 4)),
 }

@@ -51,6 +51,19 @@ def test_gradients_are_those_of_dense(matrix: StructuredMatrix):
     torch.testing.assert_close(structured, gradients(torch.cat([x @ dense.mT, y @ dense], dim=-1)))
 
 
+def test_looked_up_columns_are_those_of_dense(matrix: StructuredMatrix):
+    index = torch.arange(matrix.shape[1]).flip(0).repeat(2, 1)
+    torch.testing.assert_close(matrix.lookup(index), matrix.dense().mT[index])
+    assert matrix.lookup(index[:, :0]).shape == (2, 0, matrix.shape[0])
+    parameters = [p for p in matrix.parameters() if p.requires_grad]
+    if parameters:
+        found = [
+            torch.autograd.grad(value.square().sum(), parameters, allow_unused=True, materialize_grads=True)
+            for value in (matrix.lookup(index), matrix.dense().mT[index])
+        ]
+        torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_spec_and_state_make_the_matrix_again(matrix: StructuredMatrix, device: str):
     spec = json.loads(json.dumps(matrix.spec(), allow_nan=False))
@@ -110,6 +123,7 @@ def test_macs_are_the_multiplications_of_forward():
     macs = {name: build().macs for name, build in EXAMPLES.items()}
     assert macs == {
         "Base": 20 + 18,
+        "BlockAffine": 24 + 24,
         "Branch": 20 + 18 + 5,
         "Dense": 20,
         "Diagonal": 5,
@@ -127,6 +141,7 @@ def test_macs_are_the_multiplications_of_forward():
         "SemiSparse": 5 * 4,
         "Sparse": EXAMPLES["Sparse"]().params - 3,
         "Sum": 20 + 18,
+        "Tiled": 6,
     }
 
 
@@ -190,6 +205,16 @@ def test_nested_expressions_round_trip():
         ({"kind": "Recomputed"}, "mapping"),
         ({"kind": "Scheduled", "matrix": {"kind": "Diagonal", "size": 1}}, "kind"),
         ({"kind": "Scheduled", "matrix": {"kind": "Diagonal", "size": 1}, "schedule": {"kind": []}}, "kind"),
+        ({"kind": "Tiled", "shape": [3, 2], "rows": 4, "columns": 1}, "rows must be <="),
+        ({"kind": "BlockAffine", "length": 1, "base": {"kind": "Diagonal", "size": 1}}, "needs 'base'"),
+        (
+            {
+                "kind": "BlockAffine",
+                "length": 2,
+                "base": {"kind": "Base", "matrix": {"kind": "Diagonal", "size": 3}},
+            },
+            "fit",
+        ),
         ({"kind": "IndexedSparse", "shape": [3, 2], "kept": 7}, "kept must be <="),
         ({"kind": "Scaled", "matrix": {"kind": "Diagonal", "size": 1}}, "scale"),
         ({"kind": "Scaled", "matrix": {"kind": "Diagonal", "size": 1}, "scale": "2"}, "scale"),

@@ -15,12 +15,13 @@ from rankwise.core.statistics import (
     InputMean,
     OutputGradGram,
     Statistics,
+    WeightGradient,
 )
 from rankwise.core.statistics_file import load_statistics, save_statistics
 from rankwise.core.surgery import select
 from rankwise.core.watch import collect
 
-ALL = (InputGram, OutputGradGram, InputMean, InputMagnitude, GradientWeightedInput)
+ALL = (InputGram, OutputGradGram, InputMean, InputMagnitude, GradientWeightedInput, WeightGradient)
 
 
 def run(model: nn.Module, batches, needs=ALL, loss=labels.sampled, seed: int = 0) -> Statistics:
@@ -56,6 +57,7 @@ def test_they_equal_autograd():
             InputMean: x.mean(0),
             InputMagnitude: x.abs().mean(0),
             GradientWeightedInput: (g.square().sum(1)[:, None] * x.square()).mean(0),
+            WeightGradient: g.mT @ x / len(x),
         }
         for kind, value in expected.items():
             scale = float(value.abs().max())

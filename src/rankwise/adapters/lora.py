@@ -8,10 +8,11 @@ from typing import Self
 import torch
 from torch import Generator
 
-from ..core.methods import Adapter, Initialiser, RankRule
+from ..core.methods import Adapter, Initialiser, RankRule, check_count
 from ..core.statistics import Statistic, Stats
 from ..initialisers import Uniform
 from ..matrices import Base, Branch, Frozen, LowRank, RowNormalised, Scaled, StructuredMatrix, Sum
+from ..matrices.base import check_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +51,7 @@ class Lora(Adapter):
     ranks: RankRule | None = None  # pyright: ignore[reportIncompatibleMethodOverride] (a field is a property)
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"rank must be an integer >= 1, got {self.rank!r}.")
+        check_count("rank", self.rank)
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha must be a positive number, got {self.alpha!r}.")
         if self.rank_stabilised and self.alpha is None:
@@ -75,6 +75,7 @@ class Lora(Adapter):
 
     def attach(self, base: Base, stats: Stats, generator: Generator) -> StructuredMatrix:
         """Return W + s B A, or the same with rows of trained lengths."""
+        check_rank(self.rank, *base.shape)
         factors = self.start.factors(base, self.rank, self.scale, stats, generator)
         wide = torch.promote_types(base.dtype, torch.float32)
         left, right = (factor.to(wide) for factor in factors)

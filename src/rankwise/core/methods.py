@@ -153,6 +153,18 @@ class Schedule(abc.ABC):
         return {"kind": type(self).__name__, **dataclasses.asdict(fields)}
 
 
+def check_count(name: str, value: object) -> None:
+    """Raise unless a field is a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+
+
+def check_most(most: float) -> None:
+    """Raise unless a layer may have the average rank."""
+    if not most >= 1:
+        raise ValueError(f"most must be >= 1, got {most}.")
+
+
 class Measure(abc.ABC):
     """Says something about one weight in a few numbers."""
 

@@ -23,6 +23,7 @@ class Statistic(abc.ABC):
     """
 
     side: ClassVar[str]  # "input": rows of inputs alone; "output": gradients alone; "both"
+    labelled: ClassVar[bool] = False  # whether it says nothing where labels are drawn from the model
 
     def __init__(self, m: int, n: int, device: torch.device | str = "cpu") -> None:
         self.sum = torch.zeros(self.sizes(m, n), device=device)
@@ -147,6 +148,25 @@ class GradientWeightedInput(Statistic):
     def add(self, x: Tensor, grad: Tensor) -> None:
         """Add the squared inputs, weighted by the squared norm of the gradient."""
         self.sum += grad.square().sum(1) @ x.square()
+
+
+class WeightGradient(Statistic):
+    """E[g x'], (m, n): the gradient of the mean loss by the weight.
+
+    With labels drawn from the model itself it is zero in expectation, so that it takes those of the data.
+    """
+
+    side = "both"
+    labelled = True
+
+    @staticmethod
+    def sizes(m: int, n: int) -> tuple[int, ...]:
+        """(m, n)."""
+        return m, n
+
+    def add(self, x: Tensor, grad: Tensor) -> None:
+        """Add g' x."""
+        self.sum.addmm_(grad.mT, x)
 
 
 @dataclass(frozen=True)

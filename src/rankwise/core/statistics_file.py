@@ -106,6 +106,7 @@ def _kind(name: str) -> type[Statistic]:
         kinds.InputMean,
         kinds.InputMagnitude,
         kinds.GradientWeightedInput,
+        kinds.WeightGradient,
     )
     found = {kind.__name__: kind for kind in known}
     if name not in found:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..matrices import Base, StructuredMatrix
 from .stacks import ChoosesExperts, Stack, one_by_one, stack_at, stacks, stacks_of
-from .views import VIEWS, LinearView, SliceView, View, parameter_of, view_of
+from .views import VIEWS, EmbeddingView, LinearView, SliceView, View, parameter_of, view_of
 
 Where = Callable[[str, nn.Module], bool]
 
@@ -106,7 +106,9 @@ class _HasHead(Protocol):
     def get_output_embeddings(self) -> nn.Module | None: ...
 
 
-def select(model: nn.Module, where: Where | None = None, *, compressed: bool = False) -> dict[str, Site]:
+def select(
+    model: nn.Module, where: Where | None = None, *, compressed: bool = False, tables: bool = False
+) -> dict[str, Site]:
     """Find the weight matrices of a model by the kind and shape of its modules.
 
     Layers that share one weight are one site. A weight that is also an embedding table is never
@@ -118,23 +120,27 @@ def select(model: nn.Module, where: Where | None = None, *, compressed: bool = F
         where: keeps a layer if it is true for (name, module); None keeps all but output heads. For a matrix of a
             3-D parameter the module is the one that owns the parameter.
         compressed: also find the layers that are structured already.
+        tables: also find the embeddings that ``where`` names and no other layer shares its weight with.
 
     Raises:
         ValueError: if nothing is selected.
     """
-    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-    tied = {id(table) for table in tables}
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings() if isinstance(model, _HasHead) else None
     keep = where or (lambda name, layer: layer is not head)
+    modules = model.named_modules(remove_duplicate=False)
+    found = [(owner, *each) for path, owner in modules for each in _sites_at(path, owner)]
+    others = {id(weight) for _, weight, site in found if not isinstance(site.view, EmbeddingView)}
     sites: dict[tuple[int, int], Site] = {}
-    for path, owner in model.named_modules(remove_duplicate=False):
-        for weight, site in _sites_at(path, owner):
-            if id(weight) in tied or (isinstance(owner, StructuredLinear) and not compressed):
-                continue
-            if keep(site.name, owner):
-                key = id(weight), 0 if site.part is None else site.part[1]
-                known = sites.get(key, dataclasses.replace(site, names=()))
-                sites[key] = dataclasses.replace(known, names=(*known.names, *site.names))
+    for owner, weight, site in found:
+        if isinstance(site.view, EmbeddingView):
+            wanted = tables and where is not None and id(weight) not in others
+        else:
+            wanted = id(weight) not in embeddings and (compressed or not isinstance(owner, StructuredLinear))
+        if wanted and keep(site.name, owner):
+            key = id(weight), 0 if site.part is None else site.part[1]
+            known = sites.get(key, dataclasses.replace(site, names=()))
+            sites[key] = dataclasses.replace(known, names=(*known.names, *site.names))
     if not sites:
         kinds = ", ".join(kind.__name__.removesuffix("View") for kind in VIEWS)
         raise ValueError(f"no layer was selected: the model has none of {kinds} that 'where' accepts.")
@@ -146,7 +152,7 @@ def _sites_at(path: str, layer: nn.Module) -> Iterator[tuple[nn.Module | nn.Para
     if isinstance(layer, StructuredLinear):
         yield layer.matrix, Site((path,), layer, layer.view)
         return
-    view = view_of(layer)
+    view = view_of(layer) or EmbeddingView.of(layer)
     if view is not None:
         yield layer.get_parameter("weight"), Site((path,), layer, view)
     for name, transposed in stacks_of(layer).items():
@@ -162,7 +168,7 @@ def replace(model: nn.Module, site: Site, matrix: StructuredMatrix, shift: Tenso
     for name in site.names:
         unstack(model, name)
         old: Any = model.get_submodule(name)
-        bias = old.bias
+        bias = getattr(old, "bias", None)
         if shift is not None:
             bias = shift.to(dtype) if bias is None else (bias.detach() + shift).to(bias.dtype)
         new = StructuredLinear(matrix, bias, site.view).train(old.training)

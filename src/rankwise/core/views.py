@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..matrices import StructuredMatrix
+from .errors import CalibrationError
 from .stacks import Slice
 
 
@@ -172,6 +173,52 @@ class SliceView(LinearView):
         """Build a :class:`Slice`."""
         stored = weight.mT.contiguous() if self.transposed else weight
         return Slice(nn.Parameter(stored), self.transposed, None if bias is None else parameter_of(bias))
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingView(View):
+    """``nn.Embedding``: its table, transposed, applied to the numbers of tokens as if they were rows with a one.
+
+    It is not among ``VIEWS``: what looks at a model's matrices passes over its tables unless they are asked for.
+    """
+
+    padding: int | None
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Self | None:
+        """Fit ``nn.Embedding`` with dense gradients that does not change its table by itself."""
+        if (
+            type(layer) is not nn.Embedding
+            or layer.max_norm is not None
+            or layer.sparse
+            or layer.scale_grad_by_freq
+        ):
+            return None
+        return cls(layer.padding_idx)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Transpose the table (n, m) to (m, n)."""
+        return weight.mT
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """Raise CalibrationError: rows with a one for each token are not written out."""
+        raise CalibrationError(
+            "an embedding's inputs are numbers of tokens, which have no statistics; use a method without data."
+        )
+
+    def outputs(self, y: Tensor) -> Tensor:
+        """(..., m) as it is."""
+        return y
+
+    def apply(self, matrix: StructuredMatrix, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Look the columns up."""
+        return matrix.lookup(x)
+
+    def restore(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """Build an ``nn.Embedding``."""
+        m, n = weight.shape
+        layer = nn.Embedding(n, m, padding_idx=self.padding, device="meta")
+        return _filled(layer, weight.mT.contiguous(), None)
 
 
 VIEWS: tuple[type[View], ...] = (LinearView, TransposedView, Conv2dView, SliceView)

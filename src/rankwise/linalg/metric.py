@@ -65,6 +65,14 @@ class Metric:
             return torch.ones(n, dtype=torch.float64)
         return self.damped if self.damped.dim() == 1 else self.damped.diagonal()
 
+    def dual(self, x: Tensor) -> Tensor:
+        """Return R^-1 x, which whitens gradients as :meth:`whiten` does changes: <x, y> = <R^-1 x, R' y>."""
+        if self.root is None:
+            return x
+        if self.root.dim() == 1:
+            return x / self.root[:, None]
+        return torch.linalg.solve_triangular(self.root, x, upper=False)
+
     def unwhiten(self, x: Tensor) -> Tensor:
         """Return R'^-1 x."""
         if self.root is None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .base import StructuredMatrix
+from .block_affine import BlockAffine
 from .branch import Branch
 from .dense import Dense
 from .diagonal import Diagonal
@@ -21,9 +22,11 @@ from .row_normalised import RowNormalised
 from .scheduled import Scheduled
 from .semi_sparse import SemiSparse
 from .sparse import Sparse
+from .tiled import Tiled
 
 __all__ = [
     "Base",
+    "BlockAffine",
     "Branch",
     "Dense",
     "Diagonal",
@@ -42,6 +45,7 @@ __all__ = [
     "Sparse",
     "StructuredMatrix",
     "Sum",
+    "Tiled",
     "from_spec",
 ]
 

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 class StructuredMatrix(nn.Module, abc.ABC):
@@ -78,6 +79,13 @@ class StructuredMatrix(nn.Module, abc.ABC):
         """Apply the transpose: (..., m) -> (..., n), equal to ``y @ self.dense()``."""
         return y @ self.dense()
 
+    def lookup(self, index: Tensor) -> Tensor:
+        """Return columns: (...) integers -> (..., m), what forward makes of rows that are zero but for a one.
+
+        This is how an embedding's table, transposed, is applied to the numbers of tokens.
+        """
+        return functional.embedding(index, self.dense().mT)
+
     def check(self) -> None:
         """Raise ValueError if stored numbers are impossible, such as an order that is no permutation."""
 
@@ -91,6 +99,16 @@ def autocast_of(device: torch.device) -> torch.dtype | None:
     kind = device.type
     casting = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if casting else None
+
+
+def widened(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x in the type of the numbers that multiply it; under autocast as it is, since torch converts it."""
+    return x if autocast_of(x.device) is not None else x.to(dtype)
+
+
+def as_given(y: Tensor, x: Tensor) -> Tensor:
+    """Return a result in the type of the input x; under autocast as it is, as torch's own layers do."""
+    return y if autocast_of(x.device) is not None else y.to(x.dtype)
 
 
 LARGEST = 2**28  # of a size; products of two and their bytes still fit in 64 bits

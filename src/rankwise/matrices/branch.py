@@ -7,7 +7,7 @@ from typing import Any, Self
 from torch import Tensor
 from torch.nn import functional
 
-from .base import StructuredMatrix, autocast_of
+from .base import StructuredMatrix, as_given, widened
 
 
 class Branch(StructuredMatrix):
@@ -56,21 +56,19 @@ class Branch(StructuredMatrix):
         """(..., n) -> (..., m)."""
         if self.dropout:
             x = functional.dropout(x, self.dropout, self.training)
-        return self._as_given(self.scale * self.matrix(self._in_own_type(x)), x)
+        return as_given(self.scale * self.matrix(widened(x, self.matrix.dtype)), x)
 
     def adjoint(self, y: Tensor) -> Tensor:
         """(..., m) -> (..., n), without dropout."""
-        return self._as_given(self.scale * self.matrix.adjoint(self._in_own_type(y)), y)
+        return as_given(self.scale * self.matrix.adjoint(widened(y, self.matrix.dtype)), y)
+
+    def lookup(self, index: Tensor) -> Tensor:
+        """(...) -> (..., m), in the matrix's own type and without dropout, which would drop whole tokens."""
+        return self.scale * self.matrix.lookup(index)
 
     def dense(self) -> Tensor:
         """(m, n)."""
         return self.scale * self.matrix.dense()
-
-    def _in_own_type(self, x: Tensor) -> Tensor:
-        return x if autocast_of(x.device) is not None else x.to(self.matrix.dtype)
-
-    def _as_given(self, result: Tensor, x: Tensor) -> Tensor:
-        return result if autocast_of(x.device) is not None else result.to(x.dtype)
 
     def spec(self) -> dict[str, Any]:
         """Kind, scale, dropout, and the spec of the matrix."""

@@ -91,6 +91,13 @@ class Sum(_Expression):
             x = x + part.adjoint(y)
         return x
 
+    def lookup(self, index: Tensor) -> Tensor:
+        """(...) -> (..., m), added in the widest type of the terms and rounded once."""
+        first, *others = (part.lookup(index) for part in self.parts)
+        for part in others:
+            first = first + part
+        return first.to(self.dtype)
+
     def dense(self) -> Tensor:
         """(m, n), added in the widest type of the terms and rounded once."""
         first, *others = (part.dense() for part in self.parts)
@@ -136,6 +143,14 @@ class Product(_Expression):
         for part in self.parts:
             y = part.adjoint(y)
         return y
+
+    def lookup(self, index: Tensor) -> Tensor:
+        """(...) -> (..., m): those of the last matrix, through the others."""
+        *others, last = self.parts
+        x = last.lookup(index)
+        for part in reversed(others):
+            x = part(x)
+        return x
 
     def dense(self) -> Tensor:
         """(m, n)."""
@@ -189,6 +204,10 @@ class Scaled(StructuredMatrix):
     def adjoint(self, y: Tensor) -> Tensor:
         """(..., m) -> (..., n)."""
         return self.scale * self.matrix.adjoint(y)
+
+    def lookup(self, index: Tensor) -> Tensor:
+        """(...) -> (..., m)."""
+        return self.scale * self.matrix.lookup(index)
 
     def dense(self) -> Tensor:
         """(m, n)."""

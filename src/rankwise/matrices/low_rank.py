@@ -5,6 +5,7 @@ from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..linalg import interpolative_rows
 from .base import StructuredMatrix, check_2d, check_permutation, check_rank, shape_of, size
@@ -63,6 +64,10 @@ class LowRank(StructuredMatrix):
     def adjoint(self, y: Tensor) -> Tensor:
         """(..., m) -> (..., n) through r coordinates."""
         return y @ self.left @ self.right
+
+    def lookup(self, index: Tensor) -> Tensor:
+        """(...) -> (..., m) through r coordinates."""
+        return functional.embedding(index, self.right.mT) @ self.left.mT
 
     def dense(self) -> Tensor:
         """(m, n)."""

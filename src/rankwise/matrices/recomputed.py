@@ -53,9 +53,7 @@ class Recomputed(StructuredMatrix):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) -> (..., m)."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return x @ self.matrix.dense().mT
-        return _Product.apply(self.matrix, x, *self.matrix.parameters())
+        return product(self.matrix, x)
 
     def dense(self) -> Tensor:
         """(m, n)."""
@@ -73,11 +71,18 @@ class Recomputed(StructuredMatrix):
         return cls(from_spec(spec.get("matrix"), **where))
 
 
+def product(matrix: Any, x: Tensor) -> Tensor:
+    """Return x W' for a module whose ``dense()`` writes W out, without keeping W for the gradient."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return x @ matrix.dense().mT
+    return _Product.apply(matrix, x, *matrix.parameters())
+
+
 class _Product(torch.autograd.Function):
     """x W' with W from the parameters of a matrix, which are all that is kept beside x."""
 
     @staticmethod
-    def forward(ctx: Any, matrix: StructuredMatrix, x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, matrix: Any, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.matrix, ctx.device = matrix, x.device.type
         ctx.cast = autocast_of(x.device)
         ctx.save_for_backward(x, *parameters)
@@ -106,15 +111,15 @@ class _Product(torch.autograd.Function):
 class _Writer(nn.Module):
     """A module that writes a matrix out, so that its parameters can be replaced for one call."""
 
-    def __init__(self, matrix: StructuredMatrix) -> None:
+    def __init__(self, matrix: nn.Module) -> None:
         super().__init__()
-        self.matrix = matrix
+        self.matrix: Any = matrix
 
     def forward(self) -> Tensor:
         return self.matrix.dense()
 
 
-def _written_out(matrix: StructuredMatrix, parameters: list[Tensor]) -> Tensor:
+def _written_out(matrix: nn.Module, parameters: list[Tensor]) -> Tensor:
     """Return the dense matrix with other values for its parameters."""
     writer = _Writer(matrix)
     names = (name for name, _ in writer.named_parameters())

@@ -91,6 +91,10 @@ class RowNormalised(StructuredMatrix):
         y = self._rescaled(y)
         return self.base.adjoint(y) + self.update.adjoint(y)
 
+    def lookup(self, index: Tensor) -> Tensor:
+        """(...) -> (..., m), rounded once to the type of the base."""
+        return (self._factors() * (self.base.lookup(index) + self.update.lookup(index))).to(self.base.dtype)
+
     def dense(self) -> Tensor:
         """(m, n), rounded once to the type of the base."""
         return (self._factors()[:, None] * (self.base.dense() + self.update.dense())).to(self.base.dtype)

@@ -43,6 +43,10 @@ class Wrapper(StructuredMatrix):
         """(..., m) -> (..., n)."""
         return self.matrix.adjoint(y)
 
+    def lookup(self, index: Tensor) -> Tensor:
+        """(...) -> (..., m)."""
+        return self.matrix.lookup(index)
+
     def dense(self) -> Tensor:
         """(m, n)."""
         return self.matrix.dense()

@@ -14,7 +14,7 @@ from ..core.progress import track
 from ..core.report import Report
 from ..core.stacks import stacks_of
 from ..core.surgery import StructuredLinear
-from ..core.views import view_of
+from ..core.views import EmbeddingView, view_of
 from ..matrices import StructuredMatrix
 from .causal import check_causal, evaluating
 from .texts import tokens as tokens_of
@@ -84,8 +84,8 @@ def sizes(model: nn.Module) -> dict[str, int]:
     Returns:
         ``params`` and ``bytes`` of all parameters and persistent buffers, shared ones once; and
         ``macs_per_token``, the multiply-adds of all matrices, heads included and shared ones wherever they stand,
-        to process one token (one position, for convolutions); attention scores are not counted. Of a mixture all
-        experts count, as if the token went through each.
+        to process one token (one position, for convolutions); attention scores and lookups are not counted. Of
+        a mixture all experts count, as if the token went through each.
 
     >>> sizes(nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 3)))
     {'params': 55, 'bytes': 220, 'macs_per_token': 12}
@@ -100,7 +100,7 @@ def sizes(model: nn.Module) -> dict[str, int]:
     macs = 0
     for _, layer in model.named_modules(remove_duplicate=False):
         if isinstance(layer, StructuredLinear):
-            macs += layer.matrix.macs
+            macs += 0 if isinstance(layer.view, EmbeddingView) else layer.matrix.macs
         elif view_of(layer) is not None:
             macs += layer.get_parameter("weight").numel()
         macs += sum(layer.get_parameter(stack).numel() for stack in stacks_of(layer))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.methods import RankRule
+from ..core.methods import RankRule, check_most
 from ..core.statistics import InputGram, InputMean, Statistic, Stats
 from ..linalg import principal_components
 from ..matrices import StructuredMatrix
@@ -27,8 +27,7 @@ class ExplainedVariance(RankRule):
     centred: bool = True
 
     def __post_init__(self) -> None:
-        if not self.most >= 1:
-            raise ValueError(f"most must be >= 1, got {self.most}.")
+        check_most(self.most)
 
     @property
     def needs(self) -> tuple[type[Statistic], ...]:

@@ -1,0 +1,90 @@
+"""Adapters on layers that are matrices only when looked at in the right way: convolutions and Conv1D."""
+
+import pytest
+import torch
+from adapters.methods import METHODS
+from contracts.examples import draw
+from tiny import gpt2, ids
+from torch import nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+import rankwise
+from rankwise import adapters
+from rankwise.core.methods import Adapter
+from rankwise.core.surgery import StructuredLinear
+
+
+def images() -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(2, 8, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, (1, 2)),
+        nn.Flatten(),
+        nn.Linear(72, 4),
+    )
+    return net.double()
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_convolutions_start_exactly_train_and_fold(method: Adapter):
+    net, x, y = images(), draw(5, 2, 8, 7, seed=1), torch.tensor([0, 1, 2, 3, 0])
+    before = net(x).detach()
+    rankwise.adapt(
+        net,
+        method,
+        data=[draw(9, 2, 8, 7, seed=2)],
+        where=lambda name, layer: isinstance(layer, nn.Conv2d),
+        labels=lambda output, batch, generator: output.square().sum(),
+    )
+    torch.testing.assert_close(net(x), before, rtol=1e-6, atol=1e-6)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=0.01)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(net(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    after = net(x).detach()
+    kinds = [type(layer) for layer in rankwise.fold(net)]
+    assert kinds == [nn.Conv2d, nn.ReLU, nn.Conv2d, nn.Flatten, nn.Linear]
+    torch.testing.assert_close(net(x), after, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_conv1d_starts_exactly_trains_and_folds(method: Adapter):
+    model, x = gpt2().eval().double(), ids()
+    before = model(x).logits.detach()
+    report = rankwise.adapt(model, method, data=list(x.split(6)))
+    assert len(report.rows) == 8
+    torch.testing.assert_close(model(x).logits, before, rtol=1e-6, atol=1e-6)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.003)
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = model(x, labels=x).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    after = model(x).logits.detach()
+    rankwise.fold(model)
+    assert not any(isinstance(layer, StructuredLinear) for layer in model.modules())
+    assert isinstance(model.transformer.h[0].attn.c_attn, Conv1D)
+    torch.testing.assert_close(model(x).logits, after, rtol=1e-6, atol=1e-6)
+
+
+def test_lora_of_a_convolution_is_two_convolutions():
+    """A is a convolution with r outputs and the geometry of the layer, and B one of single points."""
+    net, x = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1)).double(), draw(2, 3, 9, 9)
+    before = net(x).detach()
+    rankwise.adapt(net, adapters.Lora(rank=2, alpha=3.0))
+    left, right = (p for p in net.parameters() if p.requires_grad)
+    left.data = draw(8, 2, seed=1)
+    narrow = functional.conv2d(x, right.double().view(2, 3, 3, 3), stride=2, padding=1)
+    expected = before + 1.5 * functional.conv2d(narrow, left.view(8, 2, 1, 1))
+    torch.testing.assert_close(net(x), expected)
