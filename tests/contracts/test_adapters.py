@@ -18,6 +18,7 @@ from rankwise.matrices import Base, Dense, LowRank, StructuredMatrix, from_spec
 
 SETTINGS: dict[str, list[Adapter]] = {
     "Eva": [adapters.Eva(rank=2), adapters.Eva(rank=2, alpha=3.0, whiten=True, centred=False)],
+    "Householder": [adapters.Householder(rank=2), adapters.Householder(rank=6)],
     "Lora": [
         adapters.Lora(rank=2),
         adapters.Lora(rank=2, alpha=4.0, rank_stabilised=True),

@@ -121,6 +121,7 @@ def test_macs_are_the_multiplications_of_forward():
         "Product": 0 + 5 + 14,
         "Quantized": 20,
         "Recomputed": 20,
+        "Reflections": 2 * 3 * 5 + 3 * 3,
         "RowNormalised": 20 + 18 + 5 + 5,
         "Scaled": 20 + 18 + 5,
         "SemiSparse": 5 * 4,

@@ -1,6 +1,7 @@
 """Few trained numbers beside frozen weights."""
 
 from .eva import Eva
+from .householder import Householder
 from .lora import Lora
 
-__all__ = ["Eva", "Lora"]
+__all__ = ["Eva", "Householder", "Lora"]

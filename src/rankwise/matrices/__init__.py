@@ -17,6 +17,7 @@ from .low_rank import LowRank, PivotedLowRank
 from .permutation import Permutation
 from .quantized import Quantized
 from .recomputed import Recomputed
+from .reflections import Reflections
 from .row_normalised import RowNormalised
 from .semi_sparse import SemiSparse
 from .sparse import Sparse
@@ -34,6 +35,7 @@ __all__ = [
     "Product",
     "Quantized",
     "Recomputed",
+    "Reflections",
     "RowNormalised",
     "Scaled",
     "SemiSparse",

@@ -1,6 +1,7 @@
 """The one value that carries structure: an (m, n) matrix kept in factors."""
 
 import abc
+import contextlib
 import itertools
 from collections.abc import Mapping
 from typing import Any, Self
@@ -91,6 +92,11 @@ def autocast_of(device: torch.device) -> torch.dtype | None:
     kind = device.type
     casting = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if casting else None
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which torch does not cast what is computed on a device."""
+    return contextlib.nullcontext() if autocast_of(device) is None else torch.autocast(device.type, enabled=False)
 
 
 LARGEST = 2**28  # of a size; products of two and their bytes still fit in 64 bits

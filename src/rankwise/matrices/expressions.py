@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Self, cast
 
+import torch
 from torch import Tensor, nn
 
 from .base import StructuredMatrix
@@ -138,11 +139,12 @@ class Product(_Expression):
         return y
 
     def dense(self) -> Tensor:
-        """(m, n)."""
-        first, *others = (part.dense().to(self.dtype) for part in self.parts)
+        """(m, n), multiplied in the widest type of the factors and rounded once."""
+        first, *others = (part.dense() for part in self.parts)
         for part in others:
-            first = first @ part
-        return first
+            wide = torch.promote_types(first.dtype, part.dtype)
+            first = first.to(wide) @ part.to(wide)
+        return first.to(self.dtype)
 
 
 class Scaled(StructuredMatrix):
