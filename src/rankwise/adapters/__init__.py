@@ -3,5 +3,6 @@
 from .eva import Eva
 from .householder import Householder
 from .lora import Lora
+from .tera import Tera
 
-__all__ = ["Eva", "Householder", "Lora"]
+__all__ = ["Eva", "Householder", "Lora", "Tera"]

@@ -13,12 +13,14 @@ from .diagonal import Diagonal
 from .expressions import Product, Scaled, Sum
 from .frozen import Base, Frozen
 from .indexed_sparse import IndexedSparse
+from .kronecker import Kronecker
 from .low_rank import LowRank, PivotedLowRank
 from .permutation import Permutation
 from .quantized import Quantized
 from .recomputed import Recomputed
 from .reflections import Reflections
 from .row_normalised import RowNormalised
+from .seeded import Seeded
 from .semi_sparse import SemiSparse
 from .sparse import Sparse
 
@@ -29,6 +31,7 @@ __all__ = [
     "Diagonal",
     "Frozen",
     "IndexedSparse",
+    "Kronecker",
     "LowRank",
     "Permutation",
     "PivotedLowRank",
@@ -38,6 +41,7 @@ __all__ = [
     "Reflections",
     "RowNormalised",
     "Scaled",
+    "Seeded",
     "SemiSparse",
     "Sparse",
     "StructuredMatrix",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .base import StructuredMatrix
 
 
-class _Expression(StructuredMatrix):
+class Expression(StructuredMatrix):
     """Several matrices of any kind; they are submodules, so ``state_dict`` holds what they store."""
 
     def __init__(self, *members: StructuredMatrix) -> None:
@@ -53,7 +53,7 @@ class _Expression(StructuredMatrix):
         return cls(*[from_spec(member, **where) for member in members])
 
 
-class Sum(_Expression):
+class Sum(Expression):
     """The sum of matrices of one shape.
 
     Args:
@@ -100,7 +100,7 @@ class Sum(_Expression):
         return first.to(self.dtype)
 
 
-class Product(_Expression):
+class Product(Expression):
     """The matrix product of matrices whose shapes fit together; the last one is applied first.
 
     Args:
