@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
+from rankwise.linalg import distance, soft
 from rankwise.matrices import (
     Base,
     Branch,
@@ -12,6 +13,7 @@ from rankwise.matrices import (
     Diagonal,
     Frozen,
     IndexedSparse,
+    Kernelled,
     Kronecker,
     LowRank,
     Permutation,
@@ -55,6 +57,12 @@ def _quantized() -> StructuredMatrix:
     return Quantized.from_codes(codes, draw(5, 2), draw(5, 2, seed=1), bits=3, group=3)
 
 
+def _kernelled() -> StructuredMatrix:
+    points = draw(2, 5, 3), draw(2, 4, 3, seed=1)
+    mixing = torch.tensor([0.7, 1.3, 0.1], dtype=torch.float64)
+    return Kernelled(*points, (0.4, -0.3), kernel=distance, shrink=soft, density=0.5, mixing=mixing)
+
+
 EXAMPLES: dict[str, Callable[[], StructuredMatrix]] = {
     "Base": lambda: Base(_sum()),
     "Branch": lambda: Branch(_sum(), 0.7),
@@ -62,6 +70,7 @@ EXAMPLES: dict[str, Callable[[], StructuredMatrix]] = {
     "Diagonal": lambda: Diagonal(draw(5)),
     "Frozen": lambda: Frozen(_sum()),
     "IndexedSparse": lambda: IndexedSparse.from_dense(draw(5, 4) * (draw(5, 4, seed=1) > 0)),
+    "Kernelled": _kernelled,
     "Kronecker": lambda: Kronecker(Dense(draw(2, 3)), LowRank(draw(3, 2), draw(2, 2, seed=1))),
     "LowRank": lambda: LowRank(draw(5, 2), draw(2, 4)),
     "Permutation": lambda: Permutation(torch.tensor([3, 0, 4, 1, 2])),

@@ -12,7 +12,7 @@ from contracts.problems import correlated, fill
 from torch import Generator, Tensor, nn
 
 import rankwise
-from rankwise import adapters
+from rankwise import adapters, linalg
 from rankwise.core.methods import Adapter
 from rankwise.matrices import Base, Dense, LowRank, StructuredMatrix, from_spec
 
@@ -25,6 +25,12 @@ SETTINGS: dict[str, list[Adapter]] = {
         adapters.Lora(rank=2, magnitudes=True),
         adapters.Lora(rank=2, start=rankwise.initialisers.SingularVectors()),
         adapters.Lora(rank=2, start=rankwise.initialisers.SingularVectors(iterations=2), alpha=3.0),
+    ],
+    "Snella": [
+        adapters.Snella(rank=4),
+        adapters.Snella(rank=6, mixed=False, shrink=linalg.hard, density=0.4, scale=2.0),
+        adapters.Snella(rank=4, shrink=linalg.magnitude, weight=1.0),
+        adapters.Snella(rank=4, kernel=linalg.inner, mixed=False, weight=1.0),
     ],
     "Tera": [adapters.Tera(), adapters.Tera(modes=3, core=2, scale=2.0, seed=5)],
 }
@@ -143,6 +149,7 @@ def test_a_model_is_adapted_and_folded(method: Adapter):
     report = rankwise.adapt(model, method, data=batches())
     torch.testing.assert_close(model(x), before, rtol=1e-6, atol=1e-6)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert json.loads(report.to_json())["method"]["name"] == type(method).__name__
     assert report.totals["trained"] == trained == sum(row["trained"] for row in report.rows) > 0
     for layer in rankwise.adapting.adapted(model).values():
         moved(layer.matrix)

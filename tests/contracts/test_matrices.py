@@ -115,6 +115,7 @@ def test_macs_are_the_multiplications_of_forward():
         "Diagonal": 5,
         "Frozen": 20 + 18,
         "IndexedSparse": EXAMPLES["Sparse"]().macs,
+        "Kernelled": 20,
         "Kronecker": 2 * (2 * 3) + 2 * (3 * 2 + 2 * 2),
         "LowRank": 18,
         "Permutation": 0,

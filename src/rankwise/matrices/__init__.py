@@ -13,6 +13,7 @@ from .diagonal import Diagonal
 from .expressions import Product, Scaled, Sum
 from .frozen import Base, Frozen
 from .indexed_sparse import IndexedSparse
+from .kernelled import Kernelled
 from .kronecker import Kronecker
 from .low_rank import LowRank, PivotedLowRank
 from .permutation import Permutation
@@ -31,6 +32,7 @@ __all__ = [
     "Diagonal",
     "Frozen",
     "IndexedSparse",
+    "Kernelled",
     "Kronecker",
     "LowRank",
     "Permutation",
