@@ -1,4 +1,4 @@
-"""A kernel makes a sparse update of two small matrices: its special cases, its memory, and when it is worth it."""
+"""A kernel makes a sparse update of two small matrices: special cases, memory, and when it is worth it."""
 
 import itertools
 
@@ -55,9 +55,9 @@ def test_a_share_of_the_entries_is_left_and_they_are_the_largest(density: float)
     matrix = kernelled(density=density)
     full, left = matrix.full().detach(), matrix.dense().detach()
     assert abs(int((left != 0).sum()) - density * 120) <= 1
-    assert (
-        full[left != 0].abs().min() >= full[left == 0].abs().max() if density < 1 else bool((left == full).all())
-    )
+    smallest = full[left != 0].abs().min()
+    assert bool((full[left == 0].abs() <= smallest).all())
+    assert torch.equal(left[left != 0], full[left != 0])
 
 
 def test_ways_to_leave_entries():
@@ -77,12 +77,10 @@ def test_which_entries_are_left_does_not_depend_on_the_scale():
 @pytest.mark.parametrize("kernel", [distance, inner])
 def test_gradients_of_the_entries_that_are_left_are_exact(kernel):
     matrix = kernelled(kernel=kernel)
-    names = [name for name, _ in matrix.named_parameters()]
+    names = [f"matrix.{name}" for name, _ in matrix.named_parameters()]
 
     def written(*values: Tensor) -> Tensor:
-        return torch.func.functional_call(
-            _Writer(matrix), {f"matrix.{n}": v for n, v in zip(names, values, strict=True)}
-        )
+        return torch.func.functional_call(_Writer(matrix), dict(zip(names, values, strict=True)))
 
     assert torch.autograd.gradcheck(written, tuple(p.detach().requires_grad_() for p in matrix.parameters()))
 
@@ -108,7 +106,7 @@ def test_a_distance_of_zero_has_a_finite_gradient():
 
 def test_a_threshold_of_more_entries_than_quantiles_can_take():
     size = 2**24 + 1
-    matrix = torch.arange(size, dtype=torch.float64)
+    matrix = torch.arange(size, dtype=torch.float32)
     with pytest.raises(RuntimeError, match="too large"):
         torch.quantile(matrix, 0.5)
     assert int(smallest_kept(matrix, 1000)) == size - 1000
@@ -205,7 +203,7 @@ def fitted(method: Adapter, target: Tensor) -> float:
     matrix = attach(method, torch.zeros_like(target))
     trained = [p for p in matrix.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=0.03)
-    for _ in range(300):
+    for _ in range(200):
         optimizer.zero_grad()
         loss = (matrix.dense() - target).square().sum() / target.square().sum()
         loss.backward()

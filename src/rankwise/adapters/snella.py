@@ -19,9 +19,9 @@ class Snella(Adapter):
 
     K_ij = c (k(p_1i, q_1j) - k(p_2i, q_2j)), with two heads. Its entries compete anew in each step, so which of
     W's are changed is learned. The points take as many numbers as LoRA's factors of this rank, but D may have
-    full rank. D is made again for the gradient: a step keeps nothing of W's size, but takes as long as a dense product
-    and about ``rank`` more for the kernel. The points are float32 where W is in half precision, and K is so under
-    autocast too.
+    full rank. D is made again for the gradient: a step keeps nothing of W's size, but takes as long as a dense
+    product and about ``rank`` more for the kernel. The points are float32 where W is in half precision, and K is
+    so under autocast too.
 
     The start is exact: p_2 = p_1 and q_2 = q_1, so the two heads cancel, all entries are equally large, and the
     first gradient reaches all of them. From then on entries compete by how far they have moved, where in the
