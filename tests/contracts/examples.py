@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
+from rankwise.linalg import distance, soft
 from rankwise.matrices import (
     Base,
     BlockAffine,
@@ -13,15 +14,19 @@ from rankwise.matrices import (
     Diagonal,
     Frozen,
     IndexedSparse,
+    Kernelled,
+    Kronecker,
     LowRank,
     Permutation,
     PivotedLowRank,
     Product,
     Quantized,
     Recomputed,
+    Reflections,
     RowNormalised,
     Scaled,
     Scheduled,
+    Seeded,
     SemiSparse,
     Sparse,
     StructuredMatrix,
@@ -55,6 +60,12 @@ def _quantized() -> StructuredMatrix:
     return Quantized.from_codes(codes, draw(5, 2), draw(5, 2, seed=1), bits=3, group=3)
 
 
+def _kernelled() -> StructuredMatrix:
+    points = draw(2, 5, 3), draw(2, 4, 3, seed=1)
+    mixing = torch.tensor([0.7, 1.3, 0.1], dtype=torch.float64)
+    return Kernelled(*points, (0.4, -0.3), kernel=distance, shrink=soft, density=0.5, mixing=mixing)
+
+
 EXAMPLES: dict[str, Callable[[], StructuredMatrix]] = {
     "Base": lambda: Base(_sum()),
     "BlockAffine": lambda: BlockAffine(Base(Dense(draw(6, 4))), draw(3, 2, 2, seed=1)),
@@ -63,15 +74,19 @@ EXAMPLES: dict[str, Callable[[], StructuredMatrix]] = {
     "Diagonal": lambda: Diagonal(draw(5)),
     "Frozen": lambda: Frozen(_sum()),
     "IndexedSparse": lambda: IndexedSparse.from_dense(draw(5, 4) * (draw(5, 4, seed=1) > 0)),
+    "Kernelled": _kernelled,
+    "Kronecker": lambda: Kronecker(Dense(draw(2, 3)), LowRank(draw(3, 2), draw(2, 2, seed=1))),
     "LowRank": lambda: LowRank(draw(5, 2), draw(2, 4)),
     "Permutation": lambda: Permutation(torch.tensor([3, 0, 4, 1, 2])),
     "PivotedLowRank": lambda: PivotedLowRank.from_factors(draw(5, 2), draw(2, 4)),
     "Product": _product,
     "Quantized": _quantized,
     "Recomputed": lambda: Recomputed(_sum()),
+    "Reflections": lambda: Reflections(draw(3, 5)),
     "RowNormalised": _row_normalised,
     "Scaled": lambda: Scaled(_sum(), -0.3),
     "Scheduled": lambda: Scheduled(_sum(), {"kind": "FreezeColumns", "until": 0.3}).eval(),
+    "Seeded": lambda: Seeded(5, 4, seed=3),
     "SemiSparse": lambda: SemiSparse.from_dense(draw(5, 6), kept=2, group=3),
     "Sparse": lambda: Sparse.from_dense(draw(5, 4) * (draw(5, 4, seed=1) > 0)),
     "Sum": _sum,

@@ -12,7 +12,7 @@ from contracts.problems import correlated, fill
 from torch import Generator, Tensor, nn
 
 import rankwise
-from rankwise import adapters
+from rankwise import adapters, linalg
 from rankwise.core.methods import Adapter
 from rankwise.matrices import Base, Dense, LowRank, StructuredMatrix, from_spec
 
@@ -22,6 +22,7 @@ SETTINGS: dict[str, list[Adapter]] = {
     "Lamda": [adapters.Lamda(rank=2), adapters.Lamda(rank=8, alpha=3.0, until=1.0)],
     "Bat": [adapters.Bat(block=4), adapters.Bat(block=2)],
     "Loldu": [adapters.Loldu(rank=3), adapters.Loldu(rank=8, alpha=None)],
+    "Householder": [adapters.Householder(rank=2), adapters.Householder(rank=6)],
     "Lora": [
         adapters.Lora(rank=2),
         adapters.Lora(rank=2, alpha=4.0, rank_stabilised=True),
@@ -35,6 +36,13 @@ SETTINGS: dict[str, list[Adapter]] = {
     "Miss": [adapters.Miss(rank=3), adapters.Miss(rank=4, mini=2)],
     "Pissa": [adapters.Pissa(rank=2), adapters.Pissa(rank=3, iterations=2, alpha=6.0)],
     "Svfit": [adapters.Svfit(energy=0.9), adapters.Svfit(rank=3, relative=True)],
+    "Snella": [
+        adapters.Snella(rank=4),
+        adapters.Snella(rank=6, mixed=False, shrink=linalg.hard, density=0.4, scale=2.0),
+        adapters.Snella(rank=4, shrink=linalg.magnitude, weight=1.0),
+        adapters.Snella(rank=4, kernel=linalg.inner, mixed=False, weight=1.0),
+    ],
+    "Tera": [adapters.Tera(), adapters.Tera(modes=3, core=2, scale=2.0, seed=5)],
 }
 NAMES = [name for name in adapters.__all__ if inspect.isclass(getattr(adapters, name))]
 BASES = {
@@ -159,6 +167,7 @@ def test_a_model_is_adapted_and_folded(method: Adapter):
     report = rankwise.adapt(model, method, data=batches(), labels=toward_zero)
     torch.testing.assert_close(model(x), before, rtol=1e-6, atol=1e-6)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert json.loads(report.to_json())["method"]["name"] == type(method).__name__
     assert report.totals["trained"] == trained == sum(row["trained"] for row in report.rows) > 0
     for layer in rankwise.adapting.adapted(model).values():
         moved(layer.matrix)

@@ -6,12 +6,14 @@ from .dictionary import learned_dictionary, orthogonal_dictionary
 from .entries import fit_entries
 from .interpolative import interpolative_rows
 from .k_svd import k_svd
+from .kernels import distance, inner
 from .masks import draw_places, largest, largest_in_groups
 from .metric import Metric, metric_norm, metric_svd, truncated_factors
 from .packing import pack, packed_bytes, unpack
 from .parabola import log_parabola
 from .principal import principal_components
 from .rounding import Rounded, choose_grids, nearest_codes, round_to_grid
+from .shrinking import hard, magnitude, smallest_kept, soft
 from .sparse_coding import matching_pursuit
 from .sparse_plus_low_rank import sparse_plus_low_rank
 from .splitting import Splitting
@@ -21,16 +23,20 @@ __all__ = [
     "Rounded",
     "Splitting",
     "choose_grids",
+    "distance",
     "draw_categorical",
     "draw_places",
     "eliminate_columns",
     "fit_entries",
+    "hard",
+    "inner",
     "interpolative_rows",
     "k_svd",
     "largest",
     "largest_in_groups",
     "learned_dictionary",
     "log_parabola",
+    "magnitude",
     "matching_pursuit",
     "metric_norm",
     "metric_svd",
@@ -41,6 +47,8 @@ __all__ = [
     "principal_components",
     "refit_columns",
     "round_to_grid",
+    "smallest_kept",
+    "soft",
     "sparse_plus_low_rank",
     "truncated_factors",
     "unpack",

@@ -14,12 +14,16 @@ from .diagonal import Diagonal
 from .expressions import Product, Scaled, Sum
 from .frozen import Base, Frozen
 from .indexed_sparse import IndexedSparse
+from .kernelled import Kernelled
+from .kronecker import Kronecker
 from .low_rank import LowRank, PivotedLowRank
 from .permutation import Permutation
 from .quantized import Quantized
 from .recomputed import Recomputed
+from .reflections import Reflections
 from .row_normalised import RowNormalised
 from .scheduled import Scheduled
+from .seeded import Seeded
 from .semi_sparse import SemiSparse
 from .sparse import Sparse
 from .tiled import Tiled
@@ -32,15 +36,19 @@ __all__ = [
     "Diagonal",
     "Frozen",
     "IndexedSparse",
+    "Kernelled",
+    "Kronecker",
     "LowRank",
     "Permutation",
     "PivotedLowRank",
     "Product",
     "Quantized",
     "Recomputed",
+    "Reflections",
     "RowNormalised",
     "Scaled",
     "Scheduled",
+    "Seeded",
     "SemiSparse",
     "Sparse",
     "StructuredMatrix",

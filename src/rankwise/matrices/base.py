@@ -1,6 +1,7 @@
 """The one value that carries structure: an (m, n) matrix kept in factors."""
 
 import abc
+import contextlib
 import itertools
 from collections.abc import Mapping
 from typing import Any, Self
@@ -109,6 +110,11 @@ def widened(x: Tensor, dtype: torch.dtype) -> Tensor:
 def as_given(y: Tensor, x: Tensor) -> Tensor:
     """Return a result in the type of the input x; under autocast as it is, as torch's own layers do."""
     return y if autocast_of(x.device) is not None else y.to(x.dtype)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which torch does not cast what is computed on a device."""
+    return contextlib.nullcontext() if autocast_of(device) is None else torch.autocast(device.type, enabled=False)
 
 
 LARGEST = 2**28  # of a size; products of two and their bytes still fit in 64 bits

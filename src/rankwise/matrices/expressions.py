@@ -5,12 +5,13 @@ import math
 from collections.abc import Mapping
 from typing import Any, Self, cast
 
+import torch
 from torch import Tensor, nn
 
 from .base import StructuredMatrix
 
 
-class _Expression(StructuredMatrix):
+class Expression(StructuredMatrix):
     """Several matrices of any kind; they are submodules, so ``state_dict`` holds what they store."""
 
     def __init__(self, *members: StructuredMatrix) -> None:
@@ -52,7 +53,7 @@ class _Expression(StructuredMatrix):
         return cls(*[from_spec(member, **where) for member in members])
 
 
-class Sum(_Expression):
+class Sum(Expression):
     """The sum of matrices of one shape.
 
     Args:
@@ -106,7 +107,7 @@ class Sum(_Expression):
         return first.to(self.dtype)
 
 
-class Product(_Expression):
+class Product(Expression):
     """The matrix product of matrices whose shapes fit together; the last one is applied first.
 
     Args:
@@ -153,11 +154,12 @@ class Product(_Expression):
         return x
 
     def dense(self) -> Tensor:
-        """(m, n)."""
-        first, *others = (part.dense().to(self.dtype) for part in self.parts)
+        """(m, n), multiplied in the widest type of the factors and rounded once."""
+        first, *others = (part.dense() for part in self.parts)
         for part in others:
-            first = first @ part
-        return first
+            wide = torch.promote_types(first.dtype, part.dtype)
+            first = first.to(wide) @ part.to(wide)
+        return first.to(self.dtype)
 
 
 class Scaled(StructuredMatrix):

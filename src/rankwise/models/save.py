@@ -193,12 +193,12 @@ def tensors_of(model: Any) -> dict[str, Tensor]:
 
 
 def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors that stand under a second name, which safetensors does not allow."""
+    """Copy tensors under a second name, and those not stored row by row: safetensors allows neither."""
     seen: set[Any] = set()
     apart = {}
     for name, tensor in state.items():
         place = _place(tensor)
-        apart[name] = tensor.clone() if tensor.numel() and place in seen else tensor
+        apart[name] = (tensor.clone() if tensor.numel() and place in seen else tensor).contiguous()
         seen.add(place)
     return apart
 
