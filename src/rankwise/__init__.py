@@ -17,7 +17,7 @@ from .api import calibrate, compress, export, fold, inspect
 from .core.errors import CalibrationError
 from .core.report import Report
 from .core.surgery import StructuredLinear
-from .models import evaluate, load, save
+from .models import evaluate, load, load_adapter, save
 from .models.quantizer import register_when_ready
 from .narrowing import narrow
 from .streaming import compress_folder
@@ -44,6 +44,7 @@ __all__ = [
     "initialisers",
     "inspect",
     "load",
+    "load_adapter",
     "matrices",
     "measures",
     "narrow",

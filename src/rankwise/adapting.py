@@ -9,14 +9,16 @@ from torch import Generator, Tensor, nn
 from .allocators import water_filling
 from .api import calibrate
 from .compression import check_weights, described
+from .core.adapted import adapted as adapted  # also found here
+from .core.adapted import matrix_of, own_tensors
 from .core.choices import Ladder, spend
 from .core.labels import Labels
 from .core.methods import Adapter
 from .core.progress import track
 from .core.report import Report
 from .core.statistics import Batch, Statistics, Stats
-from .core.surgery import Site, StructuredLinear, Where, replace, select, structured
-from .matrices import Base, Dense, StructuredMatrix
+from .core.surgery import Site, StructuredLinear, Where, base_of, replace, select
+from .matrices import Base, StructuredMatrix
 
 
 def adapt(
@@ -72,7 +74,7 @@ def adapt(
     check_weights(sites)
     stats = _statistics(model, method, sites, where, data, labels, tokens, window, seed)
     generator = Generator().manual_seed(seed)
-    bases = {name: _matrix_of(site) for name, site in sites.items()}
+    bases = {name: matrix_of(site) for name, site in sites.items()}
     ranks = _ranks(method, bases, stats)
     made = {}
     for name, base in track(bases.items(), "adapters"):
@@ -99,28 +101,17 @@ def adapt(
     return Report(f"{type(method).__name__}: {len(made)} layers adapted", rows, "layers", totals)
 
 
-def base_of(matrix: StructuredMatrix) -> Base | None:
-    """Return the matrix that an adapter in an expression changes, or None if there is no adapter."""
-    return next((part for part in matrix.modules() if isinstance(part, Base)), None)
-
-
-def adapted(model: nn.Module) -> Mapping[str, StructuredLinear]:
-    """Return the layers of a model that have an adapter, by name."""
-    return {name: layer for name, layer in structured(model).items() if base_of(layer.matrix) is not None}
-
-
-def _matrix_of(site: Site) -> StructuredMatrix:
-    return site.layer.matrix if isinstance(site.layer, StructuredLinear) else Dense(site.weight)
-
-
 def _attached(
     name: str, method: Adapter, base: StructuredMatrix, stats: Stats, generator: Generator
 ) -> StructuredMatrix:
     """Make the adapter of a layer; an error names the layer."""
     try:
-        return method.attach(Base(base), stats, generator)
+        matrix = method.attach(Base(base), stats, generator)
     except ValueError as error:
         raise ValueError(f"layer {name}: {error} Or leave the layer out with 'where'.") from error
+    for tensor in own_tensors(matrix).values():
+        tensor.data = tensor.data.contiguous()  # as files have it: the order of sums depends on the layout
+    return matrix
 
 
 def _ranks(method: Adapter, bases: Mapping[str, StructuredMatrix], stats: Mapping[str, Stats]) -> dict[str, int]:

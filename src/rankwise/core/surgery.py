@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ..matrices import StructuredMatrix
+from ..matrices import Base, StructuredMatrix
 from .stacks import ChoosesExperts, Stack, one_by_one, stack_at, stacks, stacks_of
 from .views import VIEWS, LinearView, SliceView, View, parameter_of, view_of
 
@@ -239,6 +239,11 @@ def structured(model: nn.Module) -> Mapping[str, StructuredLinear]:
     """Return the structured layers of a model by name."""
     found = model.named_modules(remove_duplicate=False)
     return {name: layer for name, layer in found if isinstance(layer, StructuredLinear)}
+
+
+def base_of(matrix: StructuredMatrix) -> Base | None:
+    """Return the matrix that an adapter in an expression changes, or None if there is no adapter."""
+    return next((part for part in matrix.modules() if isinstance(part, Base)), None)
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module | nn.Parameter) -> None:

@@ -2,9 +2,10 @@
 
 from .causal import generate
 from .evaluate import evaluate, sizes
+from .formats import load_adapter, save
 from .load import load, load_tokenizer
 from .sampling import sample
-from .save import forget, predicted_bytes, save
+from .save import forget, predicted_bytes
 from .speed import speed
 from .texts import embedded_texts, read_text, tokens
 
@@ -14,6 +15,7 @@ __all__ = [
     "forget",
     "generate",
     "load",
+    "load_adapter",
     "load_tokenizer",
     "predicted_bytes",
     "read_text",

@@ -1,4 +1,4 @@
-"""Write a model so that plain transformers loads it again."""
+"""Write whole models so that plain transformers loads them again."""
 
 import copy
 import json
@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..core.adapted import adapted
 from ..core.files import new_folder, sync, write_text
 from ..core.stacks import stacks
 from ..core.surgery import StructuredLinear, structured
@@ -21,8 +22,8 @@ INDEX = "model.safetensors.index.json"
 SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")  # files beside the weights
 
 
-def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
-    """Write a model, compressed or not, and read it back before it gets its name.
+def save_model(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:
+    """Write a model that plain transformers loads again, and read it back before it gets its name.
 
     The folder holds safetensors, ``config.json`` with the specs of the structured matrices under
     ``quantization_config``, and the tokenizer. After ``import rankwise``,
@@ -32,17 +33,10 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
     Tensors that transformers ties, and matrices that layers share, are written once and shared again when
     loaded. Other tensors that stand in several places are written as often.
 
-    Args:
-        model: of transformers; it is not changed.
-        folder: a new or empty one. An interrupted call leaves nothing under this name.
-        tokenizer: of transformers, saved beside the model.
-
-    Returns:
-        the folder.
-
     Raises:
         TypeError: if the model is not one of transformers.
-        ValueError: if the folder holds something already, or what was written does not read back the same.
+        ValueError: if it has adapters, the folder holds something already, or what was written does not read back
+            the same.
     """
     from transformers import PreTrainedModel
 
@@ -51,13 +45,17 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
             f"model must be one of transformers, got {type(model).__name__}; of other modules save the "
             "state_dict and the matrix.spec() of each StructuredLinear."
         )
+    if layer := next(iter(adapted(model)), None):
+        raise ValueError(
+            f"layer {layer} has an adapter; put it into the weights first with rankwise.fold, or write the "
+            "adapter alone with format='rankwise' or format='peft'."
+        )
     for name, layer in model.named_modules():
         if getattr(layer, "biased", False) and not isinstance(layer, StructuredLinear):
             raise ValueError(
                 f"layer {name} got a bias from compression, for which {type(model).__name__} has no place; "
                 "save the model before it is folded."
             )
-    folder = Path(os.path.abspath(folder))
     own = model.config
     try:
         with new_folder(folder) as temporary:
@@ -69,11 +67,10 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
             verify(tensors, temporary)
     finally:
         model.config = own
-    return folder
 
 
 def assemble(config: Any, shards: Sequence[Path], source: Path, work: Path, folder: Path) -> None:
-    """Make a folder as :func:`save` does, of shards that are written and verified already.
+    """Make a folder as :func:`save_model` does, of shards that are written and verified already.
 
     Args:
         config: of the compressed model, from :func:`with_specs`.
@@ -116,7 +113,7 @@ def _link(file: Path, other: Path) -> None:
 
 
 def predicted_bytes(model: nn.Module) -> int:
-    """Predict the size of the safetensors file that :func:`save` writes, header included.
+    """Predict the size of the safetensors file that :func:`save_model` writes, header included.
 
     >>> from torch import nn
     >>> predicted_bytes(nn.Linear(2, 2))
