@@ -169,7 +169,9 @@ def test_a_file_that_is_cut_short_is_refused(folder: Path):
 
 def test_missing_and_unexpected_tensors_are_listed(folder: Path):
     tensors = load_file(folder / TENSORS)
-    gone = next(name for name in tensors if name.endswith("layers.0.self_attn.q_proj.matrix.members.1.matrix.left"))
+    gone = next(
+        name for name in tensors if name.endswith("layers.0.self_attn.q_proj.matrix.members.1.matrix.left")
+    )
     rest = {name: tensor for name, tensor in tensors.items() if name != gone}
     save_file(rest, folder / TENSORS)
     refused(llama(), folder, f"lacks tensors that the adapter needs: {gone}")
@@ -185,7 +187,10 @@ def test_missing_and_unexpected_tensors_are_listed(folder: Path):
     [
         (lambda content: content.update(version=99), "version 99"),
         (lambda content: content.update(layers=[3]), "damaged entry '3'"),
-        (lambda content: content["layers"][0].update(spec={"kind": "Nothing"}), "unknown kind of matrix 'Nothing'"),
+        (
+            lambda content: content["layers"][0].update(spec={"kind": "Nothing"}),
+            "unknown kind of matrix 'Nothing'",
+        ),
         (lambda content: content["layers"][0].update(spec={"kind": "Base"}), r"nothing in this model reads"),
         (
             lambda content: content["layers"][0]["spec"]["members"][1]["matrix"].update(rank=3),

@@ -108,7 +108,9 @@ class OwnFolder(AdapterFolder):
             raise ValueError(f"layer {name} in {self.folder / NAME}: {error}") from error
         if matrix.shape != base.shape or base_of(matrix) is None:
             raise ValueError(f"layer {name} in {self.folder / NAME} is no adapter of a {base.shape} matrix.")
-        found = {key: self._tensor(f"{name}.matrix.{key}", like, base) for key, like in own_tensors(matrix).items()}
+        found = {
+            key: self._tensor(f"{name}.matrix.{key}", like, base) for key, like in own_tensors(matrix).items()
+        }
         if any(value is None for value in found.values()):
             return None
         for key, value in found.items():

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -13,6 +14,9 @@ from ..core.adapted import Adaptation, adapted, matrix_of
 from ..core.surgery import Site, select
 from ..core.views import View
 from ..matrices import Base, StructuredMatrix
+
+
+_UNTIE = "give each of them a parameter of its own first"
 
 
 class AdapterFolder(abc.ABC):
@@ -50,6 +54,15 @@ class AdapterFolder(abc.ABC):
     def whole(self) -> Mapping[str, str]:
         """The names in the file of the parameters that the file replaces, by their names in the model."""
 
+    @property
+    def unties(self) -> bool:
+        """Whether a parameter was trained apart from others that it is tied to."""
+        return False
+
+    def named(self, key: str) -> str:
+        """Return the name in a model of a parameter that has this one in the file."""
+        return key
+
     @abc.abstractmethod
     def matrix(self, name: str, base: StructuredMatrix, view: View) -> StructuredMatrix | None:
         """Return a layer's matrix around the one given, or None if tensors are missing.
@@ -84,12 +97,32 @@ class AdapterFolder(abc.ABC):
                 matrix = self.matrix(name, matrix_of(site), site.view)
                 if matrix is not None:
                     matrices.append((site, matrix.train(site.layer.training)))
-        whole, parameters = [], dict(model.named_parameters(remove_duplicate=False))
+        whole = self._parameters(model)
+        return Adaptation(matrices, whole, sorted(set(self.missing)), self.unexpected, self.others)
+
+    def _parameters(self, model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
+        """Return the parameters that are replaced, with their values; what repeats a value counts as read."""
+        found: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        parameters = dict(model.named_parameters(remove_duplicate=False))
         for name, key in self.whole.items():
             if name in parameters and (value := self.take(key)) is not None:
-                check_shape(key, value, parameters[name].shape)
-                whole.append((parameters[name], value))
-        return Adaptation(matrices, whole, sorted(set(self.missing)), self.unexpected, self.others)
+                own = parameters[name]
+                check_shape(key, value, own.shape)
+                if not torch.equal(found.setdefault(id(own), (own, value))[1], value):
+                    raise ValueError(
+                        f"{key} is tied to another parameter in this model, but not in the file; {_UNTIE}."
+                    )
+        if self.unties:
+            for name, own in parameters.items():
+                if id(own) in found and name not in self.whole:
+                    raise ValueError(f"{name} is tied to a parameter that was trained without it; {_UNTIE}.")
+        for key in self.unexpected:
+            own = parameters.get(self.named(key))
+            if own is not None and torch.equal(
+                found.get(id(own), (own, own.detach()))[1].cpu(), self.tensors[key]
+            ):
+                self._used.add(key)
+        return list(found.values())
 
 
 def sites_of(model: nn.Module) -> dict[str, Site]:
@@ -140,7 +173,9 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} is missing, damaged or cut short ({error}); get it again.") from error
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise ValueError(f"{name} in {file} holds NaN or infinity; the training went wrong before it was saved.")
+            raise ValueError(
+                f"{name} in {file} holds NaN or infinity; the training went wrong before it was saved."
+            )
     return tensors
 
 

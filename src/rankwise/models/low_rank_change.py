@@ -32,21 +32,26 @@ class Change:
 
 
 def change_of(matrix: StructuredMatrix, rank: int | None = None) -> Change | None:
-    """Return the change that an adapted matrix makes, or None if it takes as many numbers as the matrix.
+    """Return the change that an adapted matrix makes, or None if it is of no low rank.
 
-    It is exact where the expression adds products of thin matrices; otherwise the two matrices are written out in
-    float64 and subtracted, and singular values that are no more than rounding are left out.
+    Where the expression adds products of thin matrices, their factors are taken; otherwise the two matrices are
+    written out in float64 and subtracted, and singular values that are no more than rounding are left out. Then a
+    rank is low if the factors hold fewer numbers than the matrix.
 
     Args:
         matrix: with an adapter.
-        rank: the largest; what does not fit is left out, the least important first.
+        rank: the largest; None is the largest that a matrix can have. What does not fit is left out, the least
+            important first.
     """
     m, n = matrix.shape
     with torch.no_grad():
-        found = _beside(matrix) or _subtracted(matrix)
-        if rank is not None and found.left.shape[1] > rank:
-            found = _truncated(found, rank)
-    return found if found.left.shape[1] * (m + n) < m * n else None
+        found = _beside(matrix)
+        if found is None:
+            found = _subtracted(matrix)
+            if rank is None and found.left.shape[1] * (m + n) >= m * n:
+                return None
+        most = min(m, n) if rank is None else rank
+        return _truncated(found, most) if found.left.shape[1] > most else found
 
 
 def bare(matrix: StructuredMatrix) -> StructuredMatrix:

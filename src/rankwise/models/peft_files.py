@@ -24,7 +24,14 @@ TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 UNTOUCHED = (True, None, "gaussian", "orthogonal", "eva")  # starts for which PEFT leaves the base as it is
 SHARED = (  # fields that are read for all kinds, or that change nothing in what is computed
-    *("peft_type", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
+    *(
+        "peft_type",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "modules_to_save",
+    ),
     *("bias", "ensure_weight_tying", "init_lora_weights", "init_weights", "fan_in_fan_out", "inference_mode"),
     *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "peft_version", "eva_config"),
     *("megatron_core", "qalora_group_size", "runtime_config", "loftq_config"),
@@ -51,7 +58,8 @@ def write_peft(model: nn.Module, folder: Path) -> None:
         own = {name: layer.bias for name, layer in layers.items() if layer.bias is not None}
         tensors |= {f"{PREFIX}{name}.base_layer.bias": bias.detach() for name, bias in own.items()}
     modules = _modules(model, layers)
-    for path in modules:
+    tied = _tied(model, modules)
+    for path in (*modules, *tied):
         state = model.get_submodule(path).state_dict()
         tensors |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in state.items()}
     config = description(
@@ -61,7 +69,7 @@ def write_peft(model: nn.Module, folder: Path) -> None:
         modules_to_save=modules or None,
         bias="none" if not biased else f"{'lora' if kind.name != 'MISS' else 'MiSS'}_only",
         fan_in_fan_out=any(isinstance(layer.view, TransposedView) for layer in layers.values()),
-        ensure_weight_tying=_tied(model, modules),
+        ensure_weight_tying=bool(tied),
         base_model_name_or_path=getattr(model, "name_or_path", None) or None,
     )
     write_files(folder, config, tensors)
@@ -183,12 +191,21 @@ class PeftFolder(AdapterFolder):
         return False
 
     @property
+    def unties(self) -> bool:
+        """PEFT trains a copy of a module, unless it is told to tie it."""
+        return not self.config.get("ensure_weight_tying")
+
+    def named(self, key: str) -> str:
+        """Without PEFT's prefix; what is under an adapter stands one level deeper there."""
+        return key.removeprefix(PREFIX).replace(".base_layer.", ".")
+
+    @property
     def whole(self) -> Mapping[str, str]:
         """Parameters of the modules that are saved, and biases."""
         found = {}
         modules = tuple(self.config.get("modules_to_save") or ())
         for key in self.tensors:
-            name = key.removeprefix(PREFIX).replace(".base_layer.bias", ".bias")
+            name = self.named(key)
             if name.rpartition(".")[0].endswith(modules) or (
                 self.config.get("bias", "none") != "none" and name.endswith("bias")
             ):
@@ -209,7 +226,9 @@ class PeftFolder(AdapterFolder):
         try:
             return self.kind.matrix(Base(base), tensors, Settings(self.config, rank, alpha), view)
         except (ValueError, TypeError, RuntimeError) as error:
-            raise ValueError(f"layer {name} in {self.folder} does not fit the model's: {_one_line(error)}") from error
+            raise ValueError(
+                f"layer {name} in {self.folder} does not fit the model's: {_one_line(error)}"
+            ) from error
 
 
 def _matches(wanted: Any, name: str) -> bool:
@@ -228,7 +247,9 @@ def _of_pattern(pattern: Any, name: str, usual: Any) -> Any:
 
 
 def _wide(tensor: Tensor, base: StructuredMatrix) -> Tensor:
-    return tensor.to(base.device, torch.promote_types(tensor.dtype, torch.promote_types(base.dtype, torch.float32)))
+    return tensor.to(
+        base.device, torch.promote_types(tensor.dtype, torch.promote_types(base.dtype, torch.float32))
+    )
 
 
 def _modules(model: nn.Module, layers: Mapping[str, Any]) -> list[str]:
@@ -243,12 +264,12 @@ def _modules(model: nn.Module, layers: Mapping[str, Any]) -> list[str]:
     return paths
 
 
-def _tied(model: nn.Module, paths: Iterable[str]) -> bool:
-    """Whether a module of these shares a parameter with one that is not."""
+def _tied(model: nn.Module, paths: Iterable[str]) -> list[str]:
+    """Return the other modules that share a parameter with one of these."""
     paths = set(paths)
     own = {id(p) for path in paths for p in model.get_submodule(path).parameters()}
     every = model.named_parameters(remove_duplicate=False)
-    return any(id(p) in own and name.rpartition(".")[0] not in paths for name, p in every)
+    return sorted({name.rpartition(".")[0] for name, p in every if id(p) in own} - paths)
 
 
 def _one_line(error: Exception) -> str:

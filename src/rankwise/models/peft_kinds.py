@@ -73,7 +73,9 @@ class PeftKind(abc.ABC):
         """
 
     @abc.abstractmethod
-    def matrix(self, base: Base, tensors: Mapping[str, Tensor], settings: Settings, view: View) -> StructuredMatrix:
+    def matrix(
+        self, base: Base, tensors: Mapping[str, Tensor], settings: Settings, view: View
+    ) -> StructuredMatrix:
         """Return the expression that PEFT computes.
 
         Raises:
@@ -94,7 +96,11 @@ class LoraKind(PeftKind):
         if isinstance(matrix, RowNormalised):
             low, branch = matrix.update.matrix, matrix.update
             assert isinstance(low, LowRank)
-            found = {"lora_A.weight": low.right, "lora_B.weight": low.left, "lora_magnitude_vector": matrix.lengths}
+            found = {
+                "lora_A.weight": low.right,
+                "lora_B.weight": low.left,
+                "lora_magnitude_vector": matrix.lengths,
+            }
             return Piece(_as_layers(found, view), low.rank, branch.scale, branch.dropout)
         change = change_of(matrix)
         if change is None:
@@ -123,7 +129,9 @@ class LoraKind(PeftKind):
             "init_lora_weights": True,
         }
 
-    def matrix(self, base: Base, tensors: Mapping[str, Tensor], settings: Settings, view: View) -> StructuredMatrix:
+    def matrix(
+        self, base: Base, tensors: Mapping[str, Tensor], settings: Settings, view: View
+    ) -> StructuredMatrix:
         """Check the rank, and build the sum."""
         right, left = tensors["lora_A.weight"].flatten(1), tensors["lora_B.weight"].flatten(1)
         rank = len(right)
@@ -147,7 +155,17 @@ class AdaLoraKind(PeftKind):
 
     name = "ADALORA"
     ends = ("lora_A", "lora_B", "lora_E")
-    fields = ("init_r", "r", "lora_alpha", "lora_dropout", "rank_pattern", "target_r", "deltaT", "tinit", "tfinal")
+    fields = (
+        "init_r",
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "rank_pattern",
+        "target_r",
+        "deltaT",
+        "tinit",
+        "tfinal",
+    )
     fields = (*fields, "total_step", "beta1", "beta2", "orth_reg_weight")
 
     def piece(self, matrix: StructuredMatrix, view: View) -> Piece | None:
@@ -157,8 +175,10 @@ class AdaLoraKind(PeftKind):
             case Product(parts=[Dense() as left, Diagonal() as values, Dense() as right]):
                 found = {"lora_A": right.weight, "lora_B": left.weight, "lora_E": values.values[:, None]}
                 assert branch is not None
-                return None if isinstance(view, Conv2dView) else Piece(
-                    found, len(right.weight), branch.scale, branch.dropout
+                return (
+                    None
+                    if isinstance(view, Conv2dView)
+                    else Piece(found, len(right.weight), branch.scale, branch.dropout)
                 )
         return None
 
@@ -183,7 +203,9 @@ class AdaLoraKind(PeftKind):
             "init_lora_weights": True,
         }
 
-    def matrix(self, base: Base, tensors: Mapping[str, Tensor], settings: Settings, view: View) -> StructuredMatrix:
+    def matrix(
+        self, base: Base, tensors: Mapping[str, Tensor], settings: Settings, view: View
+    ) -> StructuredMatrix:
         """Build the sum; a rank of 0 adds nothing, which no expression says."""
         left, values, right = tensors["lora_B"], tensors["lora_E"].flatten(), tensors["lora_A"]
         first = float(settings.fields.get("init_r", 12))
