@@ -1,7 +1,7 @@
 """Do PEFT's files mean the same here and there? Writes benchmarks/results/peft_interop.json.
 
-Each adapter is attached on one side, given random numbers, written, and read on the other side: largest difference
-of logits in float32, and the keys that PEFT misses or does not expect. On small random models.
+Each adapter is attached on one side, given random numbers, written, and read on the other side: the largest
+difference of logits in float32, and the keys that PEFT misses or does not expect. On small random models.
 """
 
 import argparse

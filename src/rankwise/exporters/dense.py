@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from ..core.progress import track
 from ..models.folded import Folded
 from ..models.load import BESIDE
-from ..models.save import read_back
+from ..models.model_files import read_back
 from .base import Exporter, Source
 
 INDEX = "model.safetensors.index.json"

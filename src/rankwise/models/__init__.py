@@ -2,10 +2,11 @@
 
 from .causal import generate
 from .evaluate import evaluate, sizes
-from .formats import load_adapter, save
 from .load import load, load_tokenizer
+from .load_adapter import load_adapter
+from .model_files import forget, predicted_bytes
 from .sampling import sample
-from .save import forget, predicted_bytes
+from .save import save
 from .speed import speed
 from .texts import embedded_texts, read_text, tokens
 

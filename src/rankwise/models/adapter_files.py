@@ -16,7 +16,7 @@ from ..core.surgery import base_of
 from ..core.views import View
 from ..matrices import Base, StructuredMatrix, from_spec
 from .adapter_folder import AdapterFolder, check_shape, put_base
-from .save import verify
+from .model_files import verify
 
 NAME = "rankwise_adapter.json"
 TENSORS = "rankwise_adapter.safetensors"

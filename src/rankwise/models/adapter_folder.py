@@ -15,7 +15,6 @@ from ..core.surgery import Site, select
 from ..core.views import View
 from ..matrices import Base, StructuredMatrix
 
-
 _UNTIE = "give each of them a parameter of its own first"
 
 

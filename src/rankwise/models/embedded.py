@@ -12,7 +12,7 @@ import torch
 
 from ..core.files import cache_folder
 from .gguf import from_gguf
-from .save import save_model
+from .model_files import save_model
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from ..core.stacks import stacks
 from ..core.views import SliceView, TransposedView, View
 from ..matrices import Base, StructuredMatrix
 from .adapter_folder import AdapterFolder
+from .model_files import verify
 from .peft_kinds import KINDS, PeftKind, Piece, Settings
-from .save import verify
 
 NAME = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -52,31 +52,44 @@ def write_peft(model: nn.Module, folder: Path) -> None:
         if isinstance(layer.view, SliceView) or name.startswith(inside):
             raise ValueError(f"layer {name} is a slice of a 3-D parameter, which is not written; {_OTHERS}.")
     kind, pieces, fields = chosen({name: (layer.matrix, layer.view) for name, layer in layers.items()})
-    wanted, tensors = set(layers), pieces_as_tensors(pieces)
-    biased = {name for name, layer in layers.items() if layer.bias is not None and layer.bias.requires_grad}
-    if biased:
-        own = {name: layer.bias for name, layer in layers.items() if layer.bias is not None}
-        tensors |= {f"{PREFIX}{name}.base_layer.bias": bias.detach() for name, bias in own.items()}
-    modules = _modules(model, layers)
-    tied = _tied(model, modules)
+    write_pieces(model, {name: layer.view for name, layer in layers.items()}, kind, pieces, fields, folder)
+
+
+def write_pieces(
+    model: nn.Module,
+    views: Mapping[str, View],
+    kind: PeftKind,
+    pieces: Mapping[str, Piece],
+    fields: Mapping[str, Any],
+    folder: Path,
+) -> None:
+    """Fill a folder with what :func:`chosen` returned, and with all else of a model that trains.
+
+    Args:
+        model: whose layers may have adapters or not; only what trains, and what stands beside that, needs values.
+        views: of the adapted layers.
+        kind: of adapter.
+        pieces: of each layer.
+        fields: of the description, of the kind alone.
+        folder: is made.
+    """
+    tensors, biases = pieces_as_tensors(pieces), biases_of(model, views)
+    tensors |= {f"{PREFIX}{name}.base_layer.bias": bias.detach() for name, bias in biases.items()}
+    modules = modules_of(model, views)
+    tied = tied_to(model, modules)
     for path in (*modules, *tied):
         state = model.get_submodule(path).state_dict()
         tensors |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in state.items()}
     config = description(
         kind,
         fields,
-        target_modules=targets(wanted, [name for name, _ in model.named_modules()]),
+        target_modules=targets(set(views), [name for name, _ in model.named_modules()]),
         modules_to_save=modules or None,
-        bias="none" if not biased else f"{'lora' if kind.name != 'MISS' else 'MiSS'}_only",
-        fan_in_fan_out=any(isinstance(layer.view, TransposedView) for layer in layers.values()),
+        bias=kind.biases if biases else "none",
+        fan_in_fan_out=any(isinstance(view, TransposedView) for view in views.values()),
         ensure_weight_tying=bool(tied),
         base_model_name_or_path=getattr(model, "name_or_path", None) or None,
     )
-    write_files(folder, config, tensors)
-
-
-def write_files(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write both files, and read the tensors back."""
     folder.mkdir(exist_ok=True)
     apart = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
     save_file(apart, folder / TENSORS, metadata={"format": "pt"})
@@ -110,8 +123,8 @@ def chosen(
 
 
 _OTHERS = (
-    "write format='rankwise', which holds everything, or rankwise.export that folder with exporters.Lora(rank=...), "
-    "which truncates and reports the error, or exporters.Merged()"
+    "write format='rankwise', which holds everything, or rankwise.export that folder with "
+    "exporters.Lora(base=..., rank=...), which truncates and reports the error, or with exporters.Merged"
 )
 
 
@@ -121,7 +134,7 @@ def pieces_as_tensors(pieces: Mapping[str, Piece]) -> dict[str, Tensor]:
 
 
 def description(kind: PeftKind, fields: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """Return what the file of the description holds; patterns of names become expressions that match these alone."""
+    """Return what the file of the description holds; names in patterns become expressions for these alone."""
     made = {"peft_type": kind.name, "inference_mode": True, "task_type": None, **more, **fields}
     for key in ("rank_pattern", "alpha_pattern"):
         if isinstance(made.get(key), Mapping) and kind.name != "ADALORA":
@@ -155,8 +168,8 @@ class PeftFolder(AdapterFolder):
         start = self.config.get("init_lora_weights", True)
         if start not in UNTOUCHED and start is not False:
             raise ValueError(
-                f"{folder / NAME} has the start {start!r}, for which PEFT changes the base itself; write it again "
-                "with path_initial_model_for_weight_conversion, which makes it an ordinary LoRA."
+                f"{folder / NAME} has the start {start!r}, for which PEFT changes the base itself; write it "
+                "again with path_initial_model_for_weight_conversion, which makes it an ordinary LoRA."
             )
         self._parts: dict[str, dict[str, str]] = {}
         for key in self.tensors:
@@ -252,8 +265,16 @@ def _wide(tensor: Tensor, base: StructuredMatrix) -> Tensor:
     )
 
 
-def _modules(model: nn.Module, layers: Mapping[str, Any]) -> list[str]:
+def biases_of(model: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
+    """Return the biases of adapted layers, if one of them trains."""
+    found: dict[str, Any] = {name: getattr(model.get_submodule(name), "bias", None) for name in layers}
+    own = {name: bias for name, bias in found.items() if bias is not None}
+    return own if any(bias.requires_grad for bias in own.values()) else {}
+
+
+def modules_of(model: nn.Module, layers: Iterable[str]) -> list[str]:
     """Return the modules that hold the parameters which train whole, but for the biases of adapted layers."""
+    layers = set(layers)
     names = [name for name in whole_parameters(model) if name.removesuffix(".bias") not in layers]
     paths = sorted({name.rpartition(".")[0] for name in names})
     for path in paths:
@@ -264,7 +285,7 @@ def _modules(model: nn.Module, layers: Mapping[str, Any]) -> list[str]:
     return paths
 
 
-def _tied(model: nn.Module, paths: Iterable[str]) -> list[str]:
+def tied_to(model: nn.Module, paths: Iterable[str]) -> list[str]:
     """Return the other modules that share a parameter with one of these."""
     paths = set(paths)
     own = {id(p) for path in paths for p in model.get_submodule(path).parameters()}

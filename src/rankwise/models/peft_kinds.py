@@ -54,12 +54,14 @@ class PeftKind(abc.ABC):
         name: PEFT's ``peft_type``.
         ends: the ends of the names of a layer's tensors, of which all but those in ``optional`` are there.
         fields: of the description, which are read.
+        biases: what the description says where the biases of adapted layers train.
     """
 
     name: str
     ends: tuple[str, ...]
     optional: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
+    biases: str = "lora_only"
 
     @abc.abstractmethod
     def piece(self, matrix: StructuredMatrix, view: View) -> Piece | None:
