@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..core.adapted import Adaptation, adapted, matrix_of
+from ..core.adapted import Adaptation, adapted, matrix_of, own_tensors
 from ..core.surgery import Site, select
 from ..core.views import View
 from ..matrices import Base, StructuredMatrix
@@ -89,13 +89,15 @@ class AdapterFolder(abc.ABC):
         Raises:
             ValueError: if a layer has an adapter already, or something does not fit.
         """
-        sites, matrices = sites_of(model), []
-        for name in dict.fromkeys([*self.layers, *self.wanted(sites, _head(model))]):
+        sites, made = sites_of(model), {}
+        for name in dict.fromkeys([*self.layers, *self.wanted(sites, head_of(model))]):
             if name in sites:
                 site = sites[name]
                 matrix = self.matrix(name, matrix_of(site), site.view)
                 if matrix is not None:
-                    matrices.append((site, matrix.train(site.layer.training)))
+                    _, first = made.setdefault(site.name, (site, matrix.train(site.layer.training)))
+                    _check_same(name, site, own_tensors(first), own_tensors(matrix))
+        matrices = list(made.values())
         whole = self._parameters(model)
         return Adaptation(matrices, whole, sorted(set(self.missing)), self.unexpected, self.others)
 
@@ -184,7 +186,14 @@ def check_shape(name: str, tensor: Tensor, shape: Iterable[int]) -> None:
         raise ValueError(f"{name} is {tuple(tensor.shape)} in the file, but the model asks for {tuple(shape)}.")
 
 
-def _head(model: Any) -> str | None:
+def _check_same(name: str, site: Site, one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    if one.keys() != other.keys() or not all(torch.equal(one[key], other[key]) for key in one):
+        raise ValueError(
+            f"{' and '.join(site.names)} share a weight in the model, but {name} has its own adapter."
+        )
+
+
+def head_of(model: Any) -> str | None:
     """Return the name of the output head of a model of transformers."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return next((name for name, module in model.named_modules() if head is not None and module is head), None)

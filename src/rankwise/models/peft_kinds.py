@@ -24,12 +24,14 @@ class Piece:
         rank: of the layer.
         scale: what the update counts.
         dropout: of the inputs while training.
+        error: of what is left out, relative to the size of the change.
     """
 
     tensors: Mapping[str, Tensor]
     rank: int
     scale: float = 1.0
     dropout: float = 0.0
+    error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,9 @@ class LoraKind(PeftKind):
     optional = ("lora_magnitude_vector",)
     fields = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 
-    def piece(self, matrix: StructuredMatrix, view: View) -> Piece | None:
-        """Take the factors, or find some."""
-        if isinstance(matrix, RowNormalised):
+    def piece(self, matrix: StructuredMatrix, view: View, most: int | None = None) -> Piece | None:
+        """Take the factors, or find some, of at most a rank."""
+        if isinstance(matrix, RowNormalised) and (most is None or matrix.update.rank <= most):
             low, branch = matrix.update.matrix, matrix.update
             assert isinstance(low, LowRank)
             found = {
@@ -104,11 +106,12 @@ class LoraKind(PeftKind):
                 "lora_magnitude_vector": matrix.lengths,
             }
             return Piece(_as_layers(found, view), low.rank, branch.scale, branch.dropout)
-        change = change_of(matrix)
+        change = change_of(matrix, most)
         if change is None:
             return None
         found = {"lora_A.weight": change.right, "lora_B.weight": change.left}
-        return Piece(_as_layers(found, view), change.left.shape[1], change.scale, change.dropout)
+        rank = change.left.shape[1]
+        return Piece(_as_layers(found, view), rank, change.scale, change.dropout, change.error)
 
     def describe(self, pieces: Mapping[str, Piece]) -> dict[str, Any] | None:
         """Give the most frequent rank and alpha, and patterns for all others."""
