@@ -51,6 +51,7 @@ LIGHT = (
     "compression",
     "api",
 )
+RIVALS = {"galore_torch", "mergekit", "peft"}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or path.stem in LEVEL)
 
 
@@ -86,6 +87,13 @@ def test_imports_point_one_way(path: Path):
 def test_light_packages_import_heavy_ones_only_where_used(path: Path):
     for statement in ast.parse(path.read_text(encoding="utf-8")).body:
         assert not HEAVY & {name.split(".")[0] for name in imported(path, statement)}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_rivals_are_never_imported(path: Path):
+    for statement in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = imported(path, statement) if isinstance(statement, ast.stmt) else []
+        assert not RIVALS & {name.split(".")[0] for name in names}
 
 
 def test_importing_rankwise_is_light():

@@ -20,7 +20,7 @@ from .core.errors import CalibrationError
 from .core.report import Report
 from .core.surgery import StructuredLinear
 from .following import finish, follow
-from .models import evaluate, load, save
+from .models import evaluate, load, load_adapter, save
 from .models.quantizer import register_when_ready
 from .narrowing import narrow
 from .streaming import compress_folder
@@ -50,6 +50,7 @@ __all__ = [
     "initialisers",
     "inspect",
     "load",
+    "load_adapter",
     "matrices",
     "measures",
     "narrow",

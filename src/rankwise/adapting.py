@@ -10,15 +10,17 @@ from torch import Generator, Tensor, nn
 from .allocators import water_filling
 from .api import calibrate
 from .compression import check_weights, described
+from .core.adapted import adapted as adapted  # also found here
+from .core.adapted import matrix_of, own_tensors
 from .core.choices import Ladder, spend
 from .core.labels import Labels
 from .core.methods import Adapter
 from .core.progress import track
 from .core.report import Report
 from .core.statistics import Batch, Statistics, Stats
-from .core.surgery import Site, StructuredLinear, Where, base_of, replace, select, structured
+from .core.surgery import Site, StructuredLinear, Where, base_of, replace, select
 from .core.views import EmbeddingView
-from .matrices import Base, Dense, StructuredMatrix
+from .matrices import Base, StructuredMatrix
 
 
 def adapt(
@@ -75,7 +77,7 @@ def adapt(
     check_weights(sites)
     stats = _statistics(model, method, sites, where, data, labels, tokens, window, seed)
     generator = Generator().manual_seed(seed)
-    bases = {name: _matrix_of(site) for name, site in sites.items()}
+    bases = {name: matrix_of(site) for name, site in sites.items()}
     ranks = _ranks(method, bases, stats)
     made = {}
     for name, base in track(bases.items(), "adapters"):
@@ -83,6 +85,8 @@ def adapt(
             own = method.with_rank(ranks[name]) if name in ranks else method
             with _about(name):
                 made[name] = own.attach(Base(base), stats[name], generator)
+            for tensor in own_tensors(made[name]).values():
+                tensor.data = tensor.data.contiguous()  # as files have it: the order of sums depends on it
     model.requires_grad_(False)
     rows = []
     for name, site in sites.items():
@@ -101,15 +105,6 @@ def adapt(
         "params": sum(p.numel() for p in model.parameters()),
     }
     return Report(f"{type(method).__name__}: {len(made)} layers adapted", rows, "layers", totals)
-
-
-def adapted(model: nn.Module) -> Mapping[str, StructuredLinear]:
-    """Return the layers of a model that have an adapter, by name."""
-    return {name: layer for name, layer in structured(model).items() if base_of(layer.matrix) is not None}
-
-
-def _matrix_of(site: Site) -> StructuredMatrix:
-    return site.layer.matrix if isinstance(site.layer, StructuredLinear) else Dense(site.weight)
 
 
 @contextlib.contextmanager

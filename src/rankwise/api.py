@@ -285,7 +285,8 @@ def export(model: nn.Module | str | Path, to: Exporter, out: str | Path, *, toke
 
     Args:
         model: a module, which stays as it is, or what :func:`rankwise.load` takes. A folder is the better choice
-            for a large model: most formats then read one tensor at a time.
+            for a large model: most formats then read one tensor at a time. For formats that take an adapter, a
+            module that has some, or a folder that :func:`rankwise.save` or PEFT wrote.
         to: from :mod:`rankwise.exporters`.
         out: a new or empty folder. A call that fails leaves nothing under this name.
         tokenizer: of transformers, for a model in memory; a folder has its own.

@@ -36,7 +36,7 @@ from .core.surgery import Where, replace, select
 from .matrices import StructuredMatrix
 from .models.blocks import Chain, find_blocks
 from .models.checkpoint import Checkpoint
-from .models.save import assemble, tensors_of, verify, with_specs
+from .models.model_files import assemble, tensors_of, verify, with_specs
 from .models.sequential import Sequential, without_cache
 from .models.stream import OUTSIDE, Sweeps, digest_of, parts_of
 

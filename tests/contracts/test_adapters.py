@@ -4,11 +4,13 @@ import copy
 import dataclasses
 import inspect
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from contracts.examples import draw
 from contracts.problems import correlated, fill
+from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 
 import rankwise
@@ -175,6 +177,29 @@ def test_a_model_is_adapted_and_folded(method: Adapter):
     assert not torch.allclose(after, before)
     assert [type(layer) for layer in rankwise.fold(model)] == kinds
     torch.testing.assert_close(model(x), after, rtol=1e-6, atol=1e-6)
+
+
+def test_a_written_adapter_is_the_same_again(method: Adapter, tmp_path: Path):
+    model, x = net(), draw(3, 8, seed=9)
+    rankwise.adapt(model, method, data=batches(), also=lambda name: name == "2.bias")
+    for layer in rankwise.adapting.adapted(model).values():
+        moved(layer.matrix)
+    with torch.no_grad():
+        model[2].bias += 1
+    rankwise.save(model, tmp_path / "adapter", format="rankwise")
+    again = net()
+    report = rankwise.load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(again(x), model(x))
+    for one, two in zip(again.named_parameters(), model.named_parameters(), strict=True):
+        assert one[0] == two[0]
+        assert one[1].requires_grad == two[1].requires_grad
+    state = model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
+    assert report.totals["trained"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    names = {name for file in tmp_path.glob("*/*.safetensors") for name in load_file(file)}
+    bases = tuple(f"{path}." for path, part in model.named_modules() if isinstance(part, Base))
+    assert bases
+    assert not any(name.startswith(bases) for name in names)
 
 
 def test_a_method_is_a_frozen_value(method: Adapter):

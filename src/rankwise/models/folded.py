@@ -1,7 +1,7 @@
 """A saved model read as if it were dense, one tensor at a time."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -163,17 +163,20 @@ def _names(file: Path) -> list[str]:
         return list(opened.keys())
 
 
-def _written(model: Any, layers: Mapping[str, StructuredLinear], same: tuple[str, ...]) -> dict[str, str]:
-    """Return the name that each layer has in a file; transformers' newer models keep older names there.
-
-    Names that begin as one in ``same`` are the same.
-    """
+def file_names(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Return the name that each tensor of a model has in a file; transformers keeps older names there."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    names = [name for name in layers if not name.startswith(same)]
-    numbered = {f"{name}.weight": torch.tensor(i) for i, name in enumerate(names)}
-    found = revert_weight_conversion(model, numbered)
-    renamed = {names[int(number)]: name.removesuffix(".weight") for name, number in found.items()}
+    names = list(names)
+    found = revert_weight_conversion(model, {name: torch.tensor(i) for i, name in enumerate(names)})
+    renamed = {names[int(number)]: name for name, number in found.items()}
+    return {name: renamed.get(name, name) for name in names}
+
+
+def _written(model: Any, layers: Mapping[str, StructuredLinear], same: tuple[str, ...]) -> dict[str, str]:
+    """Return the name that each layer has in a file. Names that begin as one in ``same`` are the same."""
+    found = file_names(model, [f"{name}.weight" for name in layers if not name.startswith(same)])
+    renamed = {name.removesuffix(".weight"): file.removesuffix(".weight") for name, file in found.items()}
     return {name: renamed.get(name, name) for name in layers}
 
 

@@ -1,0 +1,109 @@
+"""Adapted layers: which they are, and how layers of a model become ones."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..matrices import Base, Dense, StructuredMatrix
+from .report import Report
+from .surgery import Site, StructuredLinear, base_of, replace, structured
+
+
+def adapted(model: nn.Module) -> Mapping[str, StructuredLinear]:
+    """Return the layers of a model that have an adapter, by name."""
+    return {name: layer for name, layer in structured(model).items() if base_of(layer.matrix) is not None}
+
+
+def matrix_of(site: Site) -> StructuredMatrix:
+    """Return the matrix of a layer as it is, compressed or not."""
+    return site.layer.matrix if isinstance(site.layer, StructuredLinear) else Dense(site.weight)
+
+
+def own_tensors(matrix: StructuredMatrix) -> dict[str, Tensor]:
+    """Return what an adapted matrix holds that is not its base's: parameters and buffers, by name."""
+    bases = tuple(f"{path}." if path else "" for path, part in _parts(matrix) if isinstance(part, Base))
+    state = matrix.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if not name.startswith(bases)}
+
+
+def whole_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that train and are no adapter's, by their first names.
+
+    Raises:
+        ValueError: if a matrix under an adapter trains.
+    """
+    layers = adapted(model).values()
+    inside = {id(parameter) for layer in layers for parameter in layer.matrix.parameters()}
+    for name, layer in adapted(model).items():
+        for path, part in _parts(layer.matrix):
+            if isinstance(part, Base) and any(p.requires_grad for p in part.parameters()):
+                raise ValueError(f"{name}.matrix.{path} trains, though it is under an adapter; freeze it.")
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p for name, p in trained.items() if id(p) not in inside}
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What a file of an adapter holds, made for the layers of a model, which is as it was.
+
+    Args:
+        matrices: the sites to adapt, each with its new matrix.
+        whole: parameters of the model that the file replaces, with their values.
+        missing: names of tensors that ought to be in the file.
+        unexpected: names of tensors in the file that nothing reads.
+        others: layers whose base is another than the one that was adapted.
+    """
+
+    matrices: list[tuple[Site, StructuredMatrix]]
+    whole: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+
+    def check(self, source: str) -> None:
+        """Raise unless all tensors were there and read, and the bases are those that were adapted.
+
+        Raises:
+            ValueError: which lists the names.
+        """
+        for words, names in (
+            ("lacks tensors that the adapter needs", self.missing),
+            ("holds tensors that nothing in this model reads", self.unexpected),
+            ("was made for other values of the layers under it", self.others),
+        ):
+            if names:
+                raise ValueError(
+                    f"{source} {words}: {', '.join(names)}. Give the model that was adapted, or strict=False."
+                )
+        if not self.matrices:
+            raise ValueError(f"{source} holds no adapter of a layer of this model.")
+
+    def apply(self, model: nn.Module, title: str) -> Report:
+        """Put the matrices into the model, and let the same train as when they were written."""
+        model.requires_grad_(False)
+        rows = []
+        for site, matrix in self.matrices:
+            for part in matrix.modules():
+                if isinstance(part, Base):
+                    part.requires_grad_(False)
+            trained = sum(p.numel() for p in matrix.parameters() if p.requires_grad)
+            rows.append({"name": site.name, "shape": list(matrix.shape), "trained": trained})
+            replace(model, site, matrix)
+        for parameter, value in self.whole:
+            with torch.no_grad():
+                parameter.copy_(value)
+            parameter.requires_grad_(True)
+        totals = {
+            "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "params": sum(p.numel() for p in model.parameters()),
+            "missing": self.missing,
+            "unexpected": self.unexpected,
+            "others": self.others,
+        }
+        return Report(f"{title}: {len(rows)} layers adapted", rows, "layers", totals)
+
+
+def _parts(matrix: StructuredMatrix) -> list[tuple[str, nn.Module]]:
+    return list(matrix.named_modules(remove_duplicate=False))

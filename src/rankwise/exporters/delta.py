@@ -1,0 +1,62 @@
+"""What an adapter changes in the weights of a model, written out."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..models.adapted_weights import AdaptedWeights
+from .adapted import AdaptedExporter
+from .base import Source
+from .shards import check_shard, write_shards
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta(AdaptedExporter):
+    """Files of safetensors with new minus old of each changed weight, in float32, under the weights' own names.
+
+    This is what rules for merging take. One tensor is made at a time; ``memory`` does not count the float32 copies.
+
+    Args:
+        base: the model that was adapted, compressed or not: a folder, a hub id, or an embedded model.
+        memory: the most that making one tensor may take beside the adapter, such as 2GiB or 500MB; None needs about
+            twice the largest tensor, and more for adapters that do not just add something to a matrix.
+        shard: largest size of a file, in megabytes; a larger tensor has its own.
+    """
+
+    shard: int = 1000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_shard(self.shard)
+
+    def write(self, source: Source, out: Path) -> None:
+        """Subtract tensor by tensor.
+
+        Raises:
+            ValueError: if adapter and model do not belong together.
+        """
+        weights = self.weights(source)
+        changes = _Changes(weights)
+        write_shards(changes, changes, out, self.shard, "delta")
+        weights.finish()
+
+
+@dataclass(frozen=True)
+class _Changes:
+    weights: AdaptedWeights
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (*self.weights.names, *self.weights.whole)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self.weights.names:
+            new = self.weights.merged(name, torch.float32)
+        else:
+            new = self.weights.replaced(name, torch.float32)
+        return new.sub_(self.weights.before(name))
+
+    def empty(self, name: str) -> Tensor:
+        return self.weights.empty(name).float()

@@ -1,0 +1,55 @@
+"""Folders of ordinary weights, written one tensor at a time."""
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..core.progress import track
+from ..core.tensor_file import write_tensors
+from ..models.load import BESIDE
+
+
+class Weights(Protocol):
+    """Tensors by name, each made when it is asked for."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Make one."""
+        ...
+
+    def empty(self, name: str) -> Tensor:
+        """Return one without values."""
+        ...
+
+
+def write_shards(weights: Weights, names: Iterable[str], out: Path, shard: int, stem: str = "model") -> None:
+    """Write tensors into files of at most ``shard`` megabytes, or one tensor, and an index if there are several."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    empty = {name: weights.empty(name) for name in names}
+    plan = split_torch_state_dict_into_shards(
+        empty, max_shard_size=shard * 10**6, filename_pattern=f"{stem}{{suffix}}.safetensors"
+    )
+    for file, inside in track(plan.filename_to_tensors.items(), "shards"):
+        write_tensors(out / file, {name: empty[name] for name in inside}, weights.__getitem__)
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (out / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_beside(folder: Path, config: Any, out: Path) -> None:
+    """Copy what stands beside the weights of a model, and write its config."""
+    for pattern in BESIDE:
+        for file in folder.glob(pattern):
+            if file.name not in ("config.json", "model.safetensors.index.json"):
+                shutil.copy(file, out)
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def check_shard(shard: int) -> None:
+    """Raise unless a size of files is possible."""
+    if shard < 1:
+        raise ValueError(f"shard must be >= 1 megabyte, got {shard}.")

@@ -1,0 +1,204 @@
+"""The weights of a model on disk with an adapter put into them, one tensor at a time."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.surgery import Site, StructuredLinear
+from ..core.views import SliceView
+from ..matrices import Dense, StructuredMatrix
+from .adapter_folder import AdapterFolder, head_of, sites_of
+from .folded import Folded, file_names
+from .load import kind_of, quiet
+from .rows import rows_of, takes_any_type
+
+PARTS = 16  # of a matrix that is made at a time, without a limit of memory
+
+
+class AdaptedWeights(Mapping[str, Tensor]):
+    """The tensors of a model by the names that they have in its files, with an adapter put into them.
+
+    Each access makes one: in float32 or wider, some rows at a time, and rounded once. Beside the adapter that
+    takes the stored tensor, the new one and these rows; where the adapter does not just add something to the
+    matrix, also a copy of it in float32.
+
+    Args:
+        base: the model, compressed or not.
+        adapter: that was made for it.
+        memory: the most that one tensor may take, in bytes, or None.
+
+    Attributes:
+        model: of the architecture, without values.
+        names: of the adapted layers, by the names of their weights in the files.
+        folder: of the model.
+        config: of the model.
+
+    Raises:
+        ValueError: if a layer does not exist, or is a slice of a 3-D parameter.
+    """
+
+    def __init__(self, base: Folded, adapter: AdapterFolder, memory: int | None = None) -> None:
+        self.adapter, self.memory, self._base = adapter, memory, base
+        self.folder, self.config = base.folder, base.config
+        self.model = _without_values(base.config)
+        self._sites: Mapping[str, Site] = sites_of(self.model)
+        layers = list(dict.fromkeys([*adapter.layers, *adapter.wanted(self._sites, head_of(self.model))]))
+        for name in layers:
+            if name not in self._sites:
+                raise ValueError(f"{adapter.folder} adapts {name}, which {base.folder} does not have.")
+            if isinstance(self._sites[name].view, SliceView):
+                raise ValueError(
+                    f"{name} is a slice of a 3-D parameter; use load_adapter, fold and save, which take more memory."
+                )
+        own = {name: name for name in layers}
+        shared = {other: own.get(other, name) for name in layers for other in self._sites[name].names}
+        self.names = self._in_files({f"{other}.weight": name for other, name in shared.items()})
+        self.whole = self._in_files(adapter.whole)
+
+    @property
+    def layers(self) -> Mapping[str, StructuredLinear]:
+        """The layers that are compressed, by their names in the files, without values."""
+        return self._base.layers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._base)
+
+    def __len__(self) -> int:
+        return len(self._base)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self.names:
+            return self.merged(name)
+        return self.replaced(name) if name in self.whole else self._base[name]
+
+    def empty(self, name: str) -> Tensor:
+        """Return a tensor on the meta device of the shape and type that ``self[name]`` has."""
+        return self._base.empty(name)
+
+    def before(self, name: str) -> Tensor:
+        """Return a tensor without the adapter."""
+        return self._base[name]
+
+    def site(self, name: str) -> Site:
+        """Return the layer whose weight has a name."""
+        return self._sites[self.names[name]]
+
+    def matrix(self, name: str) -> StructuredMatrix:
+        """Return the adapted matrix of the layer whose weight has a name, around the values of the model.
+
+        Raises:
+            ValueError: if it is not the one that was adapted, or tensors are missing.
+        """
+        layer = name.removesuffix(".weight")
+        if layer in self._base.layers:
+            base = self._base.matrix(layer)
+        else:
+            base = Dense(self.site(name).view.matrix(self._base[name]))
+        matrix = self.adapter.matrix(self.names[name], base.requires_grad_(False), self.site(name).view)
+        self._check()
+        if matrix is None:  # an adapter of rank 0
+            return base
+        wide = torch.promote_types(base.dtype, torch.float32)
+        return matrix.eval().requires_grad_(False) if takes_any_type(matrix) else matrix.to(wide).eval()
+
+    def merged(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Write out an adapted matrix as its layer stores it, in the type of the files or another one."""
+        with torch.no_grad():
+            matrix, empty = self.matrix(name), self.empty(name)
+            out = torch.empty(empty.shape, dtype=dtype or empty.dtype)
+            rows = self.site(name).view.matrix(out)
+            step = self._rows(name, matrix, out)
+            for start in range(0, len(rows), step):
+                stop = min(start + step, len(rows))
+                rows[start:stop] = rows_of(matrix, start, stop)
+            return out
+
+    def parameter(self, name: str) -> Tensor:
+        """Return a parameter by its name in the model, which no adapter changes but may replace."""
+        (place,) = self._in_files({name: name})
+        return self[place]
+
+    def replaced(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Return a parameter that the adapter holds whole, in the type of the files or another one."""
+        value, empty = self.adapter.take(self.whole[name]), self.empty(name)
+        self._check()
+        assert value is not None
+        if value.shape != empty.shape:
+            raise ValueError(
+                f"{name} is {tuple(value.shape)} in the adapter, but {tuple(empty.shape)} in the model."
+            )
+        return value.to(dtype or empty.dtype)
+
+    def finish(self) -> None:
+        """Raise if there is something in the adapter that no tensor was made with.
+
+        Raises:
+            ValueError: which lists it.
+        """
+        repeated = {key for key in self.adapter.unexpected if self._repeats(key)}
+        if rest := [key for key in self.adapter.unexpected if key not in repeated]:
+            raise ValueError(f"{self.adapter.folder} holds tensors that nothing reads: {', '.join(rest)}.")
+
+    def _repeats(self, key: str) -> bool:
+        """Whether a tensor says again what the model or the adapter says, as those of tied embeddings do."""
+        value = self.adapter.tensors[key]
+        others = [self.adapter.tensors[other] for other in self.whole.values()]
+        stored = next(iter(self._in_files({self.adapter.named(key): key}, strict=False)), None)
+        others += [] if stored is None else [self._base[stored]]
+        return any(torch.equal(value, other) for other in others)
+
+    def _check(self) -> None:
+        for words, names in (
+            ("lacks", self.adapter.missing),
+            ("was made for other values of", self.adapter.others),
+        ):
+            if names:
+                raise ValueError(
+                    f"{self.adapter.folder} {words} {', '.join(names)}; give the model that was adapted."
+                )
+
+    def _rows(self, name: str, matrix: StructuredMatrix, out: Tensor) -> int:
+        """How many rows to make at a time."""
+        m, n = matrix.shape
+        if self.memory is None:
+            return -(-m // PARTS)
+        wide = 0 if takes_any_type(matrix) else 4 * m * n
+        free = self.memory - 2 * out.numel() * out.element_size() - wide
+        each = (
+            4 * 4 * (n if takes_any_type(matrix) else m + n)
+        )  # the row of the base, of the change, and their sum
+        if free < each:
+            needed = self.memory - free + each
+            raise ValueError(f"{name} takes {needed} bytes of memory at least; give more, or no limit.")
+        return min(m, free // each)
+
+    def _in_files(self, wanted: Mapping[str, str], strict: bool = True) -> dict[str, str]:
+        """Give the keys of a mapping, names in the model, the names that they have in the files."""
+        written, found, known = file_names(self.model, wanted), {}, set(self._base)
+        prefix = f"{self.model.base_model_prefix}."
+        lost = {}
+        for name, value in wanted.items():
+            spellings = (written[name], name, name.removeprefix(prefix), prefix + name)
+            place = next((spelling for spelling in spellings if spelling in known), None)
+            (lost if place is None else found)[place or name] = value
+        if lone := [name for name, value in lost.items() if strict and value not in found.values()]:
+            raise ValueError(f"{lone[0]} is adapted, but {self.folder} has no tensor of this name.")
+        return found
+
+
+def open_weights(base: str | Path, adapter: AdapterFolder, memory: int | None) -> AdaptedWeights:
+    """Open the folder of a model, and put an adapter around its weights."""
+    return AdaptedWeights(Folded(base), adapter, memory)
+
+
+def _without_values(config: Mapping[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    made = AutoConfig.for_model(**config)
+    with quiet(), torch.device("meta"):
+        kind = kind_of(made)
+        model: nn.Module = kind._from_config(made) if hasattr(kind, "_from_config") else kind.from_config(made)
+    return model

@@ -1,0 +1,199 @@
+"""What all folders of adapters share: files that are read once, and what of them was used."""
+
+import abc
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..core.adapted import Adaptation, adapted, matrix_of, own_tensors
+from ..core.surgery import Site, select
+from ..core.views import View
+from ..matrices import Base, StructuredMatrix
+
+_UNTIE = "give each of them a parameter of its own first"
+
+
+class AdapterFolder(abc.ABC):
+    """The adapters in a folder; each is made for a matrix that is given.
+
+    Args:
+        config: the file that describes them.
+        tensors: the file that holds their numbers.
+
+    Attributes:
+        missing: names of tensors that were asked for in vain.
+        others: layers whose matrix had other values than the one that was adapted.
+
+    Raises:
+        ValueError: if a file is damaged.
+    """
+
+    def __init__(self, config: Path, tensors: Path) -> None:
+        self.folder, self.config, self.tensors = config.parent, read_json(config), read_tensors(tensors)
+        self.missing: list[str] = []
+        self.others: list[str] = []
+        self._used: set[str] = set()
+
+    @property
+    @abc.abstractmethod
+    def layers(self) -> list[str]:
+        """The layers that have an adapter; of those that share one, the first."""
+
+    @abc.abstractmethod
+    def wanted(self, names: Iterable[str], head: str | None) -> list[str]:
+        """Return which layers of a model ought to have an adapter; ``head`` is its output head, if it has one."""
+
+    @property
+    @abc.abstractmethod
+    def whole(self) -> Mapping[str, str]:
+        """The names in the file of the parameters that the file replaces, by their names in the model."""
+
+    @property
+    def unties(self) -> bool:
+        """Whether a parameter was trained apart from others that it is tied to."""
+        return False
+
+    def named(self, key: str) -> str:
+        """Return the name in a model of a parameter that has this one in the file."""
+        return key
+
+    @abc.abstractmethod
+    def matrix(self, name: str, base: StructuredMatrix, view: View) -> StructuredMatrix | None:
+        """Return a layer's matrix around the one given, or None if tensors are missing.
+
+        Raises:
+            ValueError: if something does not fit.
+        """
+
+    def take(self, name: str) -> Tensor | None:
+        """Return a tensor, or note that it is missing."""
+        if name not in self.tensors:
+            self.missing.append(name)
+            return None
+        self._used.add(name)
+        return self.tensors[name]
+
+    @property
+    def unexpected(self) -> list[str]:
+        """Names of tensors that nothing asked for."""
+        return sorted(self.tensors.keys() - self._used)
+
+    def adaptation(self, model: nn.Module) -> Adaptation:
+        """Make all adapters for a model, which stays as it is.
+
+        Raises:
+            ValueError: if a layer has an adapter already, or something does not fit.
+        """
+        sites, made = sites_of(model), {}
+        for name in dict.fromkeys([*self.layers, *self.wanted(sites, head_of(model))]):
+            if name in sites:
+                site = sites[name]
+                matrix = self.matrix(name, matrix_of(site), site.view)
+                if matrix is not None:
+                    _, first = made.setdefault(site.name, (site, matrix.train(site.layer.training)))
+                    _check_same(name, site, own_tensors(first), own_tensors(matrix))
+        matrices = list(made.values())
+        whole = self._parameters(model)
+        return Adaptation(matrices, whole, sorted(set(self.missing)), self.unexpected, self.others)
+
+    def _parameters(self, model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
+        """Return the parameters that are replaced, with their values; what repeats a value counts as read."""
+        found: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name, key in self.whole.items():
+            if name in parameters and (value := self.take(key)) is not None:
+                own = parameters[name]
+                check_shape(key, value, own.shape)
+                if not torch.equal(found.setdefault(id(own), (own, value))[1], value):
+                    raise ValueError(
+                        f"{key} is tied to another parameter in this model, but not in the file; {_UNTIE}."
+                    )
+        if self.unties:
+            for name, own in parameters.items():
+                if id(own) in found and name not in self.whole:
+                    raise ValueError(f"{name} is tied to a parameter that was trained without it; {_UNTIE}.")
+        for key in self.unexpected:
+            own = parameters.get(self.named(key))
+            if own is not None and torch.equal(
+                found.get(id(own), (own, own.detach()))[1].cpu(), self.tensors[key]
+            ):
+                self._used.add(key)
+        return list(found.values())
+
+
+def sites_of(model: nn.Module) -> dict[str, Site]:
+    """Return the layers of a model that can hold an adapter, by each of their names.
+
+    Raises:
+        ValueError: if one has an adapter already.
+    """
+    if busy := next(iter(adapted(model)), None):
+        raise ValueError(f"layer {busy} has an adapter already; fold it first, or load the model anew.")
+    found = select(model, lambda name, layer: True, compressed=True)
+    return {name: site for site in found.values() for name in site.names}
+
+
+def put_base(matrix: StructuredMatrix, base: StructuredMatrix) -> None:
+    """Have all bases in an expression stand around one matrix."""
+    for part in list(matrix.modules()):
+        if isinstance(part, Base):
+            part.matrix = base
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); get it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is damaged: it must hold one JSON object.")
+    return content
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Read all tensors of a file.
+
+    Raises:
+        ValueError: if it is missing or cut short, or a number is not finite.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            # a copy: mapped memory is aligned in another way, which changes sums in the last bit
+            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is missing, damaged or cut short ({error}); get it again.") from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(
+                f"{name} in {file} holds NaN or infinity; the training went wrong before it was saved."
+            )
+    return tensors
+
+
+def check_shape(name: str, tensor: Tensor, shape: Iterable[int]) -> None:
+    """Raise unless a tensor of a file has the shape that the model asks for."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} is {tuple(tensor.shape)} in the file, but the model asks for {tuple(shape)}.")
+
+
+def _check_same(name: str, site: Site, one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    if one.keys() != other.keys() or not all(torch.equal(one[key], other[key]) for key in one):
+        raise ValueError(
+            f"{' and '.join(site.names)} share a weight in the model, but {name} has its own adapter."
+        )
+
+
+def head_of(model: Any) -> str | None:
+    """Return the name of the output head of a model of transformers."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return next((name for name, module in model.named_modules() if head is not None and module is head), None)

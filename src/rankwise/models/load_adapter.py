@@ -1,0 +1,48 @@
+"""Put written adapters onto a model."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from ..core.report import Report
+from . import adapter_files, peft_files
+from .adapter_folder import AdapterFolder
+
+READERS: dict[str, Callable[[Path], AdapterFolder]] = {
+    adapter_files.NAME: adapter_files.OwnFolder,
+    peft_files.NAME: peft_files.PeftFolder,
+}
+
+
+def load_adapter(model: nn.Module, folder: str | Path, *, strict: bool = True) -> Report:
+    """Put the adapters of a folder onto a model, in place; the same parameters train as when they were written.
+
+    Args:
+        model: that has none yet, dense or compressed as the one was that was adapted.
+        folder: from :func:`save` with format "rankwise" or "peft", or from PEFT itself.
+        strict: False goes on where tensors are missing, or not read by anything, or the matrix under an adapter
+            has other values than it had; the totals of the report name these.
+
+    Returns:
+        a report with a row for each adapted layer.
+
+    Raises:
+        ValueError: if it is no such folder, a file is damaged, or something does not fit. The model is as before.
+    """
+    adaptation = open_adapter(folder).adaptation(model)
+    if strict:
+        adaptation.check(str(folder))
+    return adaptation.apply(model, Path(folder).name)
+
+
+def open_adapter(folder: str | Path) -> AdapterFolder:
+    """Read a folder with an adapter, of either format.
+
+    Raises:
+        ValueError: if it is none, or a file is damaged.
+    """
+    found = next((reader for name, reader in READERS.items() if (Path(folder) / name).is_file()), None)
+    if found is None:
+        raise ValueError(f"{folder} has neither {' nor '.join(READERS)}; give a folder with an adapter.")
+    return found(Path(folder))

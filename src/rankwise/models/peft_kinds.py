@@ -1,0 +1,239 @@
+"""How PEFT's kinds of adapters and expressions of matrices are the same; one entry of ``KINDS`` for each."""
+
+import abc
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.views import Conv2dView, View
+from ..matrices import Base, Branch, Dense, Diagonal, LowRank, Product, RowNormalised, StructuredMatrix, Sum
+from .low_rank_change import bare, branch_of, change_of
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What PEFT's file holds of one layer.
+
+    Args:
+        tensors: by the end of their names.
+        rank: of the layer.
+        scale: what the update counts.
+        dropout: of the inputs while training.
+        error: of what is left out, relative to the size of the change.
+    """
+
+    tensors: Mapping[str, Tensor]
+    rank: int
+    scale: float = 1.0
+    dropout: float = 0.0
+    error: float = 0.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What PEFT's description says of one layer.
+
+    Args:
+        fields: all of the description.
+        rank: of this layer, or None if that differs from layer to layer by other rules.
+        alpha: of this layer.
+    """
+
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    rank: int | None = None
+    alpha: float = 1.0
+
+
+class PeftKind(abc.ABC):
+    """One kind of PEFT's adapters.
+
+    Attributes:
+        name: PEFT's ``peft_type``.
+        ends: the ends of the names of a layer's tensors, of which all but those in ``optional`` are there.
+        fields: of the description, which are read.
+        biases: what the description says where the biases of adapted layers train.
+    """
+
+    name: str
+    ends: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ()
+    biases: str = "lora_only"
+
+    @abc.abstractmethod
+    def piece(self, matrix: StructuredMatrix, view: View) -> Piece | None:
+        """Return what the file holds of an expression, or None if this kind does not compute it."""
+
+    @abc.abstractmethod
+    def describe(self, pieces: Mapping[str, Piece]) -> dict[str, Any] | None:
+        """Return the fields that describe layers together, or None if one description does not fit all.
+
+        Patterns go by the names of layers.
+        """
+
+    @abc.abstractmethod
+    def matrix(
+        self, base: Base, tensors: Mapping[str, Tensor], settings: Settings, view: View
+    ) -> StructuredMatrix:
+        """Return the expression that PEFT computes.
+
+        Raises:
+            ValueError: if the tensors do not fit.
+        """
+
+
+class LoraKind(PeftKind):
+    """W + s B A, also with rows of trained lengths; every other change of low rank can be written as one."""
+
+    name = "LORA"
+    ends = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+    optional = ("lora_magnitude_vector",)
+    fields = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+
+    def piece(self, matrix: StructuredMatrix, view: View, most: int | None = None) -> Piece | None:
+        """Take the factors, or find some, of at most a rank."""
+        if isinstance(matrix, RowNormalised) and (most is None or matrix.update.rank <= most):
+            low, branch = matrix.update.matrix, matrix.update
+            assert isinstance(low, LowRank)
+            found = {
+                "lora_A.weight": low.right,
+                "lora_B.weight": low.left,
+                "lora_magnitude_vector": matrix.lengths,
+            }
+            return Piece(_as_layers(found, view), low.rank, branch.scale, branch.dropout)
+        change = change_of(matrix, most)
+        if change is None:
+            return None
+        found = {"lora_A.weight": change.right, "lora_B.weight": change.left}
+        rank = change.left.shape[1]
+        return Piece(_as_layers(found, view), rank, change.scale, change.dropout, change.error)
+
+    def describe(self, pieces: Mapping[str, Piece]) -> dict[str, Any] | None:
+        """Give the most frequent rank and alpha, and patterns for all others."""
+        dora = {"lora_magnitude_vector" in piece.tensors for piece in pieces.values()}
+        dropout = {piece.dropout for piece in pieces.values()}
+        if len(dora) > 1 or len(dropout) > 1:
+            return None
+        ranks = {name: piece.rank for name, piece in pieces.items()}
+        alphas = {name: plain(piece.scale * piece.rank) for name, piece in pieces.items()}
+        (rank, _), *_ = Counter(ranks.values()).most_common(1)
+        (alpha, _), *_ = Counter(alphas.values()).most_common(1)
+        return {
+            "r": rank,
+            "lora_alpha": alpha,
+            "lora_dropout": dropout.pop(),
+            "use_rslora": False,
+            "use_dora": dora.pop(),
+            "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
+            "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
+            "init_lora_weights": True,
+        }
+
+    def matrix(
+        self, base: Base, tensors: Mapping[str, Tensor], settings: Settings, view: View
+    ) -> StructuredMatrix:
+        """Check the rank, and build the sum."""
+        right, left = tensors["lora_A.weight"].flatten(1), tensors["lora_B.weight"].flatten(1)
+        rank = len(right)
+        if settings.rank is not None and rank != settings.rank:
+            raise ValueError(f"its rank is {rank}, but {settings.rank} in the description.")
+        root = math.sqrt(rank) if settings.fields.get("use_rslora") else rank
+        update = Branch(LowRank(left, right), settings.alpha / root, settings.fields.get("lora_dropout", 0.0))
+        lengths = tensors.get("lora_magnitude_vector")
+        if bool(settings.fields.get("use_dora")) != (lengths is not None):
+            raise ValueError("use_dora in the description and the tensors disagree.")
+        if lengths is None:
+            return Sum(base, update)
+        made = RowNormalised.of(base, update)
+        with torch.no_grad():
+            made.lengths.copy_(lengths.flatten())
+        return made
+
+
+class AdaLoraKind(PeftKind):
+    """W + s B diag(E) A, whose s is alpha over the first rank plus 1e-5."""
+
+    name = "ADALORA"
+    ends = ("lora_A", "lora_B", "lora_E")
+    fields = (
+        "init_r",
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "rank_pattern",
+        "target_r",
+        "deltaT",
+        "tinit",
+        "tfinal",
+    )
+    fields = (*fields, "total_step", "beta1", "beta2", "orth_reg_weight")
+
+    def piece(self, matrix: StructuredMatrix, view: View) -> Piece | None:
+        """Take the three factors."""
+        branch = branch_of(matrix)
+        match bare(branch.matrix) if branch is not None else None:
+            case Product(parts=[Dense() as left, Diagonal() as values, Dense() as right]):
+                found = {"lora_A": right.weight, "lora_B": left.weight, "lora_E": values.values[:, None]}
+                assert branch is not None
+                return (
+                    None
+                    if isinstance(view, Conv2dView)
+                    else Piece(found, len(right.weight), branch.scale, branch.dropout)
+                )
+        return None
+
+    def describe(self, pieces: Mapping[str, Piece]) -> dict[str, Any] | None:
+        """Give the largest rank as the first, and the others as chosen from it."""
+        scales = {piece.scale for piece in pieces.values()}
+        dropout = {piece.dropout for piece in pieces.values()}
+        if len(scales) > 1 or len(dropout) > 1:
+            return None
+        ranks = {name: piece.rank for name, piece in pieces.items()}
+        most = max(ranks.values())
+        masks = {f"{name}.lora_E": [i < r for i in range(most)] for name, r in ranks.items() if r < most}
+        return {
+            "init_r": most,
+            "target_r": round(sum(ranks.values()) / len(ranks)),
+            "lora_alpha": scales.pop() * (most + 1e-5),
+            "lora_dropout": dropout.pop(),
+            "rank_pattern": masks or None,
+            "total_step": 1,
+            "tinit": 0,
+            "tfinal": 0,
+            "init_lora_weights": True,
+        }
+
+    def matrix(
+        self, base: Base, tensors: Mapping[str, Tensor], settings: Settings, view: View
+    ) -> StructuredMatrix:
+        """Build the sum; a rank of 0 adds nothing, which no expression says."""
+        left, values, right = tensors["lora_B"], tensors["lora_E"].flatten(), tensors["lora_A"]
+        first = float(settings.fields.get("init_r", 12))
+        alpha = settings.alpha if settings.alpha > 0 else first
+        triplets = Product(Dense(left), Diagonal(values), Dense(right))
+        return Sum(base, Branch(triplets, alpha / (first + 1e-5), settings.fields.get("lora_dropout", 0.0)))
+
+
+KINDS: tuple[PeftKind, ...] = (AdaLoraKind(), LoraKind())  # the first that fits all layers is written
+
+
+def plain(number: float) -> float:
+    """Return a number as an integer if it is one."""
+    return int(number) if number == int(number) else number
+
+
+def _as_layers(tensors: Mapping[str, Tensor], view: View) -> dict[str, Tensor]:
+    """See factors as the weights of two convolutions where the layer is one."""
+    if not isinstance(view, Conv2dView):
+        return dict(tensors)
+    shapes = {
+        "lora_A.weight": (-1, view.channels, *view.kernel),
+        "lora_B.weight": (len(tensors["lora_B.weight"]), -1, 1, 1),
+        "lora_magnitude_vector": (1, -1, 1, 1),
+    }
+    return {name: tensor.reshape(shapes[name]) for name, tensor in tensors.items()}

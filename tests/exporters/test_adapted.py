@@ -1,0 +1,293 @@
+"""Adapters written into weights, as differences, and as LoRA: right, refused where wrong, and one tensor at a time."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from contracts.examples import draw
+from safetensors.torch import load_file, save_file
+from tiny import gpt2, ids, llama
+from torch import nn
+from typer.testing import CliRunner
+
+import rankwise
+from rankwise.adapters import Lora as LoraAdapter
+from rankwise.cli import app
+from rankwise.compressors import PlainSvd
+from rankwise.core.surgery import replace, select
+from rankwise.exporters import Delta, Lora, Merged
+from rankwise.matrices import Base, Branch, Dense, Diagonal, LowRank, Product, StructuredMatrix, Sum
+
+
+def moved(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for i, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+            parameter.add_(0.1 * draw(*parameter.shape, seed=i).to(parameter))
+    return model
+
+
+def seeded(build: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(3)
+    return build().eval()
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(ids()).logits
+
+
+def diagonal(model: nn.Module) -> None:
+    """Adapters whose changes have full rank."""
+    model.requires_grad_(False)
+    for i, site in enumerate(select(model).values()):
+        base = Base(Dense(site.weight))
+        replace(model, site, Product(Diagonal(1 + 0.1 * draw(base.shape[0], seed=i).float()), base))
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object]]] = {
+    "lora": (llama, lambda model: rankwise.adapt(model, LoraAdapter(rank=2), also=lambda name: "norm" in name)),
+    "dora": (llama, lambda model: rankwise.adapt(model, LoraAdapter(rank=2, magnitudes=True))),
+    "embeddings": (
+        llama,
+        lambda model: rankwise.adapt(model, LoraAdapter(rank=2), also=lambda name: "embed" in name),
+    ),
+    "transposed": (
+        gpt2,
+        lambda model: rankwise.adapt(model, LoraAdapter(rank=2), also=lambda n: "c_attn.bias" in n),
+    ),
+    "full rank": (llama, diagonal),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, nn.Module]:
+    """The folder of a base, and the adapted model."""
+    build, attach = CASES[request.param]
+    model = seeded(build)
+    model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    attach(model)
+    return tmp_path, moved(model)
+
+
+def written(folder: Path, model: nn.Module, format: str = "rankwise") -> Path:
+    return rankwise.save(model, folder / format, format=format)  # pyright: ignore[reportArgumentType]
+
+
+def test_merged_weights_compute_the_same(case: tuple[Path, nn.Module]):
+    folder, model = case
+    adapter, base = written(folder, model), str(folder / "base")
+    whole, small = folder / "whole", folder / "small"
+    rankwise.export(adapter, Merged(base=base), whole)
+    rankwise.export(adapter, Merged(base=base, memory="40KB", shard=1), small)
+    torch.testing.assert_close(logits(rankwise.load(whole)[0]), logits(model))
+    torch.testing.assert_close(logits(rankwise.load(small)[0]), logits(model))
+    assert load_file(whole / "model.safetensors").keys() == rankwise.load(base)[0].state_dict().keys() - {
+        "lm_head.weight"
+    }
+    direct = rankwise.export(model, Merged(base=base), folder / "direct")
+    one, other = load_file(whole / "model.safetensors"), load_file(direct / "model.safetensors")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_merged_weights_are_those_of_fold(case: tuple[Path, nn.Module]):
+    folder, model = case
+    out = rankwise.export(written(folder, model), Merged(base=str(folder / "base")), folder / "out")
+    state = rankwise.fold(model).state_dict()
+    for name, tensor in load_file(out / "model.safetensors").items():
+        torch.testing.assert_close(tensor, state[name], rtol=1e-6, atol=1e-6)
+
+
+def test_differences_add_up_to_the_adapted_model(case: tuple[Path, nn.Module]):
+    folder, model = case
+    out = rankwise.export(written(folder, model), Delta(base=str(folder / "base")), folder / "out")
+    plain = rankwise.load(folder / "base")[0]
+    with torch.no_grad():
+        for name, change in load_file(out / "delta.safetensors").items():
+            assert change.dtype == torch.float32
+            assert bool(change.any())
+            plain.get_parameter(name).add_(change)
+    torch.testing.assert_close(logits(plain), logits(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name != "full rank"], indirect=True)
+def test_a_lora_computes_the_same(case: tuple[Path, nn.Module]):
+    folder, model = case
+    out = rankwise.export(written(folder, model), Lora(base=str(folder / "base")), folder / "out")
+    assert set(json.loads((out / "rankwise_errors.json").read_text()).values()) == {0.0}
+    plain = rankwise.load(folder / "base")[0]
+    rankwise.load_adapter(plain, out)
+    torch.testing.assert_close(logits(plain), logits(model))
+
+
+def test_what_peft_writes_is_merged_too(tmp_path: Path):
+    model = seeded(llama)
+    model.save_pretrained(tmp_path / "base")
+    rankwise.adapt(model, LoraAdapter(rank=2), also=lambda name: "embed" in name)
+    adapter = written(tmp_path, moved(model), "peft")
+    out = rankwise.export(adapter, Merged(base=str(tmp_path / "base")), tmp_path / "out")
+    torch.testing.assert_close(logits(rankwise.load(out)[0]), logits(model))
+
+
+def test_a_change_of_full_rank_is_cut_to_a_rank_and_the_error_is_told(tmp_path: Path):
+    model = seeded(llama)
+    model.save_pretrained(tmp_path / "base")
+    diagonal(model)
+    adapter, base = written(tmp_path, moved(model)), str(tmp_path / "base")
+    with pytest.raises(ValueError, match="no low rank; give a rank"):
+        rankwise.export(adapter, Lora(base=base), tmp_path / "out")
+    out = rankwise.export(adapter, Lora(base=base, rank=5), tmp_path / "out")
+    name = "model.layers.0.mlp.up_proj"
+    site = select(model, lambda path, layer: path == name, compressed=True)[name]
+    matrix: StructuredMatrix = site.layer.matrix
+    values = torch.linalg.svdvals(
+        (matrix.dense() - rankwise.load(base)[0].get_parameter(f"{name}.weight")).double()
+    )
+    expected = float((values[5:].square().sum() / values.square().sum()).sqrt())
+    found = json.loads((out / "rankwise_errors.json").read_text())[name]
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_compressed_base_is_written_out(tmp_path: Path):
+    model = seeded(llama)
+    rankwise.compress(model, PlainSvd(), keep=0.7)
+    rankwise.save(model, tmp_path / "base")
+    rankwise.adapt(model, LoraAdapter(rank=2))
+    adapter = written(tmp_path, moved(model))
+    out = rankwise.export(adapter, Merged(base=str(tmp_path / "base")), tmp_path / "out")
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    torch.testing.assert_close(logits(rankwise.load(out)[0]), logits(model))
+
+
+def test_half_precision_is_rounded_once(tmp_path: Path):
+    model = seeded(llama).bfloat16()
+    model.save_pretrained(tmp_path / "base")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rankwise.adapt(model, LoraAdapter(rank=2))
+    adapter = written(tmp_path, moved(model))
+    out = rankwise.export(adapter, Merged(base=str(tmp_path / "base")), tmp_path / "out")
+    merged = load_file(out / "model.safetensors")
+    for name, layer in rankwise.core.adapted.adapted(model).items():
+        low: LowRank = layer.matrix.members[1].matrix
+        wide = before[f"{name}.weight"].double() + low.left.detach().double() @ low.right.detach().double()
+        ties = (
+            (merged[f"{name}.weight"] != wide.bfloat16()).float().mean()
+        )  # float32 sums may fall on the other side
+        assert ties < 0.01
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors | {"extra": torch.zeros(1)}, "nothing reads: extra"),
+        (lambda tensors: dict(list(tensors.items())[1:]), "lacks model.layers"),
+    ],
+)
+def test_a_damaged_adapter_is_refused(change, message: str, tmp_path: Path):
+    model = seeded(llama)
+    model.save_pretrained(tmp_path / "base")
+    rankwise.adapt(model, LoraAdapter(rank=2))
+    file = written(tmp_path, model) / "rankwise_adapter.safetensors"
+    save_file(change(load_file(file)), file)
+    with pytest.raises(ValueError, match=message):
+        rankwise.export(file.parent, Merged(base=str(tmp_path / "base")), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_base_is_refused(tmp_path: Path):
+    model = seeded(llama)
+    rankwise.adapt(model, LoraAdapter(rank=2))
+    adapter = written(tmp_path, model)
+    torch.manual_seed(4)
+    llama(initializer_range=0.3).save_pretrained(tmp_path / "other")
+    llama(num_hidden_layers=1).save_pretrained(tmp_path / "short")
+    for name, message in (("other", "other values of model.layers"), ("short", "does not have")):
+        with pytest.raises(ValueError, match=message):
+            rankwise.export(adapter, Merged(base=str(tmp_path / name)), tmp_path / "out")
+
+
+@pytest.mark.parametrize("memory", ["", "2", "2 apples", "-1GiB", "0MB"])
+def test_too_little_memory_is_refused(memory: str, tmp_path: Path):
+    model = seeded(llama)
+    model.save_pretrained(tmp_path / "base")
+    rankwise.adapt(model, LoraAdapter(rank=2))
+    with pytest.raises(ValueError, match=r"memory must be a size|takes \d+ bytes of memory at least"):
+        rankwise.export(
+            written(tmp_path, model), Merged(base=str(tmp_path / "base"), memory=memory), tmp_path / "o"
+        )
+
+
+MEASURE = """
+import resource, sys, torch, rankwise
+from rankwise.exporters import Merged
+small, large, out = sys.argv[1:]
+def export(folder, name):
+    rankwise.export(folder + "/rankwise", Merged(base=folder + "/base", compare=0), out + "/" + name)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(export(small, "small"), export(large, "large"))
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="the largest memory of a process is measured as Linux counts it"
+)
+@pytest.mark.parametrize("magnitudes", [False, True])
+def test_merging_takes_twice_the_largest_tensor(magnitudes: bool, tmp_path: Path):
+    sizes = {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 3}
+    for name, more in (("small", {}), ("large", sizes)):
+        with torch.device("cpu"):
+            model = llama(**more)
+        model.save_pretrained(tmp_path / name / "base", max_shard_size="60MB")
+        rankwise.adapt(model, LoraAdapter(rank=2, magnitudes=magnitudes))
+        written(tmp_path / name, moved(model))
+        total = sum(p.numel() * p.element_size() for p in model.parameters())
+        del model
+    words = [sys.executable, "-c", MEASURE, *(str(tmp_path / name) for name in ("small", "large")), str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    largest = 1024 * 8192 * 4
+    assert total > 8 * largest
+    assert after - before < 2.5 * largest
+
+
+def run(*words: object) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["export", *map(str, words)])
+    return done.exit_code, " ".join(done.output.split())
+
+
+def test_the_command_line(tmp_path: Path):
+    model = seeded(llama)
+    model.save_pretrained(tmp_path / "base")
+    rankwise.adapt(model, LoraAdapter(rank=2))
+    adapter, base = written(tmp_path, moved(model)), tmp_path / "base"
+    code, output = run(adapter, "--base", base, "--to", "merged", "--out", tmp_path / "out", "--memory", "1MiB")
+    assert code == 0, output
+    torch.testing.assert_close(logits(rankwise.load(tmp_path / "out")[0]), logits(model))
+    for kind in ("lora", "delta"):
+        assert run(adapter, "--base", base, "--to", kind, "--out", tmp_path / kind)[0] == 0
+    code, output = run(adapter, "--to", "lora", "--out", tmp_path / "x")
+    assert (code, "needs --base" in output) == (2, True)
+    code, output = run(base, "--to", "dense", "--out", tmp_path / "x", "--base", base)
+    assert (code, "--base is for adapters" in output) == (2, True)
+    code, output = run(base, "--to", "merged", "--out", tmp_path / "x", "--base", base)
+    assert (code, "give a folder with an adapter" in output) == (2, True)
+
+
+def test_several_terms_and_branches(tmp_path: Path):
+    model = seeded(llama)
+    model.save_pretrained(tmp_path / "base")
+    model.requires_grad_(False)
+    site = select(model)["model.layers.0.mlp.up_proj"]
+    base, (m, n) = Base(Dense(site.weight)), site.weight.shape
+    low = LowRank(draw(m, 2).float(), draw(2, n).float())
+    replace(
+        model,
+        site,
+        Sum(base, Branch(low, 0.1), Product(Branch(LowRank(draw(m, 1).float(), draw(1, m).float())), base)),
+    )
+    adapter = written(tmp_path, model)
+    out = rankwise.export(adapter, Merged(base=str(tmp_path / "base")), tmp_path / "out")
+    torch.testing.assert_close(logits(rankwise.load(out)[0]), logits(model), rtol=1e-4, atol=1e-4)
