@@ -27,6 +27,7 @@ LAYERS = [
     {"compression"},
     {"api"},
     {"adapting", "narrowing", "quickstart", "streaming", "training"},
+    {"finetuning"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -17,6 +17,7 @@ from .api import calibrate, compress, export, fold, inspect
 from .core.errors import CalibrationError
 from .core.report import Report
 from .core.surgery import StructuredLinear
+from .finetuning import finetune
 from .models import evaluate, load, save
 from .models.quantizer import register_when_ready
 from .narrowing import narrow
@@ -38,6 +39,7 @@ __all__ = [
     "evaluate",
     "export",
     "exporters",
+    "finetune",
     "fold",
     "heal",
     "initialise",

@@ -59,6 +59,7 @@ class Plan:
         patience: stop after so many looks without a better one; None never stops early.
         seed: of the order of the data, and of dropout.
         rate: share of the learning rate where a share of the run is done.
+        last: the numbers of the last look remain, not the best ones.
         clip: the longest gradient, over all parameters, in the 2-norm; longer ones are shortened.
         autocast: run the model in this type; the trained numbers keep theirs.
     """
@@ -71,6 +72,7 @@ class Plan:
     patience: int | None = 4
     seed: int = 0
     rate: Callable[[float], float] = field(default_factory=Linear)
+    last: bool = False
     clip: float | None = None
     autocast: torch.dtype | None = None
 
@@ -105,12 +107,12 @@ class Run:
 
     Args:
         model: what is trained, in place.
-        trained: the parameters that change, by name.
+        trained: the parameters that change, by their names in the model.
         optimizer: over these; its learning rates are the largest ones, scaled along the run.
         plan: budgets and sizes.
         mode: makes the context in which steps are taken, such as evaluation mode.
         word: what errors call that which is lowered.
-        buffers: other tensors that change with the parameters, by name.
+        buffers: names of other tensors of the model's state that change with the parameters.
         followers: what else goes into a checkpoint, by name.
         identity: names the task; a checkpoint of another one is refused.
         file: where the checkpoint is kept, or None.
@@ -129,7 +131,7 @@ class Run:
         mode: Callable[[], AbstractContextManager[None]],
         *,
         word: str = "loss",
-        buffers: Mapping[str, Tensor] | None = None,
+        buffers: Sequence[str] = (),
         followers: Mapping[str, Follower] | None = None,
         identity: str = "",
         file: Path | None = None,
@@ -137,7 +139,7 @@ class Run:
     ) -> None:
         self.model, self.trained, self.optimizer, self.plan = model, dict(trained), optimizer, plan
         self.mode, self.word, self.identity, self.file = mode, word, identity, file
-        self.kept: dict[str, Tensor] = {**self.trained, **(buffers or {})}
+        self.buffers = tuple(buffers)
         self.stateful: dict[str, Any] = {"optimizer": optimizer, **(followers or {})}
         self.started = time.perf_counter() if started is None else started
         self.generator = Generator().manual_seed(plan.seed)
@@ -154,7 +156,7 @@ class Run:
     def run(self, train: Sequence[Piece], held: Sequence[Piece]) -> str:
         """Train until the budget is spent or nothing gets better; the model then holds the best numbers seen.
 
-        That is so after an interrupt or an error, too.
+        That is so after an interrupt or an error, too; with ``last`` they are those of the last look.
 
         Args:
             train: what to train on.
@@ -261,9 +263,9 @@ class Run:
             raise ValueError(f"the {self.word} is not finite before the first step.")
         row = {"step": p.step, "seconds": round(self._seconds(), 1), "rows": p.rows, "train": train}
         p.history.append({**row, "held_out": held if held < float("inf") else None})
-        p.stale += 1
-        if held < p.best:
-            p.best, p.best_step, p.stale, self.best = held, p.step, 0, self._copy()
+        p.stale = 0 if held < p.best else p.stale + 1
+        if held < p.best or (self.plan.last and held < float("inf")):
+            p.best, p.best_step, self.best = held, p.step, self._copy()
 
     @contextmanager
     def _randomness(self) -> Iterator[None]:
@@ -278,12 +280,17 @@ class Run:
                     torch.cuda.set_rng_state(self.random["cuda"], self.device)
             yield
 
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return what changes, as the model holds it now: others may put new tensors in place of buffers."""
+        state = self.model.state_dict(keep_vars=True) if self.buffers else {}
+        return {**self.trained, **{name: state[name] for name in self.buffers}}
+
     def _copy(self) -> dict[str, Tensor]:
-        return {name: tensor.detach().clone() for name, tensor in self.kept.items()}
+        return {name: tensor.detach().clone() for name, tensor in self._tensors().items()}
 
     def _put(self, values: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
-            for name, tensor in self.kept.items():
+            for name, tensor in self._tensors().items():
                 tensor.copy_(values[name])
 
     def _save(self) -> None:
@@ -317,7 +324,7 @@ class Run:
         self.progress = Progress(**tree["progress"])
         self.generator.set_state(tree["generator"])
         self.random = tree["random"]
-        self.best = {name: value.to(self.kept[name].device) for name, value in tree["best"].items()}
+        self.best = {name: value.to(self.device) for name, value in tree["best"].items()}
         for name, each in self.stateful.items():
             each.load_state_dict(tree["stateful"][name])
         self._put(tree["trained"])
