@@ -123,7 +123,6 @@ def finetune(
     file = None if checkpoint is None else Path(checkpoint) / CHECKPOINT
     identity = ""
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
         identity = _identity(model, plan, optimizer, loss, [*trained, *buffers], batches, held)
     mode = functools.partial(_training, model)
     with in_float32(list(trained.values())), _checkpointing(model, gradient_checkpointing):
@@ -264,8 +263,8 @@ def _training(model: nn.Module) -> Iterator[None]:
 
 @runtime_checkable
 class _Checkpoints(Protocol):
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any]) -> None: ...
-    def gradient_checkpointing_disable(self) -> None: ...
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict[str, Any]) -> None: ...
+    def activation_checkpointing_disable(self) -> None: ...
 
 
 @contextmanager
@@ -276,13 +275,13 @@ def _checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
         return
     if not isinstance(model, _Checkpoints):
         raise ValueError(
-            f"{type(model).__name__} has no gradient_checkpointing_enable; leave gradient_checkpointing out."
+            f"{type(model).__name__} has no activation_checkpointing_enable; leave gradient_checkpointing out."
         )
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     try:
         yield
     finally:
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
 
 
 def _memory(

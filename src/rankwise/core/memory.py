@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,8 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int | None:
             shape.grad = torch.empty_like(shape)
         groups.append({**group, "params": shapes})
     try:
-        probe = type(optimizer)(groups)
+        make: Any = type(optimizer)
+        probe = make(groups)
         probe.step()
     except (NotImplementedError, RuntimeError, TypeError):  # it asks for values, or for other arguments
         return None
@@ -89,5 +91,5 @@ def _watching(note: Callable[[Tensor], object]) -> Iterator[None]:
         yield
 
 
-def _place(tensor: Tensor) -> tuple[int, int, int]:
+def _place(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.numel()

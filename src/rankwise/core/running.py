@@ -307,6 +307,7 @@ class Run:
             "best": self.best,
             "stateful": {name: each.state_dict() for name, each in self.stateful.items()},
         }
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         save_tree(tree, self.file)
 
     def _restore(self) -> None:
