@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -102,12 +102,18 @@ def budget_words(keep: float, of: Unit, order: Sequential | None) -> str:
 
 
 def described(method: Adapter | Compressor | Preconditioner) -> dict[str, Any]:
-    """Return the name and the fields of a method as JSON data; a method may hold others."""
-    values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}  # pyright: ignore[reportArgumentType]
-    return {"name": type(method).__name__} | {
-        name: [described(part) for part in value] if isinstance(value, tuple) else value
-        for name, value in values.items()
-    }
+    """Return the name and the fields of a method as JSON data; a method may hold others, and functions."""
+    fields: Any = dataclasses.fields(method)  # pyright: ignore[reportArgumentType]
+    return {"name": type(method).__name__} | {field.name: _data(getattr(method, field.name)) for field in fields}
+
+
+def _data(value: Any) -> Any:
+    """Return a field of a method as JSON data."""
+    if isinstance(value, tuple):
+        return [_data(part) for part in value]
+    if dataclasses.is_dataclass(value):
+        return described(cast(Any, value))
+    return value.__name__ if callable(value) else value
 
 
 def report_of(

@@ -105,9 +105,9 @@ def describe(kind: type) -> list[str]:
 
 
 def settable(kind: type) -> list[dataclasses.Field]:
-    """Return the fields of a dataclass that have a form in words: all but those that hold other methods."""
+    """Return the fields of a dataclass that have a form in words: not functions, nor several methods."""
     hints = get_type_hints(kind)
-    return [field for field in dataclasses.fields(kind) if get_origin(hints[field.name]) is not tuple]
+    return [field for field in dataclasses.fields(kind) if get_origin(hints[field.name]) not in (tuple, Callable)]
 
 
 def parse(kind: Any, text: str) -> Any:
