@@ -60,8 +60,8 @@ def test_an_adapter_is_trained_and_reported(folder, data, tmp_path, saved_adapte
     assert found["training"]["memory"]["gradients"] == 4 * found["trained"] == 4 * found["training"]["trained"]
     assert f"{held['before']:.4f} -> {held['after']:.4f} nats a label in 12 steps" in result.stdout
     assert "model.layers.0.self_attn.q_proj" in result.stdout
-    assert "memory      weights" in result.stderr
-    assert "whole process, measured" in result.stderr
+    assert "predicted   weights" in result.stderr
+    assert "measured    rise" in result.stderr
     assert "<svg" in page.read_text() or "<table" in page.read_text()
     assert (out / "adapter").read_text() == "rankwise"
     assert not (tmp_path / "out.partial").exists()

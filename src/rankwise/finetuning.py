@@ -16,7 +16,15 @@ from .core.data import batches_of, digest_of_batches, parted
 from .core.fingerprint import digest_of
 from .core.healing import output_of
 from .core.labels import Labels, count_given, given
-from .core.memory import activation_bytes, gradient_bytes, held_bytes, optimizer_bytes, peak_memory_bytes
+from .core.memory import (
+    activation_bytes,
+    gradient_bytes,
+    held_bytes,
+    memory_bytes,
+    optimizer_bytes,
+    peak_memory_bytes,
+    reset_peak_memory,
+)
 from .core.rates import Cosine
 from .core.report import Report
 from .core.running import Follower, Piece, Plan, Run, in_float32
@@ -83,7 +91,8 @@ def finetune(
         a row for each look: step, seconds, labels seen, mean loss while training and on what judges. Totals say
         both before and after, what trains, and ``memory`` in bytes: ``weights``, ``gradients`` and ``optimizer``
         by count; ``activations`` that the largest batch keeps for the backward pass, measured, without what is
-        needed for a moment only; their sum ``predicted``; and ``peak``, measured, of the whole process.
+        needed for a moment only; their sum ``predicted``; and, measured, the ``peak`` of the whole process while
+        training and its ``rise`` above what was there before, None where the system does not tell.
 
     Raises:
         ValueError: if an argument is wrong, nothing trains, there are no labels, numbers are not finite, or the
@@ -140,7 +149,9 @@ def finetune(
             identity=identity,
             file=file,
         )
+        rising, before = reset_peak_memory(run.device), memory_bytes(run.device)
         reason = run.run(pieces, judges)
+    peak = peak_memory_bytes(run.device)
     progress = run.progress
     first = progress.history[0]["held_out"]
     totals = {
@@ -153,7 +164,7 @@ def finetune(
         "stopped": reason,
         "trained": sum(p.numel() for p in trained.values()),
         "seconds": progress.history[-1]["seconds"],
-        "memory": {**memory, "peak": peak_memory_bytes(run.device)},
+        "memory": {**memory, "peak": peak, "rise": max(peak - before, 0) if rising else None},
     }
     change = f"{first:.4f} -> {progress.best:.4f} nats a label"
     return Report(f"held-out loss {change} in {progress.step} steps; {reason}", progress.history, "looks", totals)

@@ -113,14 +113,15 @@ def adapt(
             autocast=torch.bfloat16 if network.dtype in (torch.bfloat16, torch.float16) else None,
             gradient_checkpointing=gradient_checkpointing,
             checkpoint=state,
-            notify=lambda memory: say(f"memory      {_in_words(memory)}"),
+            notify=lambda memory: say(f"predicted   {_in_words(memory)}"),
             seed=seed,
         )
     except KeyboardInterrupt:
         if state is not None and state.exists():
             say(f"stopped; the last checkpoint is in {state}, and the same command with --resume goes on from it")
         raise
-    say(f"memory      {_in_words({'peak': trained.totals['memory']['peak']})} of the whole process, measured")
+    measured = {name: trained.totals["memory"][name] for name in ("rise", "peak")}
+    say(f"measured    {_in_words(measured)} of the whole process")
     after = task.figures(network)
     if out is not None:
         say(f"saving to {out}")

@@ -31,6 +31,32 @@ def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
     return peak if sys.platform == "darwin" else 1024 * peak  # kilobytes, but bytes on macOS
 
 
+def memory_bytes(device: torch.device | str = "cpu") -> int:
+    """Return the memory that the process holds now, in the sense of :func:`peak_memory_bytes`.
+
+    >>> memory_bytes() > 0
+    True
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    import psutil  # accelerate brings it
+
+    return psutil.Process().memory_info().rss
+
+
+def reset_peak_memory(device: torch.device | str = "cpu") -> bool:
+    """Have :func:`peak_memory_bytes` count from now on; returns whether the system allows that."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")
+    except OSError:
+        return False  # not Linux, or not allowed
+    return True
+
+
 def held_bytes(model: nn.Module) -> int:
     """Count the bytes of all parameters and buffers, shared ones once."""
     tensors = [*model.parameters(), *model.buffers()]

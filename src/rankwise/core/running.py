@@ -326,9 +326,9 @@ class Run:
         self.generator.set_state(tree["generator"])
         self.random = tree["random"]
         self.best = {name: value.to(self.device) for name, value in tree["best"].items()}
-        for name, each in self.stateful.items():
-            each.load_state_dict(tree["stateful"][name])
         self._put(tree["trained"])
+        for name, each in self.stateful.items():  # the optimiser first
+            each.load_state_dict(tree["stateful"][name])
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from .causal import generate
 from .evaluate import evaluate, sizes
+from .examples import read_examples
 from .load import load, load_tokenizer
+from .packing import packed
 from .sampling import sample
 from .save import forget, predicted_bytes, save
 from .speed import speed
@@ -15,7 +17,9 @@ __all__ = [
     "generate",
     "load",
     "load_tokenizer",
+    "packed",
     "predicted_bytes",
+    "read_examples",
     "read_text",
     "sample",
     "save",
