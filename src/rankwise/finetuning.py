@@ -116,7 +116,6 @@ def finetune(
     steps = steps or math.ceil(len(pieces) / accumulate)
     buffers = _buffers(model, trained)
     optimizer = optimizer or torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0)
-    followers = _followers(model, optimizer, steps)
     plan = Plan(
         seconds=math.inf,
         steps=steps,
@@ -125,7 +124,6 @@ def finetune(
         patience=patience,
         seed=seed,
         rate=rate or Cosine(),
-        last=bool(followers),
         clip=clip,
         autocast=autocast,
     )
@@ -134,7 +132,11 @@ def finetune(
     if file is not None:
         identity = _identity(model, plan, optimizer, loss, [*trained, *buffers], batches, held)
     mode = functools.partial(_training, model)
-    with in_float32(list(trained.values())), _checkpointing(model, gradient_checkpointing):
+    with (
+        in_float32(list(trained.values())),
+        _checkpointing(model, gradient_checkpointing),
+        _following(model, optimizer, steps) as followers,
+    ):
         memory = _memory(model, mode, optimizer, max(pieces, key=lambda piece: piece.size))
         if notify is not None:
             notify(memory)
@@ -142,7 +144,7 @@ def finetune(
             model,
             trained,
             optimizer,
-            plan,
+            dataclasses.replace(plan, last=bool(followers)),
             mode,
             buffers=buffers,
             followers=followers,
@@ -235,9 +237,10 @@ def _check(
         )
 
 
-def _followers(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> dict[str, Follower]:
-    """Make what must act around the optimiser's steps; its state goes into checkpoints."""
-    return {}
+@contextmanager
+def _following(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Iterator[dict[str, Follower]]:
+    """Let what must act around the optimiser's steps do so; its state goes into checkpoints."""
+    yield {}
 
 
 def _buffers(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> list[str]:
