@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import llama
+from tiny import WORDS, saved
 from typer.testing import CliRunner, Result
 
 from rankwise import Report, __version__, compressors
@@ -14,8 +14,6 @@ from rankwise.cli import app
 from rankwise.cli.files import Text
 from rankwise.cli.work import cut
 from rankwise.quickstart import quickstart
-
-WORDS = [f"{a}{b}{c}" for a in "abcde" for b in "aeiou" for c in "nrst"]
 
 
 @pytest.fixture(autouse=True)
@@ -27,19 +25,7 @@ def cache(tmp_path_factory, monkeypatch):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A Llama of two layers with a tokenizer of whole words, saved by plain transformers."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<s>", "</s>", "<unk>", *WORDS]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    path = tmp_path_factory.mktemp("tiny")
-    ends = {"bos_token_id": 0, "eos_token_id": 1}
-    llama(vocab_size=len(words), initializer_range=0.3, **ends).save_pretrained(path)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(path)
-    return path
+    return saved(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

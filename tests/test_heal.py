@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import rankwise
 from rankwise import CalibrationError, preconditioners
 from rankwise.compressors import Gptq, GptqPlusLowRank, KroneckerFactoredSvd, OrthogonalDictionary, PlainSvd
-from rankwise.core import healing
+from rankwise.core import running
 from rankwise.core.surgery import StructuredLinear, structured
 from rankwise.core.targets import Probabilities, target_of
 from rankwise.matrices import LowRank
@@ -104,18 +104,18 @@ def test_an_interrupted_run_goes_on_bit_by_bit(tmp_path, monkeypatch, method, st
     whole, dense = pair()
     fresh = copy.deepcopy(whole)
     expected = heal(whole, dense, method=method, checkpoint=tmp_path / "whole")
-    step, calls = healing.Healing._step, itertools.count(1)
+    step, calls = running.Run._step, itertools.count(1)
 
     def interrupted(self):
         if next(calls) == stop:
             raise KeyboardInterrupt
         return step(self)
 
-    monkeypatch.setattr(healing.Healing, "_step", interrupted)
+    monkeypatch.setattr(running.Run, "_step", interrupted)
     first = copy.deepcopy(fresh)
     with pytest.raises(KeyboardInterrupt):
         heal(first, dense, method=method, checkpoint=tmp_path / "halves")
-    monkeypatch.setattr(healing.Healing, "_step", step)
+    monkeypatch.setattr(running.Run, "_step", step)
     shutil.copytree(tmp_path / "halves", tmp_path / "copy")
     for model, folder in ((fresh, "halves"), (first, "copy")):  # a new process, and the interrupted one
         report = heal(model, dense, method=method, checkpoint=tmp_path / folder)
@@ -140,7 +140,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
 
 def test_the_time_budget_ends_the_run_and_counts_what_was_spent_before(tmp_path, monkeypatch):
     ticks = itertools.count()
-    monkeypatch.setattr(healing.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(running.time, "perf_counter", lambda: float(next(ticks)))
     small, dense = pair()
     call = {"steps": None, "budget": 100.0, "patience": 100, "checkpoint": tmp_path}
     report = heal(small, dense, **call)

@@ -29,6 +29,7 @@ LAYERS = [
     {"api"},
     {"adapting", "narrowing", "quickstart", "streaming", "training"},
     {"checking", "following"},
+    {"finetuning"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -1,5 +1,6 @@
 """The small random language models that tests of whole models use, and data for them."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,3 +36,26 @@ def padded() -> list[Any]:
     mask = torch.ones(12, 20, dtype=torch.long)
     mask[::3, 13:] = 0
     return [{"input_ids": i, "attention_mask": m} for i, m in zip(ids().split(6), mask.split(6), strict=True)]
+
+
+WORDS = [f"{a}{b}{c}" for a in "abcde" for b in "aeiou" for c in "nrst"]
+
+
+def worded() -> Any:
+    """A tokenizer of whole words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(["<s>", "</s>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends)
+
+
+def saved(path: Path) -> Path:
+    """A Llama of two layers with a tokenizer of whole words, saved by plain transformers."""
+    ends = {"bos_token_id": 0, "eos_token_id": 1}
+    llama(vocab_size=len(WORDS) + 3, initializer_range=0.3, **ends).save_pretrained(path)
+    worded().save_pretrained(path)
+    return path

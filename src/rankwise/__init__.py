@@ -21,6 +21,7 @@ from .core.report import Report
 from .core.surgery import StructuredLinear
 from .following import finish, follow
 from .models import evaluate, load, load_adapter, save
+from .finetuning import finetune
 from .models.quantizer import register_when_ready
 from .narrowing import narrow
 from .streaming import compress_folder
@@ -43,6 +44,7 @@ __all__ = [
     "export",
     "exporters",
     "finish",
+    "finetune",
     "fold",
     "follow",
     "heal",

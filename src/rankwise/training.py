@@ -1,6 +1,7 @@
 """The verbs that train, or prepare for it: each selects matrices, changes them in place, and returns a report."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,17 +12,16 @@ from torch import Generator, Tensor, nn
 
 from .api import calibrate, sampled
 from .compression import described
-from .core.data import batches_of
-from .core.errors import CalibrationError
-from .core.fingerprint import digest_of, fingerprint
-from .core.healing import Healing, Plan, in_float32
+from .core.data import batches_of, digest_of_batches, parted
+from .core.fingerprint import fingerprint
+from .core.healing import likenesses, still
 from .core.memory import peak_memory_bytes
 from .core.methods import Preconditioner, Start
 from .core.progress import track
 from .core.report import Report
+from .core.running import Plan, Run, in_float32
 from .core.statistics import Batch, Statistics
 from .core.surgery import StructuredLinear, Where, replace, select, structured
-from .core.watch import call_of
 from .matrices import LowRank, PivotedLowRank
 from .preconditioners import KroneckerFactored
 
@@ -99,7 +99,7 @@ def heal(
         data = sampled(reference, data, tokens, window, seed)
     start = time.perf_counter()
     batches = portions([data], window) if isinstance(data, Tensor) else batches_of(data)
-    train, held = _parted(batches, held_out, seed)
+    train, held = parted(batches, held_out, seed)
     if statistics is None:
         statistics = Statistics({}, 0.0, 0)
         if method.needs:
@@ -122,21 +122,28 @@ def heal(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     specs = {name: matrix.spec() for name, matrix in matrices.items()}
-    identity = [described(method), dataclasses.asdict(plan), specs, list(chosen), held_out, _digest(batches)]
-    with in_float32(model):
-        healing = Healing(
+    identity = [
+        described(method),
+        dataclasses.asdict(plan),
+        specs,
+        list(chosen),
+        held_out,
+        digest_of_batches(batches),
+    ]
+    numbers = trained | chosen
+    with in_float32(list(model.parameters())):
+        healing = Run(
             model,
-            reference,
-            trained | chosen,
+            numbers,
             method.optimizer(matrices, biases, others, statistics),
-            train,
-            held,
             plan,
+            functools.partial(still, model, numbers),
+            word="divergence",
             identity=f"{identity} {'' if folder is None else fingerprint(reference)}",
-            folder=folder,
+            file=None if folder is None else folder / "healing.safetensors",
             started=start,
         )
-        reason = healing.run()
+        reason = healing.run(*(likenesses(reference, part, autocast) for part in (train, held)))
     progress = healing.progress
     first = progress.history[0]["held_out"]
     totals = {
@@ -246,22 +253,3 @@ def portions(texts: Sequence[Tensor], window: int) -> list[Batch]:
     """Cut texts of token ids into batches to heal with: at most 1024 tokens each, and about twenty or more."""
     together = min(1024, sum(ids.numel() for ids in texts) // 20)
     return [batch for ids in texts for batch in batches_of(ids, window=window, tokens=together)]
-
-
-def _parted(batches: Sequence[Batch], share: float, seed: int) -> tuple[list[Batch], list[Batch]]:
-    """Keep a share of the batches aside, a few at most and one at least, chosen at random."""
-    if len(batches) < 2:
-        raise CalibrationError(
-            "healing needs two batches or more, one of them to judge by; give more data, or a shorter window."
-        )
-    order = torch.randperm(len(batches), generator=Generator().manual_seed(seed)).tolist()
-    aside = set(order[: min(max(round(share * len(batches)), 1), len(batches) - 1, MOST_ASIDE)])
-    parts = [batch for i, batch in enumerate(batches) if i not in aside]
-    return parts, [batches[i] for i in sorted(aside)]
-
-
-def _digest(batches: Sequence[Batch]) -> str:
-    """Hash the tensors of batches."""
-    arguments = [call_of(batch, torch.device("cpu")) for batch in batches]
-    values = {f"{i} {k}": v for i, (a, o) in enumerate(arguments) for k, v in [*enumerate(a), *o.items()]}
-    return digest_of({key: value for key, value in values.items() if isinstance(value, Tensor)})

@@ -1,5 +1,6 @@
-"""The command line: ``rankwise compress | evaluate | export | inspect | list | narrow | quickstart``."""
+"""The command line: ``rankwise adapt | compress | evaluate | export | inspect | list | narrow | quickstart``."""
 
+from .adapt import adapt
 from .app import app, main
 from .compress import compress
 from .evaluate import evaluate
@@ -9,4 +10,4 @@ from .listing import methods
 from .narrow import narrow
 from .start import quickstart
 
-__all__ = ["app", "compress", "evaluate", "export", "inspect", "main", "methods", "narrow", "quickstart"]
+__all__ = ["adapt", "app", "compress", "evaluate", "export", "inspect", "main", "methods", "narrow", "quickstart"]

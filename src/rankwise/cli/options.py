@@ -9,7 +9,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torch import nn
 
+from .. import initialisers, rank_rules
+from ..core.methods import Initialiser, RankRule
 from ..core.surgery import Where
+
+PARTS: dict[type, types.ModuleType] = {Initialiser: initialisers, RankRule: rank_rules}
+"""Kinds of methods that are fields of other methods, and where they are."""
 
 
 def command_name(name: str) -> str:
@@ -67,7 +72,7 @@ def build(kind: type, settings: Sequence[str]) -> Any:
     """Make a method from ``field=value`` words.
 
     Args:
-        kind: a dataclass whose fields are of type bool, int, float, str or Literal.
+        kind: a dataclass whose fields are of type bool, int, float, str or Literal, or hold a method of PARTS.
         settings: each field at most once.
 
     Raises:
@@ -96,17 +101,13 @@ def build(kind: type, settings: Sequence[str]) -> Any:
 def describe(kind: type) -> list[str]:
     """Return ``name: type = default`` for each field of a dataclass."""
     hints = get_type_hints(kind)
-    return [
-        f"{field.name}: {_type_name(hints[field.name])}"
-        + ("" if field.default is dataclasses.MISSING else f" = {field.default}")
-        for field in settable(kind)
-    ]
+    return [f"{field.name}: {_type_name(hints[field.name])}{_default(field)}" for field in settable(kind)]
 
 
 def settable(kind: type) -> list[dataclasses.Field]:
-    """Return the fields of a dataclass that have a form in words: all but those that hold other methods."""
+    """Return the fields of a dataclass that have a form in words: not functions, nor several methods."""
     hints = get_type_hints(kind)
-    return [field for field in dataclasses.fields(kind) if get_origin(hints[field.name]) is not tuple]
+    return [field for field in dataclasses.fields(kind) if get_origin(hints[field.name]) not in (tuple, Callable)]
 
 
 def parse(kind: Any, text: str) -> Any:
@@ -126,6 +127,11 @@ def parse(kind: Any, text: str) -> Any:
             return None
         (inner,) = (option for option in get_args(kind) if option is not type(None))
         return parse(inner, text)
+    if kind in PARTS:
+        known = registry(PARTS[kind])
+        if text not in known:
+            raise ValueError(f"must be one of {', '.join(known)}, got {text!r}")
+        return known[text]()
     if kind is bool:
         words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
         if text.lower() not in words:
@@ -177,7 +183,17 @@ def at_least(flag: str, value: int | None, least: int) -> None:
         raise ValueError(f"{flag} must be at least {least}, got {value}.")
 
 
+def _default(field: dataclasses.Field) -> str:
+    if field.default_factory is not dataclasses.MISSING:
+        return f" = {command_name(type(field.default_factory()).__name__)}"
+    return "" if field.default is dataclasses.MISSING else f" = {field.default}"
+
+
 def _type_name(kind: Any) -> str:
+    if kind in PARTS:
+        return " | ".join(registry(PARTS[kind]))
+    if get_origin(kind) in (Union, types.UnionType):
+        return " | ".join("None" if each is type(None) else _type_name(each) for each in get_args(kind))
     if get_origin(kind) is Literal:
         return " | ".join(map(str, get_args(kind)))
     return kind.__name__ if isinstance(kind, type) else str(kind)

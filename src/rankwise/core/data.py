@@ -3,10 +3,12 @@
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from .errors import CalibrationError
+from .fingerprint import digest_of
 from .statistics import Batch
+from .watch import call_of
 
 
 def batches_of(data: Tensor | Iterable[Batch], *, window: int = 512, tokens: int = 2048) -> Sequence[Batch]:
@@ -47,3 +49,26 @@ def batches_of(data: Tensor | Iterable[Batch], *, window: int = 512, tokens: int
             run = []
         run.append(piece)
     return [*done, torch.stack(run)]
+
+
+def parted(batches: Sequence[Batch], share: float, seed: int) -> tuple[list[Batch], list[Batch]]:
+    """Keep a share of the batches aside, at least one, chosen at random; returns the rest and them.
+
+    Raises:
+        CalibrationError: if there are fewer than two.
+    """
+    if len(batches) < 2:
+        raise CalibrationError(
+            "training needs two batches or more, one of them to judge by; give more data, or a shorter window."
+        )
+    order = torch.randperm(len(batches), generator=Generator().manual_seed(seed)).tolist()
+    aside = set(order[: min(max(round(share * len(batches)), 1), len(batches) - 1)])
+    parts = [batch for i, batch in enumerate(batches) if i not in aside]
+    return parts, [batches[i] for i in sorted(aside)]
+
+
+def digest_of_batches(batches: Sequence[Batch]) -> str:
+    """Hash the tensors of batches."""
+    arguments = [call_of(batch, torch.device("cpu")) for batch in batches]
+    values = {f"{i} {k}": v for i, (a, o) in enumerate(arguments) for k, v in [*enumerate(a), *o.items()]}
+    return digest_of({key: value for key, value in values.items() if isinstance(value, Tensor)})

@@ -13,6 +13,8 @@ from torch.nn import functional
 
 from ..linalg import draw_categorical
 
+UNLABELLED = -100  # stands where a token has no label
+
 Labels = Callable[[Any, Any, Generator], Tensor]
 """(model output, batch, generator) -> loss, summed over tokens or samples."""
 
@@ -37,24 +39,37 @@ def given(output: Any, batch: Any, generator: Generator) -> Tensor:
     For sequences sampled from the model itself these are also labels drawn from the model.
     """
     logits = logits_of(output)
+    target = _targets(batch, logits.dim() == 3)
+    logits = logits[:, :-1] if logits.dim() == 3 else logits
+    return functional.cross_entropy(
+        logits.flatten(0, -2), target.flatten().to(logits.device), ignore_index=UNLABELLED, reduction="sum"
+    )
+
+
+def count_given(batch: Any) -> int:
+    """Count the labels that :func:`given` finds; ids or labels of shape (b, t) are of sequences."""
+    if isinstance(batch, Mapping):
+        sequences = batch["labels" if "labels" in batch else "input_ids"].dim() == 2
+    else:
+        sequences = isinstance(batch, Tensor) or (batch[0].dim() == 2 and not batch[0].is_floating_point())
+    return int((_targets(batch, sequences) != UNLABELLED).sum())
+
+
+def _targets(batch: Any, sequences: bool) -> Tensor:
+    """Return the labels of the data, of each token but the first where the logits are of sequences."""
     if isinstance(batch, Mapping) and "labels" in batch:
-        shift = logits.dim() == 3
-        target = batch["labels"][:, 1:] if shift else batch["labels"]
-        logits = logits[:, :-1] if shift else logits
-    elif logits.dim() == 3:
+        return batch["labels"][:, 1:] if sequences else batch["labels"]
+    if sequences:
         ids = (
             batch["input_ids"] if isinstance(batch, Mapping) else batch if isinstance(batch, Tensor) else batch[0]
         )
-        target, logits = ids[:, 1:], logits[:, :-1]
+        target = ids[:, 1:]
         if isinstance(batch, Mapping) and batch.get("attention_mask") is not None:
-            target = target.masked_fill(~batch["attention_mask"][:, 1:].bool(), -100)
-    elif isinstance(batch, Sequence):
-        target = batch[1]
-    else:
-        raise ValueError("labels of the data were asked for, but a batch has none: give (inputs, labels).")
-    return functional.cross_entropy(
-        logits.flatten(0, -2), target.flatten().to(logits.device), ignore_index=-100, reduction="sum"
-    )
+            target = target.masked_fill(~batch["attention_mask"][:, 1:].bool(), UNLABELLED)
+        return target
+    if isinstance(batch, Sequence):
+        return batch[1]
+    raise ValueError("labels of the data were asked for, but a batch has none: give (inputs, labels).")
 
 
 def gaussian(output: Any, batch: Any, generator: Generator) -> Tensor:

@@ -1,8 +1,12 @@
-"""How much memory the process has needed so far."""
+"""How much memory the process has needed so far, and what training will need."""
 
+import contextlib
 import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 
 def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
@@ -25,3 +29,93 @@ def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # kilobytes, but bytes on macOS
+
+
+def memory_bytes(device: torch.device | str = "cpu") -> int:
+    """Return the memory that the process holds now, in the sense of :func:`peak_memory_bytes`.
+
+    >>> memory_bytes() > 0
+    True
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    import psutil  # accelerate brings it
+
+    return psutil.Process().memory_info().rss
+
+
+def reset_peak_memory(device: torch.device | str = "cpu") -> bool:
+    """Have :func:`peak_memory_bytes` count from now on; returns whether the system allows that."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")
+    except OSError:
+        return False  # not Linux, or not allowed
+    return True
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Count the bytes of all parameters and buffers, shared ones once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({_place(tensor): tensor.nbytes for tensor in tensors}.values())
+
+
+def gradient_bytes(model: nn.Module) -> int:
+    """Count the bytes of the gradients of all parameters that train."""
+    return sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int | None:
+    """Count the bytes of what an optimiser will keep, by a step on parameters of the same shapes without values.
+
+    Returns:
+        the bytes, or None where such a step is not possible.
+
+    >>> weight = nn.Parameter(torch.zeros(10))
+    >>> optimizer_bytes(torch.optim.AdamW([weight])), optimizer_bytes(torch.optim.SGD([weight]))
+    (84, 0)
+    """
+    groups = []
+    for group in optimizer.param_groups:
+        shapes = [nn.Parameter(torch.empty_like(p, device="meta")) for p in group["params"]]
+        for shape in shapes:
+            shape.grad = torch.empty_like(shape)
+        groups.append({**group, "params": shapes})
+    try:
+        make: Any = type(optimizer)
+        probe = make(groups)
+        probe.step()
+    except (NotImplementedError, RuntimeError, TypeError):  # it asks for values, or for other arguments
+        return None
+    kept = [value for state in probe.state.values() for value in state.values()]
+    return sum(value.nbytes for value in kept if isinstance(value, Tensor))
+
+
+def activation_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
+    """Measure what one call keeps for the backward pass, the model's own tensors not counted.
+
+    What is only needed for a moment does not count, nor what checkpointing computes again.
+    """
+    own = {_place(tensor)[0] for tensor in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+    with _watching(lambda tensor: kept.setdefault(_place(tensor)[0], tensor.untyped_storage().nbytes())):
+        output = forward()  # alive until all is counted, so that no place is counted twice
+    del output
+    return sum(size for place, size in kept.items() if place not in own)
+
+
+@contextlib.contextmanager
+def _watching(note: Callable[[Tensor], object]) -> Iterator[None]:
+    def pack(tensor: Tensor) -> Tensor:
+        note(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.numel()

@@ -2,9 +2,11 @@
 
 from .causal import generate
 from .evaluate import evaluate, sizes
+from .examples import read_examples
 from .load import load, load_tokenizer
 from .load_adapter import load_adapter
 from .model_files import forget, predicted_bytes
+from .packing import packed
 from .sampling import sample
 from .save import save
 from .speed import speed
@@ -18,7 +20,9 @@ __all__ = [
     "load",
     "load_adapter",
     "load_tokenizer",
+    "packed",
     "predicted_bytes",
+    "read_examples",
     "read_text",
     "sample",
     "save",

@@ -1,0 +1,59 @@
+"""How the learning rate goes over a run."""
+
+import math
+from dataclasses import dataclass
+
+OFFSET = 1e-3  # of the run: the first step counts a little
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Up along a line, then down to zero along another.
+
+    Args:
+        warmup: share of the run that goes up.
+
+    >>> Linear(0.5)(0.25) < Linear(0.5)(0.5), Linear()(1.0)
+    (True, 0.0)
+    """
+
+    warmup: float = 0.05
+
+    def __post_init__(self) -> None:
+        _check(self.warmup)
+
+    def __call__(self, done: float) -> float:
+        """Return the share of the largest rate where a share of the run is done."""
+        return _up(done, self.warmup) * max(1 - done, 0.0)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Up along a line, then down to zero along half a cosine.
+
+    Args:
+        warmup: share of the run that goes up.
+
+    >>> round(Cosine(0.2)(0.6), 3), round(Cosine()(1.0), 3)
+    (0.5, 0.0)
+    """
+
+    warmup: float = 0.03
+
+    def __post_init__(self) -> None:
+        _check(self.warmup)
+
+    def __call__(self, done: float) -> float:
+        """Return the share of the largest rate where a share of the run is done."""
+        if done < self.warmup:
+            return _up(done, self.warmup)
+        return (1 + math.cos(math.pi * min((done - self.warmup) / (1 - self.warmup), 1.0))) / 2
+
+
+def _up(done: float, warmup: float) -> float:
+    return min(1.0, (done + OFFSET) / warmup) if warmup else 1.0
+
+
+def _check(warmup: float) -> None:
+    if not 0 <= warmup < 1:
+        raise ValueError(f"warmup must be >= 0 and < 1, got {warmup}.")

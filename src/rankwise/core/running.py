@@ -1,0 +1,344 @@
+"""Training some parameters of a model: budgets, held-out checks, exact resume."""
+
+import abc
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Generator, Tensor, nn
+
+from .checkpoint import load_tree, save_tree
+from .fingerprint import digest_of
+from .progress import gauge
+from .rates import Linear
+from .watch import frozen
+
+SKIPS = 3  # steps in a row whose gradients are not finite
+
+
+class Piece(abc.ABC):
+    """Some data, and what is lowered on it."""
+
+    @property
+    @abc.abstractmethod
+    def rows(self) -> int:
+        """How many rows (tokens, samples) count."""
+
+    @abc.abstractmethod
+    def loss(self, model: nn.Module) -> Tensor:
+        """Return what is lowered, summed over the rows."""
+
+
+class Follower(Protocol):
+    """What has a state that belongs into a checkpoint, such as a schedule that goes with the optimiser."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state: nested dictionaries and lists of tensors, numbers, strings and None."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Take a state."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How long to train, on how much at a time, and how often to look at the held-out data.
+
+    Args:
+        seconds: the time budget, everything counted; infinite only where ``steps`` is given.
+        steps: the largest number of steps, or None for as many as the time allows.
+        rows: tokens (rows, samples) a step.
+        pieces: take so many pieces of the data a step, instead of ``rows``.
+        every: steps between two looks at the held-out data, each followed by a checkpoint.
+        patience: stop after so many looks without a better one; None never stops early.
+        seed: of the order of the data, and of dropout.
+        rate: share of the learning rate where a share of the run is done.
+        last: the numbers of the last look remain, not the best ones.
+        clip: the longest gradient, over all parameters, in the 2-norm; longer ones are shortened.
+        autocast: run the model in this type; the trained numbers keep theirs.
+    """
+
+    seconds: float = 600.0
+    steps: int | None = None
+    rows: int = 4096
+    pieces: int | None = None
+    every: int = 4
+    patience: int | None = 4
+    seed: int = 0
+    rate: Callable[[float], float] = field(default_factory=Linear)
+    last: bool = False
+    clip: float | None = None
+    autocast: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if not self.seconds > 0 or (self.steps is None and self.seconds == float("inf")):
+            raise ValueError(f"the budget must be a positive number of seconds, got {self.seconds}.")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip must be positive or None, got {self.clip}.")
+        for name in ("steps", "rows", "pieces", "every", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}.")
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all of it is in a checkpoint."""
+
+    step: int = 0
+    seconds: float = 0.0
+    rows: int = 0
+    skipped: int = 0
+    stale: int = 0
+    best_step: int = 0
+    best: float = float("inf")
+    order: list[int] = field(default_factory=list)  # what is left of this pass over the data
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Run:
+    """One run: the model, what is trained of it, and how far it has come.
+
+    Args:
+        model: what is trained, in place.
+        trained: the parameters that change, by their names in the model.
+        optimizer: over these; its learning rates are the largest ones, scaled along the run.
+        plan: budgets and sizes.
+        mode: makes the context in which steps are taken, such as evaluation mode.
+        word: what errors call that which is lowered.
+        buffers: names of other tensors of the model's state that change with the parameters.
+        followers: what else goes into a checkpoint, by name.
+        identity: names the task; a checkpoint of another one is refused.
+        file: where the checkpoint is kept, or None.
+        started: ``time.perf_counter()`` when the budget began to run.
+
+    Raises:
+        ValueError: if a checkpoint is damaged or of another task.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trained: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        plan: Plan,
+        mode: Callable[[], AbstractContextManager[None]],
+        *,
+        word: str = "loss",
+        buffers: Sequence[str] = (),
+        followers: Mapping[str, Follower] | None = None,
+        identity: str = "",
+        file: Path | None = None,
+        started: float | None = None,
+    ) -> None:
+        self.model, self.trained, self.optimizer, self.plan = model, dict(trained), optimizer, plan
+        self.mode, self.word, self.identity, self.file = mode, word, identity, file
+        self.buffers = tuple(buffers)
+        self.stateful: dict[str, Any] = {"optimizer": optimizer, **(followers or {})}
+        self.started = time.perf_counter() if started is None else started
+        self.generator = Generator().manual_seed(plan.seed)
+        self.progress = Progress()
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.device = next(model.parameters()).device
+        self.random: dict[str, Tensor] | None = None  # of the generators that dropout draws from
+        self.train: Sequence[Piece] = ()
+        self.held: Sequence[Piece] = ()
+        self.best = self._copy()
+        self.start = digest_of(self.best)
+        self._restore()
+
+    def run(self, train: Sequence[Piece], held: Sequence[Piece]) -> str:
+        """Train until the budget is spent or nothing gets better; the model then holds the best numbers seen.
+
+        That is so after an interrupt or an error, too; with ``last`` they are those of the last look.
+
+        Args:
+            train: what to train on.
+            held: what to judge by; what is best there is what remains.
+
+        Returns:
+            why it stopped, in a few words.
+
+        Raises:
+            ValueError: if numbers are not finite.
+        """
+        self.train, self.held = train, held
+        try:
+            with self._randomness(), self.mode():
+                if not self.progress.history:
+                    self._look(train=None)
+                    self._save()
+                return self._loop()
+        finally:
+            self.optimizer.zero_grad()
+            self._put(self.best)
+
+    def _loop(self) -> str:
+        losses: list[float] = []
+        with gauge("training") as show:
+            while True:
+                done, p = self._done(), self.progress
+                show(done, f"step {p.step}, best {p.best:.4f} of {p.history[0]['held_out']:.4f} nats a row")
+                stale = self.plan.patience is not None and p.stale >= self.plan.patience
+                if done >= 1 or stale:
+                    if losses:
+                        self._look(sum(losses) / len(losses))
+                        self._save()
+                    return "the budget is spent" if done >= 1 else f"the held-out {self.word} stopped falling"
+                losses.append(self._step())
+                if p.step % self.plan.every == 0:
+                    self._look(sum(losses) / len(losses))
+                    losses.clear()
+                    self._save()
+
+    def _done(self) -> float:
+        """How much of the budget is spent."""
+        by_steps = 0.0 if self.plan.steps is None else self.progress.step / self.plan.steps
+        return max(by_steps, self._seconds() / self.plan.seconds)
+
+    def _seconds(self) -> float:
+        return self.progress.seconds + time.perf_counter() - self.started
+
+    def _rate(self) -> float:
+        """The share of the learning rate, along the steps, or else along the time."""
+        total = self.plan.steps
+        return self.plan.rate(
+            self._seconds() / self.plan.seconds if total is None else (self.progress.step - 1) / total
+        )
+
+    def _step(self) -> float:
+        """Take one step; returns the mean loss before it."""
+        chosen = self._draw()
+        rows = sum(self.train[i].rows for i in chosen)
+        self.optimizer.zero_grad()
+        loss = 0.0
+        for i in chosen:
+            mean = self.train[i].loss(self.model) / rows
+            mean.backward()
+            loss += float(mean.detach())
+        self.progress.step += 1
+        self.progress.rows += rows
+        gradients = [p.grad for p in self.trained.values() if p.grad is not None]
+        if not all(bool(g.isfinite().all()) for g in gradients) or not torch.tensor(loss).isfinite():
+            return self._skip(loss)
+        self.progress.skipped = 0
+        if self.plan.clip is not None:
+            nn.utils.clip_grad_norm_(self.trained.values(), self.plan.clip)
+        scale = self._rate()
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * scale
+        self.optimizer.step()
+        return loss
+
+    def _skip(self, loss: float) -> float:
+        self.progress.skipped += 1
+        at = f"step {self.progress.step}: the {self.word} ({loss}) or a gradient is not finite"
+        if self.progress.skipped >= SKIPS:
+            raise ValueError(f"{at}, for {SKIPS} steps in a row; lower the learning rate, or use float32.")
+        warnings.warn(f"{at}; the step is skipped.", RuntimeWarning, stacklevel=2)
+        return self.progress.best
+
+    def _draw(self) -> list[int]:
+        """Choose the pieces of a step: every piece once, in random order, then all again."""
+        chosen, rows, order = [], 0, self.progress.order
+        while rows < self.plan.rows if self.plan.pieces is None else len(chosen) < self.plan.pieces:
+            if not order:
+                order += torch.randperm(len(self.train), generator=self.generator).tolist()
+            chosen.append(order.pop(0))
+            rows += self.train[chosen[-1]].rows
+        return chosen
+
+    def _look(self, train: float | None) -> None:
+        """Judge the model by the held-out data, and keep it if it is the best so far."""
+        with frozen(self.model), torch.no_grad():
+            total = sum(float(piece.loss(self.model)) for piece in self.held)
+        p, held = self.progress, total / sum(piece.rows for piece in self.held)
+        if not p.history and not held < float("inf"):
+            raise ValueError(f"the {self.word} is not finite before the first step.")
+        row = {"step": p.step, "seconds": round(self._seconds(), 1), "rows": p.rows, "train": train}
+        p.history.append({**row, "held_out": held if held < float("inf") else None})
+        p.stale = 0 if held < p.best else p.stale + 1
+        if held < p.best or (self.plan.last and held < float("inf")):
+            p.best, p.best_step, self.best = held, p.step, self._copy()
+
+    @contextmanager
+    def _randomness(self) -> Iterator[None]:
+        """Let dropout draw as the seed says, or go on as in the checkpoint; others' random numbers stay."""
+        cuda = self.device.type == "cuda"
+        with torch.random.fork_rng(devices=[self.device] if cuda else []):
+            if self.random is None:
+                torch.manual_seed(self.plan.seed)
+            else:
+                torch.set_rng_state(self.random["cpu"])
+                if cuda:
+                    torch.cuda.set_rng_state(self.random["cuda"], self.device)
+            yield
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return what changes, as the model holds it now: others may put new tensors in place of buffers."""
+        state = self.model.state_dict(keep_vars=True) if self.buffers else {}
+        return {**self.trained, **{name: state[name] for name in self.buffers}}
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in self._tensors().items()}
+
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, tensor in self._tensors().items():
+                tensor.copy_(values[name])
+
+    def _save(self) -> None:
+        if self.file is None:
+            return
+        cuda = {"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}
+        tree = {
+            "identity": self.identity,
+            "start": self.start,
+            "progress": {**vars(self.progress), "seconds": self._seconds()},
+            "generator": self.generator.get_state(),
+            "random": {"cpu": torch.get_rng_state(), **cuda},
+            "trained": self._copy(),
+            "best": self.best,
+            "stateful": {name: each.state_dict() for name, each in self.stateful.items()},
+        }
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        save_tree(tree, self.file)
+
+    def _restore(self) -> None:
+        """Go on from the checkpoint, if there is one."""
+        if self.file is None or not self.file.exists():
+            return
+        tree = load_tree(self.file)
+        known = self.start in (tree["start"], digest_of(tree["best"]))
+        if tree["identity"] != self.identity or not known:
+            raise ValueError(
+                f"{self.file} is about another model, reference, data or setting; "
+                "give another folder, or remove it to start anew."
+            )
+        self.start = tree["start"]
+        self.progress = Progress(**tree["progress"])
+        self.generator.set_state(tree["generator"])
+        self.random = tree["random"]
+        self.best = {name: value.to(self.device) for name, value in tree["best"].items()}
+        self._put(tree["trained"])
+        for name, each in self.stateful.items():  # the optimiser first
+            each.load_state_dict(tree["stateful"][name])
+
+
+@contextmanager
+def in_float32(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Keep parameters in float32 where they are shorter; round them at the end."""
+    kinds = {p: p.dtype for p in parameters if p.dtype in (torch.bfloat16, torch.float16)}
+    try:
+        for parameter in kinds:
+            parameter.data = parameter.data.float()
+        yield
+    finally:
+        for parameter, kind in kinds.items():
+            parameter.data = parameter.data.to(kind)

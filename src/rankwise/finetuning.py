@@ -1,0 +1,331 @@
+"""The verb that trains what asks for gradients, such as adapters."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .core.data import batches_of, digest_of_batches, parted
+from .core.fingerprint import digest_of
+from .core.healing import output_of
+from .core.labels import Labels, count_given, given
+from .core.memory import (
+    activation_bytes,
+    gradient_bytes,
+    held_bytes,
+    memory_bytes,
+    optimizer_bytes,
+    peak_memory_bytes,
+    reset_peak_memory,
+)
+from .core.rates import Cosine
+from .core.report import Report
+from .core.running import Follower, Piece, Plan, Run, in_float32
+from .core.statistics import Batch
+from .core.surgery import structured
+from .matrices import Base
+
+CHECKPOINT = "training.safetensors"
+
+
+def finetune(
+    model: nn.Module,
+    data: Tensor | Iterable[Batch],
+    *,
+    held_out: float | Sequence[Batch] = 0.1,
+    optimizer: torch.optim.Optimizer | None = None,
+    lr: float = 5e-4,
+    loss: Labels = given,
+    steps: int | None = None,
+    accumulate: int = 1,
+    rate: Callable[[float], float] | None = None,
+    clip: float | None = 1.0,
+    every: int | None = None,
+    patience: int | None = None,
+    autocast: torch.dtype | None = None,
+    gradient_checkpointing: bool = False,
+    checkpoint: str | Path | None = None,
+    notify: Callable[[Mapping[str, int | None]], None] | None = None,
+    window: int = 512,
+    seed: int = 0,
+) -> Report:
+    """Train the parameters of a model that ask for gradients, in place, usually after :func:`adapt`.
+
+    Some data judges the model. What was best there remains, which is the start where nothing was better; that
+    holds after an interrupt or an error, too. Of adapters that change by a schedule the last numbers remain.
+    Dropout is on while training; frozen batch normalisations keep their statistics.
+
+    Args:
+        model: any module.
+        data: batches: token ids (b, t); mappings as the model takes them, whose ``labels`` are not handed to it;
+            or sequences of arguments, the last being the labels. Or token ids, (t,) or (b, t), to be cut.
+        held_out: share of the batches kept aside to judge by, in (0, 1), or other batches for that.
+        optimizer: over the trained parameters; its learning rates are the largest ones. None means AdamW without
+            weight decay.
+        lr: learning rate of that AdamW. The default, and that of ``rate``, are what EVA's authors used.
+        loss: (model output, batch, generator) -> loss, summed over the labels; by default the cross entropy with
+            the ``labels`` (-100 where there is none), else with the next tokens.
+        steps: how many; None means one pass over the data.
+        accumulate: batches of a step. Each label of a step counts the same, in whichever batch it is.
+        rate: share of the learning rate where a share of the run is done; None means
+            :class:`rankwise.core.rates.Cosine`.
+        clip: largest 2-norm of the gradient of all parameters, or None.
+        every: steps between two looks at what judges, each followed by a checkpoint; None means ten looks.
+        patience: stop after so many looks without a better one; None goes on to the end.
+        autocast: run the model in this type. Trained parameters in half precision are kept in float32 meanwhile,
+            and rounded at the end.
+        gradient_checkpointing: compute activations again instead of keeping them; transformers' models only.
+        checkpoint: a folder; the same call goes on from what is there, bit by bit.
+        notify: is called with the predicted memory before the first step.
+        window: length of the sequences that ids are cut into.
+        seed: of the order of the data, what is kept aside, and dropout.
+
+    Returns:
+        a row for each look: step, seconds, labels seen, mean loss while training and on what judges. Totals say
+        both before and after, what trains, and ``memory`` in bytes: ``weights``, ``gradients`` and ``optimizer``
+        by count; ``activations`` that the largest batch keeps for the backward pass, measured, without what is
+        needed for a moment only; their sum ``predicted``; and, measured, the ``peak`` of the whole process while
+        training and its ``rise`` above what was there before, None where the system does not tell.
+
+    Raises:
+        ValueError: if an argument is wrong, nothing trains, there are no labels, numbers are not finite, or the
+            checkpoint is of another task or damaged.
+        CalibrationError: if the data is empty.
+
+    >>> import torch, rankwise
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    >>> _ = rankwise.adapt(net, rankwise.adapters.Lora(rank=2))
+    >>> inputs = torch.randn(20, 16, 4, generator=generator)
+    >>> report = finetune(net, [(x, (x[:, 0] > 0).long()) for x in inputs], lr=0.05, steps=40)
+    >>> report.totals["held_out"]["after"] < report.totals["held_out"]["before"]
+    True
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    _check(trained, accumulate, held_out, autocast)
+    batches = batches_of(data, window=window)
+    train, held = (batches, [*held_out]) if isinstance(held_out, Sequence) else parted(batches, held_out, seed)
+    pieces, judges = ([Supervised(batch, loss, autocast) for batch in part] for part in (train, held))
+    steps = steps or math.ceil(len(pieces) / accumulate)
+    buffers = _buffers(model, trained)
+    optimizer = optimizer or torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0)
+    plan = Plan(
+        seconds=math.inf,
+        steps=steps,
+        pieces=accumulate,
+        every=every or max(1, steps // 10),
+        patience=patience,
+        seed=seed,
+        rate=rate or Cosine(),
+        clip=clip,
+        autocast=autocast,
+    )
+    file = None if checkpoint is None else Path(checkpoint) / CHECKPOINT
+    identity = ""
+    if file is not None:
+        identity = _identity(model, plan, optimizer, loss, [*trained, *buffers], batches, held)
+    mode = functools.partial(_training, model)
+    with (
+        in_float32(list(trained.values())),
+        _checkpointing(model, gradient_checkpointing),
+        _following(model, optimizer, steps) as followers,
+    ):
+        memory = _memory(model, mode, optimizer, max(pieces, key=lambda piece: piece.size))
+        if notify is not None:
+            notify(memory)
+        run = Run(
+            model,
+            trained,
+            optimizer,
+            dataclasses.replace(plan, last=bool(followers)),
+            mode,
+            buffers=buffers,
+            followers=followers,
+            identity=identity,
+            file=file,
+        )
+        rising, before = reset_peak_memory(run.device), memory_bytes(run.device)
+        reason = run.run(pieces, judges)
+    peak = peak_memory_bytes(run.device)
+    progress = run.progress
+    first = progress.history[0]["held_out"]
+    totals = {
+        "optimizer": type(optimizer).__name__,
+        "held_out": {"before": first, "after": progress.best},
+        "improved": progress.best < first,
+        "best_step": progress.best_step,
+        "steps": progress.step,
+        "rows": progress.rows,
+        "stopped": reason,
+        "trained": sum(p.numel() for p in trained.values()),
+        "seconds": progress.history[-1]["seconds"],
+        "memory": {**memory, "peak": peak, "rise": max(peak - before, 0) if rising else None},
+    }
+    change = f"{first:.4f} -> {progress.best:.4f} nats a label"
+    return Report(f"held-out loss {change} in {progress.step} steps; {reason}", progress.history, "looks", totals)
+
+
+class Supervised(Piece):
+    """A batch with labels.
+
+    Args:
+        batch: see :func:`finetune`.
+        loss: (model output, batch, generator) -> loss, summed over the labels.
+        autocast: run the model in this type.
+
+    Raises:
+        ValueError: if there is no label.
+    """
+
+    def __init__(self, batch: Batch, loss: Labels, autocast: torch.dtype | None) -> None:
+        self.batch, self.compute, self.autocast = batch, loss, autocast
+        self.count = count_given(batch)
+        if self.count == 0:
+            raise ValueError("a batch has no label that counts; leave it out.")
+
+    @property
+    def rows(self) -> int:
+        """How many labels there are."""
+        return self.count
+
+    @property
+    def size(self) -> int:
+        """How many numbers its largest tensor has."""
+        values = self.batch.values() if isinstance(self.batch, Mapping) else self.batch
+        return max(value.numel() for value in [self.batch, *values] if isinstance(value, Tensor))
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """Sum the loss over the labels."""
+        output = output_of(model, _unlabelled(self.batch), self.autocast)
+        return self.compute(output, self.batch, Generator())
+
+
+def _unlabelled(batch: Batch) -> Batch:
+    """Return what the model is given of a batch."""
+    if isinstance(batch, Tensor):
+        return batch
+    if isinstance(batch, Mapping):
+        return {key: value for key, value in batch.items() if key != "labels"}
+    return batch[:-1]
+
+
+def _check(
+    trained: Mapping[str, nn.Parameter],
+    accumulate: int,
+    held_out: float | Sequence[Batch],
+    autocast: torch.dtype | None,
+) -> None:
+    if not trained:
+        raise ValueError("no parameter of the model asks for gradients; call rankwise.adapt first.")
+    if accumulate < 1:
+        raise ValueError(f"accumulate must be >= 1, got {accumulate}.")
+    if not isinstance(held_out, Sequence) and not 0 < held_out < 1:
+        raise ValueError(f"held_out must be > 0 and < 1, or batches, got {held_out}.")
+    if isinstance(held_out, Sequence) and not held_out:
+        raise ValueError("held_out is empty; give at least one batch to judge by, or a share of the data.")
+    short = next((name for name, p in trained.items() if p.dtype in (torch.bfloat16, torch.float16)), None)
+    if short is not None and autocast is None:
+        raise ValueError(
+            f"{short} is in half precision, where small steps are lost; give autocast=torch.bfloat16."
+        )
+
+
+@contextmanager
+def _following(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Iterator[dict[str, Follower]]:
+    """Let what must act around the optimiser's steps do so; its state goes into checkpoints."""
+    yield {}
+
+
+def _buffers(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> list[str]:
+    """Name what else may change or must fit: the rest of adapters, and buffers beside trained parameters."""
+    names: dict[str, None] = {}
+    for name, layer in structured(model).items():
+        parts = list(layer.matrix.named_modules(remove_duplicate=False))
+        bases = tuple(f"{path}." for path, part in parts if isinstance(part, Base))
+        if bases:
+            names |= dict.fromkeys(
+                f"{name}.matrix.{k}" for k in layer.matrix.state_dict() if not k.startswith(bases)
+            )
+    for name, module in model.named_modules():
+        if any(p.requires_grad for p in module.parameters(recurse=False)):
+            kept = {key for key, _ in module.named_buffers(recurse=False)} - module._non_persistent_buffers_set
+            names |= dict.fromkeys(f"{name}.{key}".removeprefix(".") for key in sorted(kept))
+    return [name for name in names if name not in trained]
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """Put a model in training mode, but for batch normalisations that do not train, and put it back."""
+    before = {module: module.training for module in model.modules()}
+    try:
+        model.train()
+        for module in model.modules():
+            if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters()):
+                module.eval()
+        yield
+    finally:
+        for module, flag in before.items():
+            module.training = flag
+
+
+@runtime_checkable
+class _Checkpoints(Protocol):
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict[str, Any]) -> None: ...
+    def activation_checkpointing_disable(self) -> None: ...
+
+
+@contextmanager
+def _checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Let a model compute activations again in the backward pass instead of keeping them."""
+    if not wanted:
+        yield
+        return
+    if not isinstance(model, _Checkpoints):
+        raise ValueError(
+            f"{type(model).__name__} has no activation_checkpointing_enable; leave gradient_checkpointing out."
+        )
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        model.activation_checkpointing_disable()
+
+
+def _memory(
+    model: nn.Module, mode: Callable[[], Any], optimizer: torch.optim.Optimizer, piece: Supervised
+) -> dict[str, int | None]:
+    """Predict what training will hold."""
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), mode():
+        parts = {
+            "weights": held_bytes(model),
+            "gradients": gradient_bytes(model),
+            "optimizer": optimizer_bytes(optimizer),
+            "activations": activation_bytes(model, lambda: piece.loss(model)),
+        }
+    return {**parts, "predicted": sum(size or 0 for size in parts.values())}
+
+
+def _identity(
+    model: nn.Module,
+    plan: Plan,
+    optimizer: torch.optim.Optimizer,
+    loss: Labels,
+    names: Sequence[str],
+    *data: Sequence[Batch],
+) -> str:
+    """Say in words what a checkpoint is about."""
+    changing = set(names)
+    rest = {name: tensor for name, tensor in model.state_dict().items() if name not in changing}
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    settings = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
+    digests = [digest_of_batches(part) for part in data]
+    about = [type(optimizer).__name__, groups, settings, getattr(loss, "__qualname__", repr(loss)), *digests]
+    return f"{about} {digest_of(rest)}"

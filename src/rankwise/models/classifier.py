@@ -1,0 +1,122 @@
+"""Models that sort texts into classes: loading one, with a new head where it has none, and batches for it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, nn
+
+from .load import check_files, find, quiet, tokenizer_of
+
+
+def load_classifier(
+    source: str | Path, labels: Sequence[str], *, dtype: torch.dtype | None = None, seed: int = 0
+) -> tuple[Any, Any]:
+    """Load a model as a classifier, and its tokenizer.
+
+    A head of the checkpoint stays if it has as many outputs; otherwise there is a new one, drawn at random.
+
+    Args:
+        source: as in :func:`rankwise.load`, but no GGUF file.
+        labels: the classes; their order is that of the outputs of a new head.
+        dtype: of the weights; None keeps those of the checkpoint.
+        seed: of the new head.
+
+    Raises:
+        ValueError: if there is no such model, it has no tokenizer, or no classifier can be made of it.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    folder = find(source)
+    if folder.is_file():
+        raise ValueError(f"{source} is one GGUF file; a classifier needs a folder.")
+    check_files(folder)
+    tokenizer = tokenizer_of(folder)
+    if tokenizer is None:
+        raise ValueError(f"{source} has no tokenizer.")
+    config: Any = AutoConfig.from_pretrained(folder)
+    known = dict(getattr(config, "label2id", None) or {})
+    if not set(labels) <= set(known):
+        config.label2id = {label: i for i, label in enumerate(labels)}
+        config.id2label = {i: label for label, i in config.label2id.items()}
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if config.get_text_config().pad_token_id is None:
+        config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model, found = AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"{source} cannot be made a classifier: {' '.join(str(error).split())[:300]}"
+            ) from error
+    inside = [name for name in found["missing_keys"] if not is_head(model, name)]
+    if inside:
+        raise ValueError(f"{sorted(inside)[0]} is not in the checkpoint, as {len(inside)} tensors in all.")
+    return model.eval(), tokenizer
+
+
+def is_head(model: Any, name: str) -> bool:
+    """Whether a name is one of a classifier's head."""
+    return not name.startswith(f"{model.base_model_prefix}.")
+
+
+def labelled_batches(
+    examples: Sequence[tuple[str, str]],
+    model: Any,
+    tokenizer: Any,
+    *,
+    window: int = 512,
+    rows: int = 16,
+    seed: int | None = None,
+) -> list[dict[str, Any]]:
+    """Make padded batches of texts and labels.
+
+    Args:
+        examples: texts and labels.
+        model: from :func:`load_classifier`; its config numbers the labels.
+        tokenizer: of the model.
+        window: most tokens of a text; what is longer is cut off.
+        rows: texts of a batch.
+        seed: of the order of the texts; None keeps theirs.
+
+    Raises:
+        ValueError: if the model does not know a label.
+    """
+    numbers = {str(label): int(i) for label, i in model.config.label2id.items()}
+    unknown = sorted({label for _, label in examples} - set(numbers))
+    if unknown:
+        raise ValueError(f"label {unknown[0]!r} is none of {', '.join(numbers)}.")
+    order = range(len(examples))
+    if seed is not None:
+        order = torch.randperm(len(examples), generator=Generator().manual_seed(seed)).tolist()
+    batches = []
+    for low in range(0, len(examples), rows):
+        chosen = [examples[i] for i in order[low : low + rows]]
+        encoded = tokenizer(
+            [text for text, _ in chosen], padding=True, truncation=True, max_length=window, return_tensors="pt"
+        )
+        batches.append({**encoded, "labels": torch.tensor([numbers[label] for _, label in chosen])})
+    return batches
+
+
+def accuracy(model: nn.Module, batches: Sequence[dict[str, Any]]) -> float:
+    """Measure the share of texts that get their label."""
+    from .causal import evaluating
+
+    device, right, count = next(model.parameters()).device, 0, 0
+    with evaluating(model):
+        for batch in batches:
+            inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+            right += int((model(**inputs).logits.argmax(-1).cpu() == batch["labels"]).sum())
+            count += len(batch["labels"])
+    return right / count

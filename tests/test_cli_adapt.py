@@ -1,0 +1,197 @@
+"""``rankwise adapt`` on tiny models: figures, files, resume, classifiers, and one-line errors."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli import folder as folder
+from test_cli import refused, run
+from test_cli import text as text
+from tiny import WORDS
+
+from rankwise import models
+from rankwise.core import running
+
+PAIRS = [{"prompt": f"{a} ", "completion": f"{b} {a}"} for a, b in itertools.pairwise(WORDS)]
+
+
+@pytest.fixture(autouse=True)
+def saved_adapter(monkeypatch):
+    """Stand in for the file format."""
+    calls = []
+
+    def save(model, out, *, format):
+        calls.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
+        out.mkdir()
+        (out / "adapter").write_text(format)
+
+    monkeypatch.setattr(models, "save", save)
+    return calls
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    return lines(tmp_path / "pairs.jsonl", PAIRS)
+
+
+def lines(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def adapt(folder: Path, data: Path, *more: object):
+    sizes = ["--rank", 2, "--window", 32, "--batch", 2, "--steps", 4, "--lr", 0.02, "--calibration-tokens", 200]
+    return run("adapt", folder, "--data", data, *sizes, *more)
+
+
+@pytest.mark.parametrize("method", ["eva", "lora"])
+def test_an_adapter_is_trained_and_reported(folder, data, tmp_path, saved_adapter, method):
+    out, figures, page = tmp_path / "out", tmp_path / "figures.json", tmp_path / "page.html"
+    words = ["--method", method, "--steps", 12, "--out", out, "--json", figures, "--html", page]
+    result = adapt(folder, data, *words, "--set", "alpha=4", "--where", "q_proj|v_proj", "--also", "norm")
+    assert result.exit_code == 0, result.output
+    found = json.loads(figures.read_text())
+    assert found["method"]["alpha"] == 4.0
+    assert {layer["name"].rpartition(".")[2] for layer in found["layers"]} == {"q_proj", "v_proj"}
+    held = found["training"]["held_out"]
+    assert held["after"] < held["before"]
+    assert found["training"]["memory"]["gradients"] == 4 * found["trained"] == 4 * found["training"]["trained"]
+    assert f"{held['before']:.4f} -> {held['after']:.4f} nats a label in 12 steps" in result.stdout
+    assert "model.layers.0.self_attn.q_proj" in result.stdout
+    assert "predicted   weights" in result.stderr
+    assert "measured    rise" in result.stderr
+    assert "<svg" in page.read_text() or "<table" in page.read_text()
+    assert (out / "adapter").read_text() == "rankwise"
+    assert not (tmp_path / "out.partial").exists()
+    assert sum(tensor.numel() for tensor in saved_adapter[0].values()) == found["trained"]
+    assert any("norm" in name for name in saved_adapter[0])
+
+
+def test_text_is_judged_by_another_text(folder, text, data, tmp_path):
+    figures = tmp_path / "figures.json"
+    result = adapt(
+        folder, text, "--window", 40, "--eval", data, "--accumulate", 2, "--every", 1, "--json", figures
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(figures.read_text())["training"]
+    assert [row["step"] for row in found["looks"]] == [0, 1, 2, 3, 4]
+    assert found["rows"] == 4 * 2 * 2 * 39  # the first token of a window is not learned
+
+
+def test_one_pass_is_the_default(folder, data, tmp_path):
+    figures = tmp_path / "figures.json"
+    words = ["--window", 32, "--batch", 2, "--json", figures, "--method", "lora", "--epochs", 2]
+    result = run("adapt", folder, "--data", data, *words)
+    assert result.exit_code == 0, result.output
+    found = json.loads(figures.read_text())["training"]
+    learned = len(PAIRS) - round(0.1 * len(PAIRS))
+    assert found["rows"] == 2 * 3 * learned  # two words and the end, twice
+
+
+def test_a_stopped_run_goes_on(folder, data, tmp_path, monkeypatch, saved_adapter):
+    whole = adapt(folder, data, "--every", 1, "--out", tmp_path / "whole")
+    assert whole.exit_code == 0, whole.output
+    step, calls = running.Run._step, itertools.count(1)
+
+    def interrupted(self):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(running.Run, "_step", interrupted)
+    out = tmp_path / "out"
+    result = adapt(folder, data, "--every", 1, "--out", out)
+    assert result.exit_code == 130
+    assert "--resume goes on from it" in result.stderr
+    assert not out.exists()
+    assert (tmp_path / "out.partial").exists()
+    monkeypatch.setattr(running.Run, "_step", step)
+    refused(adapt(folder, data, "--every", 1, "--out", out), "out.partial", "--resume")
+    refused(adapt(folder, data, "--every", 1, "--out", out, "--lr", 0.1, "--resume"), "another model")
+    result = adapt(folder, data, "--every", 1, "--out", out, "--resume")
+    assert result.exit_code == 0, result.output
+    first, second = saved_adapter
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert not (tmp_path / "out.partial").exists()
+    assert "starts anew" in adapt(folder, data, "--out", tmp_path / "new", "--resume").stderr
+
+
+def test_a_classifier(folder, tmp_path, saved_adapter):
+    records = [{"text": f"{w} {'ban' if i % 2 else 'das'}", "label": i % 2} for i, w in enumerate(WORDS)]
+    data, figures = lines(tmp_path / "labels.jsonl", records), tmp_path / "figures.json"
+    words = ["--batch", 8, "--steps", 40, "--lr", 0.01, "--json", figures, "--out", tmp_path / "out"]
+    result = adapt(folder, data, *words)
+    assert result.exit_code == 0, result.output
+    found = json.loads(figures.read_text())
+    assert found["accuracy"]["after"] == 1.0
+    assert found["training"]["improved"]
+    assert saved_adapter[0]["score.weight"].shape == (2, 32)
+    assert "score" not in {layer["name"] for layer in found["layers"]}
+    other = lines(tmp_path / "other.jsonl", [{"text": "ban", "label": "new"}])
+    refused(adapt(folder, data, "--eval", other), "label 'new' is none of 0, 1")
+    one = lines(tmp_path / "one.jsonl", [{"text": "ban", "label": "new"}] * 3)
+    refused(adapt(folder, one), "one label only, 'new'")
+
+
+def test_half_precision_runs_under_autocast(folder, data, tmp_path, saved_adapter):
+    result = adapt(folder, data, "--dtype", "bfloat16", "--also", "norm", "--gradient-checkpointing")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--method", "lorra"], ["did you mean lora?"]),
+        (["--method", "lora", "--set", "start=svd"], ["--set start: must be one of", "singular-vectors"]),
+        (["--rank", 0], ["rank must be an integer >= 1, got 0"]),
+        (["--set", "rank=3"], ["rank is given twice"]),
+        (["--where", "nothing_like_it"], ["no layer was selected"]),
+        (["--also", "("], ["--also is not a regular expression"]),
+        (["--steps", 0], ["--steps must be at least 1"]),
+        (["--window", 1], ["--window must be at least 2"]),
+        (["--window", 4096], ["window 4096 is longer than the 2048 positions"]),
+        (["--lr", 0], ["--lr must be a positive number"]),
+        (["--eval", "missing.jsonl"], ["missing.jsonl", "does not exist"]),
+        (["--out", "missing/out"], ["--out", "does not exist"]),
+        (["--resume"], ["--resume needs --out"]),
+        (["--patience", 0], ["--patience must be at least 1"]),
+    ],
+)
+def test_wrong_words_are_named(folder, data, words, expected):
+    refused(adapt(folder, data, *words), *expected)
+
+
+def test_damaged_data_is_named(folder, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "ban"}\n{"text": ')
+    refused(adapt(folder, path), "data.jsonl, line 2 is no JSON")
+
+
+def test_methods_in_fields_are_set_by_name(folder, data, tmp_path):
+    figures = tmp_path / "figures.json"
+    words = ["--method", "lora", "--set", "start=singular-vectors", "--set", "ranks=explained-variance"]
+    result = adapt(folder, data, *words, "--json", figures)
+    assert result.exit_code == 0, result.output
+    found = json.loads(figures.read_text())
+    assert "SingularVectors" in json.dumps(found["method"])
+    assert len({layer["rank"] for layer in found["layers"]}) > 1
+    shown = run("list").stdout
+    assert "start: principal-inputs | singular-vectors | uniform = uniform" in shown
+    assert "ranks: explained-variance | None = None" in shown
+
+
+@pytest.mark.slow
+def test_the_embedded_model(tmp_path):
+    data, figures = tmp_path / "pairs.jsonl", tmp_path / "figures.json"
+    lines(data, [{"question": f"What is {i} plus {i}?", "answer": f"{2 * i}."} for i in range(20)])
+    words = ["--method", "lora", "--rank", 4, "--steps", 2, "--out", tmp_path / "out", "--json", figures]
+    result = run("adapt", "smollm2-135m", "--data", data, *words)
+    assert result.exit_code == 0, result.output
+    found = json.loads(figures.read_text())
+    assert found["training"]["steps"] == 2
+    assert found["training"]["improved"]
+    assert len(found["layers"]) == 210
+    assert (tmp_path / "out").is_dir()
