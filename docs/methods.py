@@ -10,7 +10,7 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 
-from rankwise import allocators, compressors, exporters, matrices, measures, preconditioners, starts
+from rankwise import allocators, compressors, exporters, matrices, measures, starts
 from rankwise.cli.options import command_name
 
 TARGET = Path(__file__).with_name("methods.md")
@@ -22,10 +22,6 @@ SECTIONS: dict[str, tuple[types.ModuleType, str]] = {
     "Allocators": (
         allocators,
         "`rankwise.compress(..., allocate=...)` and `rankwise compress --allocate NAME`.",
-    ),
-    "Preconditioners": (
-        preconditioners,
-        "`rankwise.heal(model, reference, method=...)` and `rankwise compress --heal TIME --heal-method NAME`.",
     ),
     "Starts": (starts, "`rankwise.initialise(model, start)`."),
     "Measures": (measures, "`rankwise.inspect(model)` and `rankwise inspect`."),
@@ -50,7 +46,7 @@ def page() -> str:
 def entry(name: str, value: object, package: types.ModuleType) -> Iterator[str]:
     """Yield the paragraphs about one exported name."""
     yield f"### {name}"
-    if package in (compressors, allocators, preconditioners, exporters):
+    if package in (compressors, allocators, exporters):
         yield f"On the command line: `{command_name(name)}`."
     yield from paragraphs(inspect.getdoc(value) or "")
     if inspect.isclass(value) and dataclasses.is_dataclass(value) and dataclasses.fields(value):

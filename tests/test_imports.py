@@ -16,7 +16,6 @@ LAYERS = [
         "measures",
         "compressors",
         "allocators",
-        "preconditioners",
         "starts",
         "models",
         "initialisers",

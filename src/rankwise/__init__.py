@@ -8,7 +8,6 @@ from . import (
     initialisers,
     matrices,
     measures,
-    preconditioners,
     rank_rules,
     schedules,
     starts,
@@ -19,9 +18,9 @@ from .checking import check_adapters
 from .core.errors import CalibrationError
 from .core.report import Report
 from .core.surgery import StructuredLinear
+from .finetuning import finetune
 from .following import finish, follow
 from .models import evaluate, load, load_adapter, save
-from .finetuning import finetune
 from .models.quantizer import register_when_ready
 from .narrowing import narrow
 from .streaming import compress_folder
@@ -43,8 +42,8 @@ __all__ = [
     "evaluate",
     "export",
     "exporters",
-    "finish",
     "finetune",
+    "finish",
     "fold",
     "follow",
     "heal",
@@ -56,7 +55,6 @@ __all__ = [
     "matrices",
     "measures",
     "narrow",
-    "preconditioners",
     "rank_rules",
     "save",
     "schedules",

@@ -10,22 +10,21 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from .api import calibrate, sampled
-from .compression import described
+from .api import sampled
 from .core.data import batches_of, digest_of_batches, parted
 from .core.fingerprint import fingerprint
-from .core.healing import likenesses, still
+from .core.healing import Likeness, still
 from .core.memory import peak_memory_bytes
-from .core.methods import Preconditioner, Start
+from .core.methods import Start
 from .core.progress import track
 from .core.report import Report
 from .core.running import Plan, Run, in_float32
-from .core.statistics import Batch, Statistics
+from .core.statistics import Batch
 from .core.surgery import StructuredLinear, Where, replace, select, structured
 from .matrices import LowRank, PivotedLowRank
-from .preconditioners import KroneckerFactored
 
 MOST_ASIDE = 4  # batches that are judged by: each look runs them all
+BETAS = (0.9, 0.95)  # of Adam: a short memory, since steps are few
 
 
 def heal(
@@ -33,10 +32,9 @@ def heal(
     reference: nn.Module,
     *,
     data: Literal["self"] | Tensor | Iterable[Batch] = "self",
-    method: Preconditioner | None = None,
+    lr: float = 5e-5,
     budget: float = 600.0,
     steps: int | None = None,
-    statistics: Statistics | None = None,
     also: Callable[[str], bool] | None = None,
     held_out: float = 0.1,
     checkpoint: str | Path | None = None,
@@ -59,10 +57,9 @@ def heal(
         model: holds structured matrices; layers left dense do not change.
         reference: the model before compression.
         data: as in :func:`calibrate`; "self" samples from the reference.
-        method: from :mod:`rankwise.preconditioners`; None means the default.
+        lr: the largest learning rate of Adam. Weights are of the order of 0.1; see docs/results.md.
         budget: seconds, everything but the sampling of "self" counted.
         steps: the largest number of steps. Only a run that ends by it, not by the clock, can be repeated exactly.
-        statistics: what the method needs, of the reference, from :func:`calibrate`; None collects it.
         also: which other parameters to train, by name, such as ``lambda name: "norm" in name``; None means none.
         held_out: share of the batches kept aside, in (0, 1); four batches at most.
         checkpoint: a folder; the same call goes on from what is there, with the very numbers and the
@@ -88,7 +85,8 @@ def heal(
     )
     if not 0 < held_out < 1:
         raise ValueError(f"held_out must be > 0 and < 1, got {held_out}.")
-    method = method or KroneckerFactored()
+    if not lr > 0:
+        raise ValueError(f"lr must be > 0, got {lr}.")
     layers: dict[int, tuple[str, StructuredLinear]] = {}
     for name, layer in structured(model).items():
         layers.setdefault(id(layer.matrix), (name, layer))
@@ -99,43 +97,22 @@ def heal(
         data = sampled(reference, data, tokens, window, seed)
     start = time.perf_counter()
     batches = portions([data], window) if isinstance(data, Tensor) else batches_of(data)
-    train, held = parted(batches, held_out, seed)
-    if statistics is None:
-        statistics = Statistics({}, 0.0, 0)
-        if method.needs:
-            statistics = calibrate(
-                reference,
-                method.needs,
-                data=train,
-                where=lambda name, layer: name in named,
-                seed=seed,
-                autocast=autocast,
-            )
+    train, held = parted(batches, held_out, seed, most=MOST_ASIDE)
     matrices = {name: layer.matrix for name, layer in named.items()}
     trained = {f"{n}.matrix.{k}": p for n, matrix in matrices.items() for k, p in matrix.named_parameters()}
     known = {id(parameter) for parameter in trained.values()}
     chosen = {n: p for n, p in model.named_parameters() if also is not None and also(n) and id(p) not in known}
-    biases = {name: layer.bias for name, layer in named.items() if layer.bias is not None}
-    biases = {name: bias for name, bias in biases.items() if any(bias is p for p in chosen.values())}
-    others = [p for p in chosen.values() if not any(p is bias for bias in biases.values())]
     folder = None if checkpoint is None else Path(checkpoint)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     specs = {name: matrix.spec() for name, matrix in matrices.items()}
-    identity = [
-        described(method),
-        dataclasses.asdict(plan),
-        specs,
-        list(chosen),
-        held_out,
-        digest_of_batches(batches),
-    ]
+    identity = [lr, dataclasses.asdict(plan), specs, list(chosen), held_out, digest_of_batches(batches)]
     numbers = trained | chosen
     with in_float32(list(model.parameters())):
         healing = Run(
             model,
             numbers,
-            method.optimizer(matrices, biases, others, statistics),
+            torch.optim.Adam(numbers.values(), lr=lr, betas=BETAS),
             plan,
             functools.partial(still, model, numbers),
             word="divergence",
@@ -143,11 +120,11 @@ def heal(
             file=None if folder is None else folder / "healing.safetensors",
             started=start,
         )
-        reason = healing.run(*(likenesses(reference, part, autocast) for part in (train, held)))
+        reason = healing.run(*([Likeness(each, reference, autocast) for each in part] for part in (train, held)))
     progress = healing.progress
     first = progress.history[0]["held_out"]
     totals = {
-        "method": described(method),
+        "lr": lr,
         "held_out": {"before": first, "after": progress.best},
         "improved": progress.best < first,
         "best_step": progress.best_step,

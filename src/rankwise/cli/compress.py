@@ -61,7 +61,7 @@ def compress(
         str | None,
         typer.Option(help="Train the new matrices so long, such as 90s or 10m, to agree with the model."),
     ] = None,
-    heal_method: Annotated[str, typer.Option(help="See `rankwise list`.")] = "kronecker-factored",
+    heal_lr: Annotated[float, typer.Option(help="Largest learning rate of --heal.")] = 5e-5,
     heal_also: Annotated[
         str | None, typer.Option(help="Regular expression on other parameters to train, such as norm or bias.")
     ] = None,
@@ -85,7 +85,7 @@ def compress(
     """
     check_sizes(keep, calibration_tokens, window, max_tokens, eval_window)
     at_least("--latency-rows", latency_rows, 1)
-    from .. import allocators, compressors, preconditioners
+    from .. import allocators, compressors
     from ..core.latency import time_matrices
 
     unit: Unit = pick("--of", of, {name: name for name in BUDGETS})
@@ -96,7 +96,8 @@ def compress(
     layers = where_option(where)
     precision = pick("--dtype", dtype, DTYPES)
     seconds = None if heal is None else duration("--heal", heal)
-    healer = pick("--heal-method", heal_method, registry(preconditioners))()
+    if not heal_lr > 0:
+        raise ValueError(f"--heal-lr must be > 0, got {heal_lr}.")
     beside = where_option(heal_also, "--heal-also")
     for flag, value in (("--heal-checkpoint", heal_checkpoint), ("--heal-also", heal_also)):
         if heal is None and value is not None:
@@ -144,7 +145,7 @@ def compress(
     say(f"compressing with {method} to keep {keep:g} of the {unit}")
     source: Any = batches if calibration else "self"
     sampling: Any = {"tokens": calibration_tokens, "window": window, "seed": seed}
-    needs = [*chosen.needs, *(() if seconds is None else healer.needs)]
+    needs = chosen.needs
     statistics = (
         api.calibrate(network, needs, data=source, where=layers, labels=gradients, **sampling) if needs else None
     )
@@ -165,14 +166,13 @@ def compress(
     work.evaluate("compressed")
     healing: dict[str, Any] = {}
     if before is not None and seconds is not None:
-        say(f"healing for {heal} with {heal_method}")
+        say(f"healing for {heal}")
         healed = training.heal(
             network,
             before,
             data=training.portions(work.unscored, window) if work.unscored else "self",
-            method=healer,
+            lr=heal_lr,
             budget=seconds,
-            statistics=statistics,
             checkpoint=heal_checkpoint,
             also=None if beside is None else (lambda name: beside(name, network)),
             autocast=torch.bfloat16 if next(before.parameters()).dtype is torch.bfloat16 else None,

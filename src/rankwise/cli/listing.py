@@ -14,13 +14,12 @@ from .options import describe, registry
 @app.command("list")
 def methods() -> None:
     """Print every method, allocator, measure and format, with the fields that --set takes."""
-    from .. import adapters, allocators, compressors, exporters, measures, preconditioners
+    from .. import adapters, allocators, compressors, exporters, measures
 
     sections: dict[str, ModuleType] = {
         "Methods (compress --method NAME --set field=value)": compressors,
         "Adapters (adapt --method NAME --set field=value)": adapters,
         "Allocators (compress --allocate NAME)": allocators,
-        "Preconditioners (compress --heal TIME --heal-method NAME)": preconditioners,
         "Measures (inspect)": measures,
         "Formats (export --to NAME --set field=value)": exporters,
     }

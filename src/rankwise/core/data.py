@@ -51,8 +51,16 @@ def batches_of(data: Tensor | Iterable[Batch], *, window: int = 512, tokens: int
     return [*done, torch.stack(run)]
 
 
-def parted(batches: Sequence[Batch], share: float, seed: int) -> tuple[list[Batch], list[Batch]]:
+def parted(
+    batches: Sequence[Batch], share: float, seed: int, *, most: int | None = None
+) -> tuple[list[Batch], list[Batch]]:
     """Keep a share of the batches aside, at least one, chosen at random; returns the rest and them.
+
+    Args:
+        batches: at least two.
+        share: in (0, 1).
+        seed: of the choice.
+        most: the most batches that are kept aside.
 
     Raises:
         CalibrationError: if there are fewer than two.
@@ -62,7 +70,8 @@ def parted(batches: Sequence[Batch], share: float, seed: int) -> tuple[list[Batc
             "training needs two batches or more, one of them to judge by; give more data, or a shorter window."
         )
     order = torch.randperm(len(batches), generator=Generator().manual_seed(seed)).tolist()
-    aside = set(order[: min(max(round(share * len(batches)), 1), len(batches) - 1)])
+    count = min(max(round(share * len(batches)), 1), len(batches) - 1, most or len(batches))
+    aside = set(order[:count])
     parts = [batch for i, batch in enumerate(batches) if i not in aside]
     return parts, [batches[i] for i in sorted(aside)]
 

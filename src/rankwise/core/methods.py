@@ -2,15 +2,15 @@
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from ..matrices import Base, StructuredMatrix
 from .choices import Choices
-from .statistics import Statistic, Statistics, Stats
+from .statistics import Statistic, Stats
 
 
 class Compressor(abc.ABC):
@@ -173,28 +173,6 @@ class Measure(abc.ABC):
     @abc.abstractmethod
     def __call__(self, weight: Tensor, stats: Stats) -> dict[str, float | None]:
         """Measure an (m, n) weight; a number that is not defined is None."""
-
-
-class Preconditioner(abc.ABC):
-    """Turns gradients into steps: makes the optimiser that trains structured matrices.
-
-    ``needs`` names the statistics that it reads of each layer.
-    """
-
-    needs: ClassVar[tuple[type[Statistic], ...]] = ()
-
-    @abc.abstractmethod
-    def optimizer(
-        self,
-        matrices: Mapping[str, StructuredMatrix],
-        biases: Mapping[str, nn.Parameter],
-        others: Sequence[nn.Parameter],
-        statistics: Statistics,
-    ) -> torch.optim.Optimizer:
-        """Return an optimiser over all parameters of the matrices, their layers' biases, and the others.
-
-        Matrices and biases come by layer name, and so do the statistics.
-        """
 
 
 class Start(abc.ABC):

@@ -26,9 +26,8 @@ class PredictedDecrease(RankRule):
 
     Args:
         most: the largest rank of a layer, as a multiple of the average; 1 gives all layers the same.
-        input_damping: multiple of mean(diag C) added to C's diagonal. This and the next are as large as those of
-            :class:`~rankwise.preconditioners.KroneckerFactored`, which takes steps of this kind, and for the same
-            reason.
+        input_damping: multiple of mean(diag C) added to C's diagonal. This and the next are large because a
+            mean gradient is mostly noise where the metric is small.
         output_damping: multiple of mean(diag S) added to S's diagonal.
 
     References: the project's own; the metric is that of Martens and Grosse, "Optimizing neural networks with
