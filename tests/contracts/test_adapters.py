@@ -181,7 +181,7 @@ def test_a_model_is_adapted_and_folded(method: Adapter):
 
 def test_a_written_adapter_is_the_same_again(method: Adapter, tmp_path: Path):
     model, x = net(), draw(3, 8, seed=9)
-    rankwise.adapt(model, method, data=batches(), also=lambda name: name == "2.bias")
+    rankwise.adapt(model, method, data=batches(), labels=toward_zero, also=lambda name: name == "2.bias")
     for layer in rankwise.adapting.adapted(model).values():
         moved(layer.matrix)
     with torch.no_grad():
