@@ -13,7 +13,7 @@ from contracts.examples import draw
 from torch import Tensor, nn
 
 import rankwise
-from rankwise.adapters import AdaLora, Lamda, Lora
+from rankwise.adapters import AdaLora, Lamda, Lora, Sst
 from rankwise.core.checkpoint import load_tree, save_tree
 from rankwise.core.methods import Adapter
 from rankwise.matrices import Dense, Scheduled, from_spec
@@ -21,6 +21,7 @@ from rankwise.matrices import Dense, Scheduled, from_spec
 METHODS = {
     "AdaLora": AdaLora(rank=4, target=2, every=3),
     "Lamda": Lamda(rank=4, until=0.5),
+    "Sst": Sst(rank=2, hold=2, warmup=1),
 }
 STEPS = 12
 
@@ -187,6 +188,7 @@ def test_with_accelerate(method: Adapter):
     assert same(model.state_dict(), plain.state_dict())
 
 
+@pytest.mark.slow
 def test_with_a_trainer(tmp_path: Path):
     from tiny import llama
     from transformers import Trainer, TrainingArguments
@@ -211,10 +213,11 @@ def test_with_a_trainer(tmp_path: Path):
     assert not rankwise.check_adapters(model, optimizer, follower=follower).totals["problems"]
 
 
-def test_compiled_without_breaks(method: Adapter):
-    plain, optimizer, _ = begin(method)
+@pytest.mark.parametrize("name", ["AdaLora", "Sst"])
+def test_compiled_without_breaks(name: str):
+    plain, optimizer, _ = begin(METHODS[name])
     go(plain, optimizer, range(3))
-    model, optimizer, _ = begin(method)
+    model, optimizer, _ = begin(METHODS[name])
     go(torch.compile(model, backend="aot_eager", fullgraph=True), optimizer, range(3))
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p, q)

@@ -23,6 +23,7 @@ from rankwise.matrices import (
     Scheduled,
     SemiSparse,
     Sparse,
+    Spectral,
     StructuredMatrix,
     Sum,
 )
@@ -71,5 +72,6 @@ EXAMPLES: dict[str, Callable[[], StructuredMatrix]] = {
     "Scheduled": lambda: Scheduled(_sum(), {"kind": "FreezeColumns", "until": 0.3}).eval(),
     "SemiSparse": lambda: SemiSparse.from_dense(draw(5, 6), kept=2, group=3),
     "Sparse": lambda: Sparse.from_dense(draw(5, 4) * (draw(5, 4, seed=1) > 0)),
+    "Spectral": lambda: Spectral(draw(5, 3), draw(3), draw(3, 4, seed=1), torch.tensor([2, 0])).eval(),
     "Sum": _sum,
 }

@@ -27,6 +27,7 @@ SETTINGS: dict[str, list[Adapter]] = {
         adapters.Lora(rank=2, start=rankwise.initialisers.SingularVectors()),
         adapters.Lora(rank=2, start=rankwise.initialisers.SingularVectors(iterations=2), alpha=3.0),
     ],
+    "Sst": [adapters.Sst(rank=2, hold=3), adapters.Sst(rank=1, components=3, hold=1, warmup=0)],
 }
 NAMES = [name for name in adapters.__all__ if inspect.isclass(getattr(adapters, name))]
 BASES = {

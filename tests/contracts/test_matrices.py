@@ -126,6 +126,7 @@ def test_macs_are_the_multiplications_of_forward():
         "Scheduled": 20 + 18,
         "SemiSparse": 5 * 4,
         "Sparse": EXAMPLES["Sparse"]().params - 3,
+        "Spectral": (3 + 2) * (5 + 1 + 4),
         "Sum": 20 + 18,
     }
 
@@ -176,6 +177,7 @@ def test_nested_expressions_round_trip():
         ({"kind": "SemiSparse", "shape": [3, 6], "group": 4, "kept": 2}, "divide"),
         ({"kind": "SemiSparse", "shape": [3, 8], "group": 4, "kept": 5}, "kept must be <="),
         ({"kind": "SemiSparse", "shape": [3, 8], "group": 4, "kept": 4}, "1 <= kept < group"),
+        ({"kind": "Spectral", "shape": [3, 2], "rank": 2, "trained": 3}, "trained must be <="),
         ({"kind": "Diagonal", "size": None}, "positive integer 'size'"),
         ({"kind": "Permutation", "shape": [2, 2]}, "positive integer 'size'"),
         ({"kind": "Sum"}, "members"),

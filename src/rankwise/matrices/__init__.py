@@ -21,6 +21,7 @@ from .row_normalised import RowNormalised
 from .scheduled import Scheduled
 from .semi_sparse import SemiSparse
 from .sparse import Sparse
+from .spectral import Spectral
 
 __all__ = [
     "Base",
@@ -40,6 +41,7 @@ __all__ = [
     "Scheduled",
     "SemiSparse",
     "Sparse",
+    "Spectral",
     "StructuredMatrix",
     "Sum",
     "from_spec",
