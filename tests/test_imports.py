@@ -28,7 +28,8 @@ LAYERS = [
     {"compression"},
     {"api"},
     {"adapting", "narrowing", "quickstart", "streaming", "training"},
-    {"checking", "following"},
+    {"following"},
+    {"checking", "trainer"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

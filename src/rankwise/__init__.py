@@ -24,6 +24,7 @@ from .models import evaluate, load, save
 from .models.quantizer import register_when_ready
 from .narrowing import narrow
 from .streaming import compress_folder
+from .trainer import trainer_callback
 from .training import heal, initialise, trainable_low_rank
 
 __version__ = "0.1.0"
@@ -59,6 +60,7 @@ __all__ = [
     "schedules",
     "starts",
     "trainable_low_rank",
+    "trainer_callback",
 ]
 
 register_when_ready()

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Generator
 
 from ..core.methods import Adapter
@@ -70,5 +69,6 @@ class Sst(Adapter):
         check_rank(count, *base.shape)
         left, values, right = SingularVectors().decomposed(base, count, generator)
         start = Product(Dense(left.clone()), Diagonal(values.clone()), Dense(right.clone()))
-        trained = Spectral(left, values.clone(), right, torch.arange(self.rank, device=left.device))
+        drawn = self.schedule.draw(values, self.rank, generator)
+        trained = Spectral(left, values.clone(), right, drawn.to(left.device))
         return Sum(base, Branch(Sum(Scheduled(trained, self.schedule.data()), Scaled(Frozen(start), -1.0))))

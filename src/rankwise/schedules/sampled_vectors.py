@@ -42,18 +42,21 @@ class SampledVectors(Schedule):
         if not isinstance(matrix, Spectral):
             raise ValueError(f"SampledVectors acts on a Spectral, got {type(matrix).__name__}.")
 
-    def probabilities(self, values: Tensor) -> Tensor:
-        """(k,): of being drawn first."""
-        share = values.clamp_min(0) / values.clamp_min(0).sum().clamp_min(torch.finfo(values.dtype).tiny)
-        mixed = share + 1 / len(values)
-        return mixed / mixed.sum()
+    @staticmethod
+    def draw(values: Tensor, count: int, generator: Generator) -> Tensor:
+        """Draw different numbers of 0 ... k - 1 for values (k,), in order."""
+        values = values.detach().double().cpu().clamp_min(0)
+        share = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
+        return torch.multinomial(share + 1 / len(values), count, generator=generator).sort().values
 
     def before(self, course: Course) -> None:
         """Remember the vectors where their step will be shortened."""
         for name, matrix in _matrices(course).items():
             if course.done % self.hold < self.warmup:
-                old = {"left": matrix.left_chosen, "right": matrix.right_chosen}
-                course.state[name] |= {key: vectors.detach().clone() for key, vectors in old.items()}
+                state = course.state.setdefault(name, {})
+                state["left"], state["right"] = (
+                    vectors.detach().clone() for vectors in (matrix.left_chosen, matrix.right_chosen)
+                )
 
     @torch.no_grad()
     def after(self, course: Course) -> None:
@@ -61,7 +64,7 @@ class SampledVectors(Schedule):
         share = ((course.done - 1) % self.hold + 1) / (self.warmup + 1)
         for name, matrix in _matrices(course).items():
             for key, vectors, axis in (("left", matrix.left_chosen, 0), ("right", matrix.right_chosen, 1)):
-                old = course.state[name].pop(key, None)
+                old = course.state.get(name, {}).pop(key, None)
                 if old is not None:
                     vectors.copy_(torch.lerp(old, vectors, share))
                 vectors /= vectors.norm(dim=axis, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny)
@@ -70,8 +73,8 @@ class SampledVectors(Schedule):
     @torch.no_grad()
     def settle(self, course: Course) -> None:
         """Draw, and at the end of a round decompose first."""
-        if course.done % self.hold:
-            return
+        if course.done == 0 or course.done % self.hold:
+            return  # the first pairs were drawn when the matrix was made
         for i, (name, matrix) in enumerate(_matrices(course).items()):
             state = course.state.setdefault(name, {})
             if "drawn" in state and int(state["drawn"]) == course.done:
@@ -80,14 +83,12 @@ class SampledVectors(Schedule):
             left, right = matrix.vectors()
             forgotten = [matrix.left_chosen, matrix.right_chosen]
             turns = -(-matrix.rank // len(matrix.chosen))
-            if course.done and course.done // self.hold % turns == 0:
+            if course.done // self.hold % turns == 0:
                 left, values, right = _decomposed(left, matrix.values.detach(), right)
                 matrix.values.copy_(values)
                 forgotten.append(matrix.values)
             generator = Generator().manual_seed(self.seed + 7919 * course.done + i)
-            chances = self.probabilities(matrix.values).double().cpu()
-            drawn = torch.multinomial(chances, len(matrix.chosen), generator=generator).sort().values
-            matrix.put(left, right, drawn)
+            matrix.put(left, right, self.draw(matrix.values, len(matrix.chosen), generator))
             for parameter in forgotten:
                 course.optimizer.state.pop(parameter, None)
 
