@@ -244,6 +244,7 @@ def test_with_a_trainer_that_is_stopped_and_goes_on(method: Adapter, tmp_path: P
 
 @pytest.mark.parametrize("name", ["AdaLora", "Sst"])
 def test_compiled_without_breaks(name: str):
+    torch.compiler.reset()  # the limit of recompilations counts all tests of a process
     plain, optimizer, _ = begin(METHODS[name])
     go(plain, optimizer, range(3))
     model, optimizer, _ = begin(METHODS[name])
