@@ -108,3 +108,12 @@ def test_a_schedule_that_did_not_act_is_named():
 def test_without_adapters_there_is_nothing_to_check():
     with pytest.raises(ValueError, match="no layer of the model has an adapter"):
         rankwise.check_adapters(nn.Sequential(nn.Linear(3, 3)))
+
+
+def test_numbers_that_are_not_finite_are_named():
+    model = adapted_net(Lora(rank=2))
+    optimizer = torch.optim.SGD(trained(model), lr=0.1)
+    step(model, optimizer, scale=float("nan"))
+    report = rankwise.check_adapters(model, optimizer)
+    assert all("not finite" in problem for problem in report.totals["problems"].values())
+    assert '"change": null' in report.to_json()

@@ -27,8 +27,8 @@ LAYERS = [
     {"compression"},
     {"api"},
     {"adapting", "narrowing", "quickstart", "streaming", "training"},
-    {"checking", "following"},
-    {"finetuning"},
+    {"following"},
+    {"checking", "finetuning", "trainer"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -24,6 +24,7 @@ from .models import evaluate, load, load_adapter, save
 from .models.quantizer import register_when_ready
 from .narrowing import narrow
 from .streaming import compress_folder
+from .trainer import trainer_callback
 from .training import heal, initialise, trainable_low_rank
 
 __version__ = "0.1.0"
@@ -60,6 +61,7 @@ __all__ = [
     "schedules",
     "starts",
     "trainable_low_rank",
+    "trainer_callback",
 ]
 
 register_when_ready()

@@ -1,6 +1,7 @@
 """The verb that shows whether adapters train."""
 
 import copy
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -25,10 +26,10 @@ def check_adapters(
     """Say for each adapted layer whether it trains; best called after two or three steps, before ``zero_grad``.
 
     A layer whose gradient is zero and that has not changed, one that has not changed though it has gradients, a
-    parameter in none of the optimisers, one whose gradient was zero in all steps that a follower saw (two at
-    least), and a schedule that did not act: each is named in the title and in ``totals["problems"]``. That
-    factors start at zero, so that others have no gradient at the first step, is none. Each weight is written out
-    once, in float64.
+    parameter in none of the optimisers, numbers that are not finite, one whose gradient was zero in all steps
+    that a follower saw (two at least), and a schedule that did not act: each is named in the title and in
+    ``totals["problems"]``. That factors start at zero, so that others have no gradient at the first step, is
+    none. Each weight is written out once, in float64.
 
     Args:
         model: has adapters.
@@ -61,7 +62,9 @@ def check_adapters(
     if isinstance(optimizers, torch.optim.Optimizer):
         optimizers = [optimizers]
     owned = None if optimizers is None else _owned(optimizers)
-    silent = set(follower.silent) if follower is not None and follower.done >= 2 else set()
+    silent = set()
+    if follower is not None and follower.done >= 2:
+        silent = {id(p) for p in follower.silent.values()}
     rows = [_row(name, layer, owned, silent) for name, layer in layers.items()]
     problems = {row["name"]: row["problem"] for row in rows if row["problem"]}
     if owned is not None:
@@ -76,7 +79,7 @@ def check_adapters(
     return Report(_title(rows, problems), rows, "layers", totals)
 
 
-def _row(name: str, layer: StructuredLinear, owned: set[int] | None, silent: set[str]) -> dict[str, Any]:
+def _row(name: str, layer: StructuredLinear, owned: set[int] | None, silent: set[int]) -> dict[str, Any]:
     trained = {f"matrix.{key}": p for key, p in layer.matrix.named_parameters() if p.requires_grad}
     gradients = [p.grad.detach().double().norm().cpu() for p in trained.values() if p.grad is not None]
     gradient = float(torch.stack(gradients).norm()) if gradients else None
@@ -88,21 +91,28 @@ def _row(name: str, layer: StructuredLinear, owned: set[int] | None, silent: set
         found.append("nothing trains")
     if outside:
         found.append(f"in no optimiser: {', '.join(outside)}")
-    never = [key for key in trained if f"{name}.{key}" in silent]
+    never = [key for key, p in trained.items() if id(p) in silent]
     if never:
         found.append(f"the gradient was always zero: {', '.join(never)}")
     if any(not part.acted for part in parts):
         found.append("its schedule never acted: call rankwise.follow")
+    if not math.isfinite(change) or not math.isfinite(gradient or 0.0):
+        found.append("its numbers are not finite: lower the learning rate or look at the data")
     if change <= UNCHANGED and trained and not (outside or never):
         found.append("no gradient and no change" if not gradient else "a gradient, but no change")
     return {
         "name": name,
         "trained": sum(p.numel() for p in trained.values()),
-        "gradient": gradient,
-        "change": change,
+        "gradient": _number(gradient),
+        "change": _number(change),
         "acted": min((part.acted for part in parts), default=None),
         "problem": "; ".join(found),
     }
+
+
+def _number(value: float | None) -> float | None:
+    """None where JSON has no word for it."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _change(layer: StructuredLinear) -> float:

@@ -17,9 +17,9 @@ def follow(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int) ->
     """Let the schedules of an adapted model act around each step of its optimiser; nothing else has to be called.
 
     Call it once, after :func:`rankwise.adapt` and before the first step. It works in any loop, with summed
-    gradients, ``GradScaler``, Accelerate, and a Trainer that is given the optimiser. Models whose adapters have
-    no schedule can be followed, too: :func:`rankwise.check_adapters` then says which parameters never had a
-    gradient.
+    gradients, ``GradScaler``, Accelerate, and a Trainer, see :func:`rankwise.trainer_callback`. Models whose
+    adapters have no schedule can be followed, too: :func:`rankwise.check_adapters` then says which parameters
+    never had a gradient. Parameters that FSDP or ZeRO cut into pieces cannot be followed.
 
     Args:
         model: has adapters.

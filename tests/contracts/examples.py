@@ -29,6 +29,7 @@ from rankwise.matrices import (
     Seeded,
     SemiSparse,
     Sparse,
+    Spectral,
     StructuredMatrix,
     Sum,
     Tiled,
@@ -89,6 +90,7 @@ EXAMPLES: dict[str, Callable[[], StructuredMatrix]] = {
     "Seeded": lambda: Seeded(5, 4, seed=3),
     "SemiSparse": lambda: SemiSparse.from_dense(draw(5, 6), kept=2, group=3),
     "Sparse": lambda: Sparse.from_dense(draw(5, 4) * (draw(5, 4, seed=1) > 0)),
+    "Spectral": lambda: Spectral(draw(5, 3), draw(3), draw(3, 4, seed=1), torch.tensor([2, 0])).eval(),
     "Sum": _sum,
     "Tiled": lambda: Tiled(draw(2, 3), (5, 4)),
 }

@@ -45,6 +45,7 @@ SETTINGS: dict[str, list[Adapter]] = {
         adapters.Snella(rank=4, kernel=linalg.inner, mixed=False, weight=1.0),
     ],
     "Tera": [adapters.Tera(), adapters.Tera(modes=3, core=2, scale=2.0, seed=5)],
+    "Sst": [adapters.Sst(rank=2, hold=3), adapters.Sst(rank=1, components=3, hold=1, warmup=0)],
 }
 NAMES = [name for name in adapters.__all__ if inspect.isclass(getattr(adapters, name))]
 BASES = {

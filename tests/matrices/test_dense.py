@@ -37,6 +37,7 @@ def test_a_frozen_weight_keeps_nothing_under_autocast():
 
 
 def test_it_compiles_under_autocast():
+    torch.compiler.reset()  # the limit of recompilations counts all tests of a process
     matrix, x = Base(Dense(draw(6, 5).float())), draw(3, 5).float().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = torch.compile(matrix, backend="aot_eager", fullgraph=True)(x)

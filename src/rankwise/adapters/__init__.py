@@ -10,6 +10,7 @@ from .lora import Lora
 from .miss import Miss
 from .pissa import Pissa
 from .snella import Snella
+from .sst import Sst
 from .svfit import Svfit
 from .tera import Tera
 
@@ -24,6 +25,7 @@ __all__ = [
     "Miss",
     "Pissa",
     "Snella",
+    "Sst",
     "Svfit",
     "Tera",
 ]

@@ -141,7 +141,10 @@ class Schedule(abc.ABC):
         """Act when numbers have moved; ``course.done`` counts this step."""
 
     def settle(self, course: Course) -> None:  # noqa: B027 (most need not do it)
-        """Say what trains now: called at the start, after each step, and when a state was loaded."""
+        """Say what trains now: called at the start, after each step, and when a state was loaded.
+
+        At the start it changes no number: the model may be one whose training is taken up again.
+        """
 
     def finished(self, matrix: StructuredMatrix) -> StructuredMatrix | None:
         """Return what stays of a matrix when training is over, or None if nothing does."""

@@ -26,6 +26,7 @@ from .scheduled import Scheduled
 from .seeded import Seeded
 from .semi_sparse import SemiSparse
 from .sparse import Sparse
+from .spectral import Spectral
 from .tiled import Tiled
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "Seeded",
     "SemiSparse",
     "Sparse",
+    "Spectral",
     "StructuredMatrix",
     "Sum",
     "Tiled",

@@ -1,0 +1,74 @@
+"""Training in the singular vectors of a weight, some at a time (SST)."""
+
+from dataclasses import dataclass
+
+from torch import Generator
+
+from ..core.methods import Adapter
+from ..core.statistics import Stats
+from ..initialisers import SingularVectors
+from ..matrices import (
+    Base,
+    Branch,
+    Dense,
+    Diagonal,
+    Frozen,
+    Product,
+    Scaled,
+    Scheduled,
+    Spectral,
+    StructuredMatrix,
+    Sum,
+)
+from ..matrices.base import check_rank
+from ..schedules import SampledVectors
+from .lora import Lora
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sst(Adapter):
+    """Train all values s, and r pairs of vectors at a time, in W + U diag(s) V - U0 diag(s0) V0 with W frozen.
+
+    It starts at the singular value decomposition of W, or the leading part of it.
+    :class:`~rankwise.matrices.Spectral` holds the gradients' rule and :class:`~rankwise.schedules.SampledVectors`
+    draws the pairs: training needs :func:`rankwise.follow`. The optimiser keeps numbers for r pairs alone, but W
+    and the start stay in memory: the paper replaces weights to train from scratch, and its memory is not this
+    one's.
+
+    Args:
+        rank: r, how many pairs of vectors train at a time.
+        components: how many pairs there are; None means as many as the shorter side of W.
+        hold: as in :class:`~rankwise.schedules.SampledVectors`, and so all below.
+        warmup: see there.
+        seed: see there.
+
+    References: Zhao et al., "Sparse spectral training", ICML 2025, arXiv 2405.15481; see there for what is not
+        verified.
+    """
+
+    rank: int = 8
+    components: int | None = None
+    hold: int = 200
+    warmup: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _ = Lora(rank=self.rank), self.schedule  # they check the fields
+        if self.components is not None and self.components < self.rank:
+            raise ValueError(f"components must be >= rank {self.rank} or None, got {self.components}.")
+
+    @property
+    def schedule(self) -> SampledVectors:
+        """What draws the vectors."""
+        return SampledVectors(hold=self.hold, warmup=self.warmup, seed=self.seed)
+
+    def attach(self, base: Base, stats: Stats, generator: Generator) -> StructuredMatrix:
+        """Return W + U diag(s) V - U0 diag(s0) V0."""
+        check_rank(self.rank, *base.shape)
+        count = self.components or min(base.shape)
+        check_rank(count, *base.shape)
+        left, values, right = SingularVectors().decomposed(base, count, generator)
+        start = Product(Dense(left.clone()), Diagonal(values.clone()), Dense(right.clone()))
+        drawn = self.schedule.draw(values, self.rank, generator)
+        trained = Spectral(left, values.clone(), right, drawn.to(left.device))
+        return Sum(base, Branch(Sum(Scheduled(trained, self.schedule.data()), Scaled(Frozen(start), -1.0))))

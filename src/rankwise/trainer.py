@@ -1,0 +1,49 @@
+"""Following adapters in transformers' Trainer, checkpoints included."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .core.checkpoint import load_tree, save_tree
+from .core.following import Follower
+from .following import follow
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+FILE = "rankwise_follower.safetensors"
+
+
+def trainer_callback() -> "TrainerCallback":
+    """Return a callback for ``transformers.Trainer`` that calls :func:`rankwise.follow` and keeps its state.
+
+    The Trainer may make the optimiser itself. Each of its checkpoints gets a file of what the schedules remember,
+    and a run that is taken up from a checkpoint of ``output_dir`` reads it. ``callback.follower`` is what
+    follows; after training it has stopped, and :func:`rankwise.finish` takes the schedules away.
+
+    Raises:
+        ValueError: while training, as :func:`rankwise.follow` does, or if a checkpoint has no such file.
+    """
+    from transformers import TrainerCallback
+
+    class Following(TrainerCallback):
+        def __init__(self) -> None:
+            self.follower: Follower | None = None
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.follower = follow(kwargs["model"], kwargs["optimizer"], steps=state.max_steps)
+            if state.global_step:
+                self.follower.load_state_dict(load_tree(_folder(args, state) / FILE))
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.follower is not None and state.is_world_process_zero:
+                save_tree(self.follower.state_dict(), _folder(args, state) / FILE)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.follower is not None:
+                self.follower.stop()
+
+    return Following()
+
+
+def _folder(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
