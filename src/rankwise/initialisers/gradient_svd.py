@@ -20,8 +20,10 @@ class GradientSvd(Initialiser):
     second order in lr: the best approximation of full fine-tuning's step that 2 r directions allow, where B = 0
     allows r at most. G is the mean over the calibration data, held against labels of the data.
 
-    The published code finds the vectors with a randomised decomposition that no seed fixes, and puts the rest
-    W - s B A in the place of W, which half precision rounds; here the decomposition is exact, and W stays.
+    The authors' code finds the vectors with a randomised decomposition that no seed fixes, and puts the rest
+    W - s B A in the place of W, which half precision rounds; here the decomposition is exact, and W stays. PEFT's
+    has the same directions, but multiplies B by the singular values of G and leaves A at length 1, so that its
+    start depends on the units of the loss, and its first step is not the one above.
 
     Args:
         gamma: c^2 = sqrt(m) / gamma, the published rule, so that the size of what a layer puts out does not

@@ -10,6 +10,8 @@ from ..core.statistics import InputGram, OutputGradGram, Statistic, Stats, Weigh
 from ..linalg import Metric
 from ..matrices import StructuredMatrix
 
+LEAST = 1e-3  # of what a layer looks worth, so that the ranks that sound layers cannot take go somewhere
+
 
 @dataclass(frozen=True, kw_only=True)
 class PredictedDecrease(RankRule):
@@ -21,8 +23,9 @@ class PredictedDecrease(RankRule):
     the same unit in all layers. All three come from one pass, held against labels of the data: at the weights
     as they are, labels drawn from the model leave no gradient.
 
-    G is a mean over t rows, and its noise alone looks worth 1/2 m n / t without damping, so that large layers
-    would get ranks for nothing. Damping takes out of this the directions in which the metric is small.
+    G is a mean over t rows, whose noise alone looks worth 1/2 tr(S (S + damping)^-1) tr(C (C + damping)^-1) / t
+    if rows are independent: 1/2 m n / t without damping, so that large layers would get ranks for nothing. What
+    a layer is worth is multiplied by the share of all its directions' worth that is not this.
 
     Args:
         most: the largest rank of a layer, as a multiple of the average; 1 gives all layers the same.
@@ -55,5 +58,13 @@ class PredictedDecrease(RankRule):
         inputs = Metric(stats[InputGram].value(), self.input_damping)
         whitened = inputs.dual(outputs.dual(stats[WeightGradient].value()).mT)
         squares = torch.linalg.svdvals(whitened).square()
+        noise = _size(outputs) * _size(inputs) / stats[WeightGradient].count
+        sound = (1 - noise / squares.sum().clamp_min(torch.finfo(squares.dtype).tiny)).clamp_min(LEAST)
         left = squares.flip(0).cumsum(0).flip(0)  # from each one to the last
-        return 0.5 * torch.cat([left, torch.zeros_like(left[:1])])[: count + 1]
+        return 0.5 * sound * torch.cat([left, torch.zeros_like(left[:1])])[: count + 1]
+
+
+def _size(metric: Metric) -> float:
+    """How many directions a moment M has where it is damped: tr(M (M + damping)^-1)."""
+    assert metric.value is not None
+    return float(metric.dual(metric.dual(metric.value).mT).diagonal().sum())
