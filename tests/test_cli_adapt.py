@@ -129,6 +129,7 @@ def test_a_classifier(folder, tmp_path, saved_adapter):
     assert found["accuracy"]["after"] == 1.0
     assert found["training"]["improved"]
     assert saved_adapter[0]["score.weight"].shape == (2, 32)
+    assert json.loads((tmp_path / "out" / "labels.json").read_text()) == ["0", "1"]
     assert "score" not in {layer["name"] for layer in found["layers"]}
     other = lines(tmp_path / "other.jsonl", [{"text": "ban", "label": "new"}])
     refused(adapt(folder, data, "--eval", other), "label 'new' is none of 0, 1")

@@ -1,6 +1,7 @@
 """Models in and out, and what they are measured with."""
 
 from .causal import generate
+from .classifier import load_classifier
 from .evaluate import evaluate, sizes
 from .examples import read_examples
 from .load import load, load_tokenizer
@@ -16,6 +17,7 @@ __all__ = [
     "forget",
     "generate",
     "load",
+    "load_classifier",
     "load_tokenizer",
     "packed",
     "predicted_bytes",
