@@ -113,14 +113,14 @@ def finetune(
     batches = batches_of(data, window=window)
     train, held = (batches, [*held_out]) if isinstance(held_out, Sequence) else parted(batches, held_out, seed)
     pieces, judges = ([Supervised(batch, loss, autocast) for batch in part] for part in (train, held))
-    steps = steps or math.ceil(len(pieces) / accumulate)
+    steps = math.ceil(len(pieces) / accumulate) if steps is None else steps
     buffers = _buffers(model, trained)
     optimizer = optimizer or torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0)
     plan = Plan(
         seconds=math.inf,
         steps=steps,
         pieces=accumulate,
-        every=every or max(1, steps // 10),
+        every=max(1, steps // 10) if every is None else every,
         patience=patience,
         seed=seed,
         rate=rate or Cosine(),
@@ -154,22 +154,8 @@ def finetune(
         rising, before = reset_peak_memory(run.device), memory_bytes(run.device)
         reason = run.run(pieces, judges)
     peak = peak_memory_bytes(run.device)
-    progress = run.progress
-    first = progress.history[0]["held_out"]
-    totals = {
-        "optimizer": type(optimizer).__name__,
-        "held_out": {"before": first, "after": progress.best},
-        "improved": progress.best < first,
-        "best_step": progress.best_step,
-        "steps": progress.step,
-        "rows": progress.rows,
-        "stopped": reason,
-        "trained": sum(p.numel() for p in trained.values()),
-        "seconds": progress.history[-1]["seconds"],
-        "memory": {**memory, "peak": peak, "rise": max(peak - before, 0) if rising else None},
-    }
-    change = f"{first:.4f} -> {progress.best:.4f} nats a label"
-    return Report(f"held-out loss {change} in {progress.step} steps; {reason}", progress.history, "looks", totals)
+    rise = max(peak - before, 0) if rising else None
+    return _report(run, reason, {**memory, "peak": peak, "rise": rise})
 
 
 class Supervised(Piece):
@@ -205,6 +191,26 @@ class Supervised(Piece):
         """Sum the loss over the labels."""
         output = output_of(model, _unlabelled(self.batch), self.autocast)
         return self.compute(output, self.batch, Generator())
+
+
+def _report(run: Run, reason: str, memory: Mapping[str, int | None]) -> Report:
+    """Say how a run went."""
+    progress = run.progress
+    first = progress.history[0]["held_out"]
+    totals = {
+        "optimizer": type(run.optimizer).__name__,
+        "held_out": {"before": first, "after": progress.best},
+        "improved": progress.best < first,
+        "best_step": progress.best_step,
+        "steps": progress.step,
+        "rows": progress.rows,
+        "stopped": reason,
+        "trained": sum(p.numel() for p in run.trained.values()),
+        "seconds": progress.history[-1]["seconds"],
+        "memory": dict(memory),
+    }
+    change = f"{first:.4f} -> {progress.best:.4f} nats a label"
+    return Report(f"held-out loss {change} in {progress.step} steps; {reason}", progress.history, "looks", totals)
 
 
 def _unlabelled(batch: Batch) -> Batch:
