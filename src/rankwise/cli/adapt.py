@@ -14,7 +14,7 @@ from ..core.files import write_text
 from ..core.report import Report
 from ..core.surgery import Where
 from .app import app, say
-from .arguments import Dtype, Html, Json, Model, Settings, WherePattern
+from .arguments import Dtype, Json, Model, Settings, WherePattern
 from .files import check_file, check_folder, write_report
 from .options import at_least, build, pick, registry, where_option
 from .work import DTYPES
@@ -25,7 +25,7 @@ ASIDE = 0.1  # share of the examples that judges where there is no --eval
 @app.command()
 def adapt(
     model: Model,
-    data: Annotated[Path, typer.Option(help="A text, or .jsonl; see below for the fields.")],
+    data: Annotated[Path, typer.Option(help="A text, or .jsonl; see above for its fields.")],
     method: Annotated[str, typer.Option(help="See `rankwise list`.")] = "eva",
     rank: Annotated[int | None, typer.Option(help="The method's rank; short for --set rank=...")] = None,
     settings: Settings = None,
@@ -52,7 +52,7 @@ def adapt(
     out: Annotated[Path | None, typer.Option(help="New folder for the adapter.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the same, stopped command.")] = False,
     json: Json = None,
-    html: Html = None,
+    html: Annotated[Path | None, typer.Option(help="File for the report.")] = None,
 ) -> None:
     """Train few numbers beside the frozen weights of a causal language model, or of a classifier.
 
