@@ -6,29 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_cli import folder as folder
 from test_cli import refused, run
 from test_cli import text as text
 from tiny import WORDS
 
-from rankwise import models
+import rankwise
 from rankwise.core import running
+from rankwise.models.adapter_files import TENSORS
 
 PAIRS = [{"prompt": f"{a} ", "completion": f"{b} {a}"} for a, b in itertools.pairwise(WORDS)]
 
 
-@pytest.fixture(autouse=True)
-def saved_adapter(monkeypatch):
-    """Stand in for the file format."""
-    calls = []
-
-    def save(model, out, *, format):
-        calls.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
-        out.mkdir()
-        (out / "adapter").write_text(format)
-
-    monkeypatch.setattr(models, "save", save)
-    return calls
+def saved(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / TENSORS)
 
 
 @pytest.fixture
@@ -47,7 +39,7 @@ def adapt(folder: Path, data: Path, *more: object):
 
 
 @pytest.mark.parametrize("method", ["eva", "lora"])
-def test_an_adapter_is_trained_and_reported(folder, data, tmp_path, saved_adapter, method):
+def test_an_adapter_is_trained_and_reported(folder, data, tmp_path, method):
     out, figures, page = tmp_path / "out", tmp_path / "figures.json", tmp_path / "page.html"
     words = ["--method", method, "--steps", 12, "--out", out, "--json", figures, "--html", page]
     result = adapt(folder, data, *words, "--set", "alpha=4", "--where", "q_proj|v_proj", "--also", "norm")
@@ -63,10 +55,14 @@ def test_an_adapter_is_trained_and_reported(folder, data, tmp_path, saved_adapte
     assert "predicted   weights" in result.stderr
     assert "measured    rise" in result.stderr
     assert "<svg" in page.read_text() or "<table" in page.read_text()
-    assert (out / "adapter").read_text() == "rankwise"
     assert not (tmp_path / "out.partial").exists()
-    assert sum(tensor.numel() for tensor in saved_adapter[0].values()) == found["trained"]
-    assert any("norm" in name for name in saved_adapter[0])
+    tensors = saved(out)
+    assert sum(tensor.numel() for tensor in tensors.values()) == found["trained"]
+    assert any("norm" in name for name in tensors)
+    again, _ = rankwise.load(str(folder))
+    rankwise.load_adapter(again, out)
+    trained = {name: p for name, p in again.named_parameters() if p.requires_grad}
+    assert sum(p.numel() for p in trained.values()) == found["trained"]
 
 
 def test_text_is_judged_by_another_text(folder, text, data, tmp_path):
@@ -90,7 +86,7 @@ def test_one_pass_is_the_default(folder, data, tmp_path):
     assert found["rows"] == 2 * 3 * learned  # two words and the end, twice
 
 
-def test_a_stopped_run_goes_on(folder, data, tmp_path, monkeypatch, saved_adapter):
+def test_a_stopped_run_goes_on(folder, data, tmp_path, monkeypatch):
     whole = adapt(folder, data, "--every", 1, "--out", tmp_path / "whole")
     assert whole.exit_code == 0, whole.output
     step, calls = running.Run._step, itertools.count(1)
@@ -112,14 +108,14 @@ def test_a_stopped_run_goes_on(folder, data, tmp_path, monkeypatch, saved_adapte
     refused(adapt(folder, data, "--every", 1, "--out", out, "--lr", 0.1, "--resume"), "another model")
     result = adapt(folder, data, "--every", 1, "--out", out, "--resume")
     assert result.exit_code == 0, result.output
-    first, second = saved_adapter
+    first, second = (saved(tmp_path / name) for name in ("whole", "out"))
     assert first.keys() == second.keys()
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     assert not (tmp_path / "out.partial").exists()
     assert "starts anew" in adapt(folder, data, "--out", tmp_path / "new", "--resume").stderr
 
 
-def test_a_classifier(folder, tmp_path, saved_adapter):
+def test_a_classifier(folder, tmp_path):
     records = [{"text": f"{w} {'ban' if i % 2 else 'das'}", "label": i % 2} for i, w in enumerate(WORDS)]
     data, figures = lines(tmp_path / "labels.jsonl", records), tmp_path / "figures.json"
     words = ["--batch", 8, "--steps", 40, "--lr", 0.01, "--json", figures, "--out", tmp_path / "out"]
@@ -128,7 +124,9 @@ def test_a_classifier(folder, tmp_path, saved_adapter):
     found = json.loads(figures.read_text())
     assert found["accuracy"]["after"] == 1.0
     assert found["training"]["improved"]
-    assert saved_adapter[0]["score.weight"].shape == (2, 32)
+    (head,) = [tensor for name, tensor in saved(tmp_path / "out").items() if "score.weight" in name]
+    assert head.shape == (2, 32)
+    assert json.loads((tmp_path / "out" / "labels.json").read_text()) == ["0", "1"]
     assert "score" not in {layer["name"] for layer in found["layers"]}
     other = lines(tmp_path / "other.jsonl", [{"text": "ban", "label": "new"}])
     refused(adapt(folder, data, "--eval", other), "label 'new' is none of 0, 1")
@@ -136,7 +134,7 @@ def test_a_classifier(folder, tmp_path, saved_adapter):
     refused(adapt(folder, one), "one label only, 'new'")
 
 
-def test_half_precision_runs_under_autocast(folder, data, tmp_path, saved_adapter):
+def test_half_precision_runs_under_autocast(folder, data, tmp_path):
     result = adapt(folder, data, "--dtype", "bfloat16", "--also", "norm", "--gradient-checkpointing")
     assert result.exit_code == 0, result.output
 

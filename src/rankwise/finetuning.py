@@ -12,6 +12,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .core.adapted import adapted, own_tensors
 from .core.data import batches_of, digest_of_batches, parted
 from .core.fingerprint import digest_of
 from .core.healing import output_of
@@ -29,8 +30,8 @@ from .core.rates import Cosine
 from .core.report import Report
 from .core.running import Follower, Piece, Plan, Run, in_float32
 from .core.statistics import Batch
-from .core.surgery import structured
-from .matrices import Base
+from .following import follow
+from .matrices import Scheduled
 
 CHECKPOINT = "training.safetensors"
 
@@ -113,14 +114,14 @@ def finetune(
     batches = batches_of(data, window=window)
     train, held = (batches, [*held_out]) if isinstance(held_out, Sequence) else parted(batches, held_out, seed)
     pieces, judges = ([Supervised(batch, loss, autocast) for batch in part] for part in (train, held))
-    steps = steps or math.ceil(len(pieces) / accumulate)
+    steps = math.ceil(len(pieces) / accumulate) if steps is None else steps
     buffers = _buffers(model, trained)
     optimizer = optimizer or torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0)
     plan = Plan(
         seconds=math.inf,
         steps=steps,
         pieces=accumulate,
-        every=every or max(1, steps // 10),
+        every=max(1, steps // 10) if every is None else every,
         patience=patience,
         seed=seed,
         rate=rate or Cosine(),
@@ -154,22 +155,8 @@ def finetune(
         rising, before = reset_peak_memory(run.device), memory_bytes(run.device)
         reason = run.run(pieces, judges)
     peak = peak_memory_bytes(run.device)
-    progress = run.progress
-    first = progress.history[0]["held_out"]
-    totals = {
-        "optimizer": type(optimizer).__name__,
-        "held_out": {"before": first, "after": progress.best},
-        "improved": progress.best < first,
-        "best_step": progress.best_step,
-        "steps": progress.step,
-        "rows": progress.rows,
-        "stopped": reason,
-        "trained": sum(p.numel() for p in trained.values()),
-        "seconds": progress.history[-1]["seconds"],
-        "memory": {**memory, "peak": peak, "rise": max(peak - before, 0) if rising else None},
-    }
-    change = f"{first:.4f} -> {progress.best:.4f} nats a label"
-    return Report(f"held-out loss {change} in {progress.step} steps; {reason}", progress.history, "looks", totals)
+    rise = max(peak - before, 0) if rising else None
+    return _report(run, reason, {**memory, "peak": peak, "rise": rise})
 
 
 class Supervised(Piece):
@@ -207,6 +194,26 @@ class Supervised(Piece):
         return self.compute(output, self.batch, Generator())
 
 
+def _report(run: Run, reason: str, memory: Mapping[str, int | None]) -> Report:
+    """Say how a run went."""
+    progress = run.progress
+    first = progress.history[0]["held_out"]
+    totals = {
+        "optimizer": type(run.optimizer).__name__,
+        "held_out": {"before": first, "after": progress.best},
+        "improved": progress.best < first,
+        "best_step": progress.best_step,
+        "steps": progress.step,
+        "rows": progress.rows,
+        "stopped": reason,
+        "trained": sum(p.numel() for p in run.trained.values()),
+        "seconds": progress.history[-1]["seconds"],
+        "memory": dict(memory),
+    }
+    change = f"{first:.4f} -> {progress.best:.4f} nats a label"
+    return Report(f"held-out loss {change} in {progress.step} steps; {reason}", progress.history, "looks", totals)
+
+
 def _unlabelled(batch: Batch) -> Batch:
     """Return what the model is given of a batch."""
     if isinstance(batch, Tensor):
@@ -239,20 +246,24 @@ def _check(
 
 @contextmanager
 def _following(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Iterator[dict[str, Follower]]:
-    """Let what must act around the optimiser's steps do so; its state goes into checkpoints."""
-    yield {}
+    """Let schedules act around the optimiser's steps, where there are any; yield what has a state, by name."""
+    if not any(isinstance(part, Scheduled) for part in model.modules()):
+        yield {}
+        return
+    follower = follow(model, optimizer, steps=steps)
+    try:
+        yield {"schedules": follower}
+    except BaseException:
+        follower.stop()
+        raise
+    follower.finish()
 
 
 def _buffers(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> list[str]:
     """Name what else may change or must fit: the rest of adapters, and buffers beside trained parameters."""
     names: dict[str, None] = {}
-    for name, layer in structured(model).items():
-        parts = list(layer.matrix.named_modules(remove_duplicate=False))
-        bases = tuple(f"{path}." for path, part in parts if isinstance(part, Base))
-        if bases:
-            names |= dict.fromkeys(
-                f"{name}.matrix.{k}" for k in layer.matrix.state_dict() if not k.startswith(bases)
-            )
+    for name, layer in adapted(model).items():
+        names |= dict.fromkeys(f"{name}.matrix.{key}" for key in own_tensors(layer.matrix))
     for name, module in model.named_modules():
         if any(p.requires_grad for p in module.parameters(recurse=False)):
             kept = {key for key, _ in module.named_buffers(recurse=False)} - module._non_persistent_buffers_set

@@ -3,16 +3,18 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
+from ..core.files import write_text
 from ..core.report import Report
 from ..core.surgery import Where
 from .app import app, say
-from .arguments import Dtype, Html, Json, Model, Settings, WherePattern
+from .arguments import Dtype, Json, Model, Settings, WherePattern
 from .files import check_file, check_folder, write_report
 from .options import at_least, build, pick, registry, where_option
 from .work import DTYPES
@@ -23,7 +25,7 @@ ASIDE = 0.1  # share of the examples that judges where there is no --eval
 @app.command()
 def adapt(
     model: Model,
-    data: Annotated[Path, typer.Option(help="A text, or .jsonl; see below for the fields.")],
+    data: Annotated[Path, typer.Option(help="A text, or .jsonl; see above for its fields.")],
     method: Annotated[str, typer.Option(help="See `rankwise list`.")] = "eva",
     rank: Annotated[int | None, typer.Option(help="The method's rank; short for --set rank=...")] = None,
     settings: Settings = None,
@@ -50,7 +52,7 @@ def adapt(
     out: Annotated[Path | None, typer.Option(help="New folder for the adapter.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the same, stopped command.")] = False,
     json: Json = None,
-    html: Html = None,
+    html: Annotated[Path | None, typer.Option(help="File for the report.")] = None,
 ) -> None:
     """Train few numbers beside the frozen weights of a causal language model, or of a classifier.
 
@@ -125,7 +127,7 @@ def adapt(
     after = task.figures(network)
     if out is not None:
         say(f"saving to {out}")
-        _write(network, out)
+        _write(network, out, task.labels)
         if state is not None:
             shutil.rmtree(state)
     figures = {name: {"before": before[name], "after": after[name]} for name in before}
@@ -164,6 +166,7 @@ class Task:
         judges: batches to judge by.
         calibration: batches without labels, for statistics.
         whole: names of parameters that train whole: a classifier's head.
+        labels: of a classifier, in the order of its outputs.
     """
 
     network: Any
@@ -171,6 +174,7 @@ class Task:
     judges: Sequence[dict[str, Any]]
     calibration: Sequence[dict[str, Any]]
     whole: frozenset[str] = frozenset()
+    labels: tuple[str, ...] = ()
 
     @property
     def layers(self) -> Where | None:
@@ -232,7 +236,8 @@ def _classes(source: str, dtype: torch.dtype | None, data: Path, other: Path | N
     train = labelled_batches(learned, network, tokenizer, **sizes)
     judges = labelled_batches(held, network, tokenizer, **sizes)
     whole = frozenset(name for name, _ in network.named_parameters() if is_head(network, name))
-    return Task(network, train, judges, unlabelled(train, shape.calibration), whole)
+    order = tuple(str(network.config.id2label[i]) for i in range(network.config.num_labels))
+    return Task(network, train, judges, unlabelled(train, shape.calibration), whole, order)
 
 
 def _state(out: Path | None, resume: bool) -> Path | None:
@@ -264,9 +269,10 @@ def _in_words(memory: Mapping[str, int | None]) -> str:
     return "  ".join(f"{name} {size}" for name, size in sizes.items())
 
 
-def _write(network: Any, out: Path) -> None:
-    """Save the adapter."""
+def _write(network: Any, out: Path, labels: Sequence[str]) -> None:
+    """Save the adapter; of a classifier also the labels, with which its model is loaded again."""
     from .. import models
 
-    save: Any = models.save
-    save(network, out, format="rankwise")
+    models.save(network, out, format="rankwise")
+    if labels:
+        write_text(out / "labels.json", dumps(labels) + "\n")

@@ -177,6 +177,8 @@ class Run:
                 return self._loop()
         finally:
             self.optimizer.zero_grad()
+            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = rate
             self._put(self.best)
 
     def _loop(self) -> str:

@@ -1,6 +1,7 @@
 """Models in and out, and what they are measured with."""
 
 from .causal import generate
+from .classifier import load_classifier
 from .evaluate import evaluate, sizes
 from .examples import read_examples
 from .load import load, load_tokenizer
@@ -19,6 +20,7 @@ __all__ = [
     "generate",
     "load",
     "load_adapter",
+    "load_classifier",
     "load_tokenizer",
     "packed",
     "predicted_bytes",
