@@ -10,8 +10,9 @@ from .allocators import water_filling
 from .api import calibrate
 from .compression import check_weights, described
 from .core.choices import Ladder, spend
+from .core.insertion import insert
 from .core.labels import Labels
-from .core.methods import Adapter
+from .core.methods import Adapter, BlockAdapter
 from .core.progress import track
 from .core.report import Report
 from .core.statistics import Batch, Statistics, Stats
@@ -21,7 +22,7 @@ from .matrices import Base, Dense, StructuredMatrix
 
 def adapt(
     model: nn.Module,
-    method: Adapter,
+    method: Adapter | BlockAdapter,
     *,
     where: Where | None = None,
     data: Literal["self"] | Tensor | Iterable[Batch] | Statistics | None = None,
@@ -40,7 +41,8 @@ def adapt(
     Args:
         model: any module; see :func:`rankwise.core.surgery.select` for the layers that count.
         method: from :mod:`rankwise.adapters`.
-        where: which layers; None selects all weight matrices but embeddings and output heads.
+        where: which layers; None selects all weight matrices but embeddings and output heads, or, for modules
+            that stand behind layers, those that write into the streams of blocks.
         data: for methods that read statistics: as in :func:`calibrate`, or what it returned.
         also: which other parameters train whole, by name, such as ``lambda name: "norm" in name``.
         labels: as in :func:`calibrate`.
@@ -63,6 +65,9 @@ def adapt(
     >>> [row["trained"] for row in report.rows], report.totals["params"]
     ([128, 80], 1528)
     """
+    if isinstance(method, BlockAdapter):
+        rows = insert(model, method, where, seed)
+        return _report(model, method, rows, len(rows), also)
     if not isinstance(method, Adapter):
         raise TypeError(f"method must be an object from rankwise.adapters, got {method!r}.")
     sites = select(model, where, compressed=True)
@@ -88,15 +93,7 @@ def adapt(
             trained = sum(p.numel() for p in made[name].parameters() if p.requires_grad)
         rank = ranks.get(name, getattr(method, "rank", None))
         rows.append({"name": name, "shape": list(bases[name].shape), "rank": rank, "trained": trained})
-    for name, parameter in model.named_parameters():
-        if also is not None and also(name):
-            parameter.requires_grad_(True)
-    totals = {
-        "method": described(method),
-        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "params": sum(p.numel() for p in model.parameters()),
-    }
-    return Report(f"{type(method).__name__}: {len(made)} layers adapted", rows, "layers", totals)
+    return _report(model, method, rows, len(made), also)
 
 
 def base_of(matrix: StructuredMatrix) -> Base | None:
@@ -107,6 +104,25 @@ def base_of(matrix: StructuredMatrix) -> Base | None:
 def adapted(model: nn.Module) -> Mapping[str, StructuredLinear]:
     """Return the layers of a model that have an adapter, by name."""
     return {name: layer for name, layer in structured(model).items() if base_of(layer.matrix) is not None}
+
+
+def _report(
+    model: nn.Module,
+    method: Adapter | BlockAdapter,
+    rows: list[dict[str, Any]],
+    count: int,
+    also: Callable[[str], bool] | None,
+) -> Report:
+    """Let other parameters train too, and count all that do."""
+    for name, parameter in model.named_parameters():
+        if also is not None and also(name):
+            parameter.requires_grad_(True)
+    totals = {
+        "method": described(method),
+        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "params": sum(p.numel() for p in model.parameters()),
+    }
+    return Report(f"{type(method).__name__}: {count} layers adapted", rows, "layers", totals)
 
 
 def _matrix_of(site: Site) -> StructuredMatrix:

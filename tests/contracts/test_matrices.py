@@ -114,6 +114,7 @@ def test_macs_are_the_multiplications_of_forward():
         "Dense": 20,
         "Diagonal": 5,
         "Frozen": 20 + 18,
+        "Hypercomplex": 2 * 4 + 2 * 2 * 2 + 2 * 6,
         "IndexedSparse": EXAMPLES["Sparse"]().macs,
         "Kernelled": 20,
         "Kronecker": 2 * (2 * 3) + 2 * (3 * 2 + 2 * 2),

@@ -60,6 +60,27 @@ class Adapter(abc.ABC):
         """
 
 
+class BlockAdapter(abc.ABC):
+    """Puts small modules behind layers, which may be non-linear and cannot be folded into a weight.
+
+    An adapter is a frozen dataclass. ``last`` says that only the last part of each block gets one.
+    """
+
+    last: bool
+
+    @abc.abstractmethod
+    def modules(self, outputs: Mapping[str, Tensor], generator: Generator) -> Mapping[str, nn.Module]:
+        """Return for each layer a module that takes its outputs and changes nothing at the start.
+
+        Args:
+            outputs: for each layer an empty-valued vector of the length, type and device of its outputs.
+            generator: for all random numbers.
+
+        Raises:
+            ValueError: if a width does not fit.
+        """
+
+
 class Initialiser(abc.ABC):
     """Says where a low-rank update begins."""
 

@@ -12,6 +12,7 @@ from .dense import Dense
 from .diagonal import Diagonal
 from .expressions import Product, Scaled, Sum
 from .frozen import Base, Frozen
+from .hypercomplex import Hypercomplex
 from .indexed_sparse import IndexedSparse
 from .kernelled import Kernelled
 from .kronecker import Kronecker
@@ -31,6 +32,7 @@ __all__ = [
     "Dense",
     "Diagonal",
     "Frozen",
+    "Hypercomplex",
     "IndexedSparse",
     "Kernelled",
     "Kronecker",

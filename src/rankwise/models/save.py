@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..core.files import new_folder, sync, write_text
+from ..core.followed import refuse_followed
 from ..core.stacks import stacks
 from ..core.surgery import StructuredLinear, structured
 from .quantizer import FORMAT, METHOD, describe
@@ -51,6 +52,7 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
             f"model must be one of transformers, got {type(model).__name__}; of other modules save the "
             "state_dict and the matrix.spec() of each StructuredLinear."
         )
+    refuse_followed(model, "has no place in this format; save its parameters that train")
     for name, layer in model.named_modules():
         if getattr(layer, "biased", False) and not isinstance(layer, StructuredLinear):
             raise ValueError(
