@@ -19,6 +19,7 @@ from rankwise.matrices import Base, Dense, LowRank, StructuredMatrix, from_spec
 SETTINGS: dict[str, list[Adapter]] = {
     "Eva": [adapters.Eva(rank=2), adapters.Eva(rank=2, alpha=3.0, whiten=True, centred=False)],
     "Householder": [adapters.Householder(rank=2), adapters.Householder(rank=6)],
+    "KronLora": [adapters.KronLora(count=2, rank=1), adapters.KronLora(count=4, rank=2, scale=2.0)],
     "Lora": [
         adapters.Lora(rank=2),
         adapters.Lora(rank=2, alpha=4.0, rank_stabilised=True),
