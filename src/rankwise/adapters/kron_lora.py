@@ -17,8 +17,8 @@ class KronLora(Adapter):
     """Train W + s sum_i A_i x (S_i T_i), x the Kronecker product, with k matrices A_i (k, k) and W frozen.
 
     The linear form of :class:`Compacter`: it folds into W. At the count of numbers of LoRA of the same rank r,
-    and k^3 more, the change has rank up to k^2 r (:class:`~rankwise.matrices.Hypercomplex`). It is not a published
-    method that we know of; LoKr is near, with one product and without the sum. It starts at S = 0; A has variance
+    and k^3 more, the change has rank up to k^2 r (:class:`~rankwise.matrices.Hypercomplex`). We know of no
+    paper that has it; LoKr is near, with one product and without the sum. It starts at S = 0; A has variance
     1 / k, and T that of Glorot's rule, so gradients of S do not depend on k. Each layer has its own A_i, unlike
     Compacter's.
 
