@@ -13,8 +13,9 @@ from .compression import check_weights, described
 from .core.adapted import adapted as adapted  # also found here
 from .core.adapted import matrix_of, own_tensors
 from .core.choices import Ladder, spend
+from .core.insertion import insert
 from .core.labels import Labels
-from .core.methods import Adapter
+from .core.methods import Adapter, BlockAdapter
 from .core.progress import track
 from .core.report import Report
 from .core.statistics import Batch, Statistics, Stats
@@ -25,7 +26,7 @@ from .matrices import Base, StructuredMatrix
 
 def adapt(
     model: nn.Module,
-    method: Adapter,
+    method: Adapter | BlockAdapter,
     *,
     where: Where | None = None,
     data: Literal["self"] | Tensor | Iterable[Batch] | Statistics | None = None,
@@ -44,8 +45,9 @@ def adapt(
     Args:
         model: any module; see :func:`rankwise.core.surgery.select` for the layers that count.
         method: from :mod:`rankwise.adapters`.
-        where: which layers; None selects all weight matrices but embeddings and output heads. Embeddings that it
-            accepts are adapted too, by methods without data, unless the output head has the same weight.
+        where: which layers; None selects all weight matrices but embeddings and output heads, or, for modules
+            that stand behind layers, those that write into the streams of blocks. Embeddings that it accepts are
+            adapted too, by methods without data, unless the output head has the same weight.
         data: for methods that read statistics: as in :func:`calibrate`, or what it returned.
         also: which other parameters train whole, by name, such as ``lambda name: "norm" in name``.
         labels: as in :func:`calibrate`.
@@ -68,6 +70,9 @@ def adapt(
     >>> [row["trained"] for row in report.rows], report.totals["params"]
     ([128, 80], 1528)
     """
+    if isinstance(method, BlockAdapter):
+        rows = insert(model, method, where, seed)
+        return _report(model, method, rows, len(rows), also)
     if not isinstance(method, Adapter):
         raise TypeError(f"method must be an object from rankwise.adapters, got {method!r}.")
     sites = select(model, where, compressed=True, tables=True)
@@ -96,6 +101,17 @@ def adapt(
             trained = sum(p.numel() for p in made[name].parameters() if p.requires_grad)
         rank = ranks.get(name, getattr(method, "rank", None))
         rows.append({"name": name, "shape": list(bases[name].shape), "rank": rank, "trained": trained})
+    return _report(model, method, rows, len(made), also)
+
+
+def _report(
+    model: nn.Module,
+    method: Adapter | BlockAdapter,
+    rows: list[dict[str, Any]],
+    count: int,
+    also: Callable[[str], bool] | None,
+) -> Report:
+    """Let other parameters train too, and count all that do."""
     for name, parameter in model.named_parameters():
         if also is not None and also(name):
             parameter.requires_grad_(True)
@@ -104,7 +120,7 @@ def adapt(
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "params": sum(p.numel() for p in model.parameters()),
     }
-    return Report(f"{type(method).__name__}: {len(made)} layers adapted", rows, "layers", totals)
+    return Report(f"{type(method).__name__}: {count} layers adapted", rows, "layers", totals)
 
 
 @contextlib.contextmanager

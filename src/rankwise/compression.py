@@ -9,7 +9,7 @@ from torch import Tensor
 from .core.choices import BUDGETS, UNITS, Choices, Unit, nothing
 from .core.errors import CalibrationError
 from .core.memory import peak_memory_bytes
-from .core.methods import Adapter, Compressor
+from .core.methods import Adapter, BlockAdapter, Compressor
 from .core.report import Report
 from .core.statistics import Statistics
 from .core.surgery import Site
@@ -101,7 +101,7 @@ def budget_words(keep: float, of: Unit, order: Sequential | None) -> str:
     return f"keep {keep:g} of their {of}{how}"
 
 
-def described(method: Adapter | Compressor) -> dict[str, Any]:
+def described(method: Adapter | BlockAdapter | Compressor) -> dict[str, Any]:
     """Return the name and the fields of a method as JSON data; a method may hold others, and functions."""
     fields: Any = dataclasses.fields(method)  # pyright: ignore[reportArgumentType]
     return {"name": type(method).__name__} | {field.name: _data(getattr(method, field.name)) for field in fields}

@@ -2,8 +2,10 @@
 
 from .ada_lora import AdaLora
 from .bat import Bat
+from .compacter import Compacter
 from .eva import Eva
 from .householder import Householder
+from .kron_lora import KronLora
 from .lamda import Lamda
 from .loldu import Loldu
 from .lora import Lora
@@ -17,8 +19,10 @@ from .tera import Tera
 __all__ = [
     "AdaLora",
     "Bat",
+    "Compacter",
     "Eva",
     "Householder",
+    "KronLora",
     "Lamda",
     "Loldu",
     "Lora",

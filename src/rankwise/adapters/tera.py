@@ -30,7 +30,8 @@ class Tera(Adapter):
 
     R_a = I_a allows full rank; but full rank is not full freedom: a layer has sum(R_a) - (N - 1) degrees of
     freedom, and fits a change of another family no better than these allow. The gradient of a vector grows with
-    the product of the others' sizes: keep learning rates below about 1e-2, and decay nothing. A step costs about
+    the product of the others' sizes: too large a learning rate explodes (1e-3 to 1e-2 is
+    plausible, not measured). Decay nothing. A step costs about
     as much as another layer of W's size, until it is folded.
 
     Args:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from ..matrices import Base, StructuredMatrix
 from .choices import Choices
@@ -57,6 +57,27 @@ class Adapter(abc.ABC):
 
         Raises:
             ValueError: if the adapter does not fit the shape, or a statistic is not what it needs.
+        """
+
+
+class BlockAdapter(abc.ABC):
+    """Puts small modules behind layers, which may be non-linear and cannot be folded into a weight.
+
+    An adapter is a frozen dataclass. ``last`` says that only the last part of each block gets one.
+    """
+
+    last: bool
+
+    @abc.abstractmethod
+    def modules(self, outputs: Mapping[str, Tensor], generator: Generator) -> Mapping[str, nn.Module]:
+        """Return for each layer a module that takes its outputs and changes nothing at the start.
+
+        Args:
+            outputs: for each layer an empty-valued vector of the length, type and device of its outputs.
+            generator: for all random numbers.
+
+        Raises:
+            ValueError: if a width does not fit.
         """
 
 

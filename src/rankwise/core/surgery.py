@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..matrices import Base, StructuredMatrix
+from .followed import refuse_followed
 from .stacks import ChoosesExperts, Stack, one_by_one, stack_at, stacks, stacks_of
 from .views import VIEWS, EmbeddingView, LinearView, SliceView, View, parameter_of, view_of
 
@@ -221,7 +222,11 @@ def fold(model: nn.Module) -> nn.Module:
 
     Returns:
         the same model; a layer given as the model itself is returned as a new one.
+
+    Raises:
+        ValueError: if something that is no matrix stands behind a layer, such as a bottleneck.
     """
+    refuse_followed(model, "cannot be folded; train an adapter of matrices instead, such as Lora")
     if isinstance(model, StructuredLinear):
         return model.dense()
     weights: dict[int, Any] = {}

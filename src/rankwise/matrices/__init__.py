@@ -13,6 +13,7 @@ from .dense import Dense
 from .diagonal import Diagonal
 from .expressions import Product, Scaled, Sum
 from .frozen import Base, Frozen
+from .hypercomplex import Hypercomplex
 from .indexed_sparse import IndexedSparse
 from .kernelled import Kernelled
 from .kronecker import Kronecker
@@ -36,6 +37,7 @@ __all__ = [
     "Dense",
     "Diagonal",
     "Frozen",
+    "Hypercomplex",
     "IndexedSparse",
     "Kernelled",
     "Kronecker",

@@ -1,0 +1,44 @@
+"""Layers that a module stands behind."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Followed(nn.Module):
+    """A layer, and a module that its outputs go through.
+
+    Args:
+        layer: any layer; its ``weight`` and ``bias`` are found here too, for code that asks for their types.
+        after: takes its outputs.
+    """
+
+    def __init__(self, layer: nn.Module, after: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.after = layer, after
+
+    @property
+    def weight(self) -> Any:
+        """Of the layer."""
+        return self.layer.weight
+
+    @property
+    def bias(self) -> Any:
+        """Of the layer."""
+        return self.layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What comes out of the layer and the module behind it."""
+        return self.after(self.layer(x))
+
+
+def followed(model: nn.Module) -> Mapping[str, Followed]:
+    """Return the layers that something stands behind, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Followed)}
+
+
+def refuse_followed(model: nn.Module, why: str) -> None:
+    """Raise ValueError if something stands behind a layer, which is no part of a weight."""
+    for name in followed(model):
+        raise ValueError(f"layer {name} has a module behind it that is no part of a weight, and {why}.")
