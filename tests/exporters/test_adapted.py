@@ -1,4 +1,4 @@
-"""Adapters written into weights, as differences, and as LoRA: right, refused where wrong, and one tensor at a time."""
+"""Adapters written into weights, as differences and as LoRA: right, refused where wrong, a tensor at a time."""
 
 import json
 import subprocess
@@ -144,7 +144,7 @@ def test_a_change_of_full_rank_is_cut_to_a_rank_and_the_error_is_told(tmp_path: 
     site = select(model, lambda path, layer: path == name, compressed=True)[name]
     matrix: StructuredMatrix = site.layer.matrix
     values = torch.linalg.svdvals(
-        (matrix.dense() - rankwise.load(base)[0].get_parameter(f"{name}.weight")).double()
+        (matrix.dense().detach() - rankwise.load(base)[0].get_parameter(f"{name}.weight").detach()).double()
     )
     expected = float((values[5:].square().sum() / values.square().sum()).sqrt())
     found = json.loads((out / "rankwise_errors.json").read_text())[name]
@@ -225,7 +225,7 @@ import resource, sys, torch, rankwise
 from rankwise.exporters import Merged
 small, large, out = sys.argv[1:]
 def export(folder, name):
-    rankwise.export(folder + "/rankwise", Merged(base=folder + "/base", compare=0), out + "/" + name)
+    rankwise.export(folder + "/rankwise", Merged(base=folder + "/base", compare=0), out + "/out-" + name)
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(export(small, "small"), export(large, "large"))
 """

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ..core.progress import track
 from ..models.adapted_weights import AdaptedWeights
-from ..models.low_rank_change import change_of
 from ..models.peft_files import biases_of, modules_of, tied_to, write_pieces
 from ..models.peft_kinds import LoraKind
 from .adapted import AdaptedExporter
@@ -43,7 +42,7 @@ class Lora(AdaptedExporter):
         """Factorise layer by layer.
 
         Raises:
-            ValueError: if adapter and model do not belong together, or a change has no low rank and none is given.
+            ValueError: if adapter and model do not belong together, or a change needs a rank and none is given.
         """
         weights, kind = self.weights(source), LoraKind()
         pieces, errors = {}, {}
