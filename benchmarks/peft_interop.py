@@ -51,7 +51,7 @@ def moved(model: nn.Module) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(0.03 * torch.randn(parameter.shape, generator=generator))
 
 
 def difference(one: nn.Module, other: nn.Module) -> float:

@@ -70,7 +70,7 @@ class RowNormalised(StructuredMatrix):
             squared = ((low.left @ (low.right @ low.right.mT)) * low.left).sum(1)
             return (self.squares + 2 * scale * crossed + scale**2 * squared).clamp_min(0).sqrt()
 
-    def factors(self) -> Tensor:
+    def _factors(self) -> Tensor:
         """(m,): how much longer the rows are to be."""
         lengths = self.row_lengths()
         return self.lengths / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)
@@ -78,16 +78,16 @@ class RowNormalised(StructuredMatrix):
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) -> (..., m)."""
         y = self.base(x) + self.update(x)
-        return (self.factors() * y).to(y.dtype)
+        return (self._factors() * y).to(y.dtype)
 
     def adjoint(self, y: Tensor) -> Tensor:
         """(..., m) -> (..., n)."""
-        y = (self.factors() * y).to(y.dtype)
+        y = (self._factors() * y).to(y.dtype)
         return self.base.adjoint(y) + self.update.adjoint(y)
 
     def dense(self) -> Tensor:
         """(m, n), rounded once to the type of the base."""
-        return (self.factors()[:, None] * (self.base.dense() + self.update.dense())).to(self.base.dtype)
+        return (self._factors()[:, None] * (self.base.dense() + self.update.dense())).to(self.base.dtype)
 
     def spec(self) -> dict[str, Any]:
         """Kind, and the specs of the matrices."""
