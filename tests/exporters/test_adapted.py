@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from rankwise.compressors import PlainSvd
 from rankwise.core.surgery import replace, select
 from rankwise.exporters import Delta, Lora, Merged
 from rankwise.matrices import Base, Branch, Dense, Diagonal, LowRank, Product, StructuredMatrix, Sum
+from rankwise.models.adapted_weights import AdaptedWeights
 
 
 def moved(model: nn.Module) -> nn.Module:
@@ -231,6 +233,26 @@ print(export(small, "small"), export(large, "large"))
 """
 
 
+def test_one_tensor_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = seeded(llama)
+    model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    rankwise.adapt(model, LoraAdapter(rank=2))
+    adapter = written(tmp_path, moved(model))
+    made: list[tuple[str, weakref.ref]] = []
+    original = AdaptedWeights.__getitem__
+
+    def watched(self: AdaptedWeights, name: str) -> torch.Tensor:
+        assert not [name for name, tensor in made if tensor() is not None]
+        tensor = original(self, name)
+        made.append((name, weakref.ref(tensor)))
+        return tensor
+
+    monkeypatch.setattr(AdaptedWeights, "__getitem__", watched)
+    rankwise.export(adapter, Merged(base=str(tmp_path / "base"), compare=0), tmp_path / "out")
+    assert sorted(name for name, _ in made) == sorted(load_file(tmp_path / "out" / "model.safetensors"))
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(
     sys.platform != "linux", reason="the largest memory of a process is measured as Linux counts it"
 )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.views import Conv2dView, View
+from ..core.views import Conv2dView, LinearView, View
 from ..matrices import Base, Branch, Dense, Diagonal, LowRank, Product, RowNormalised, StructuredMatrix, Sum
 from .low_rank_change import bare, branch_of, change_of
 
@@ -97,6 +97,8 @@ class LoraKind(PeftKind):
 
     def piece(self, matrix: StructuredMatrix, view: View, most: int | None = None) -> Piece | None:
         """Take the factors, or find some, of at most a rank."""
+        if not isinstance(view, (LinearView, Conv2dView)):
+            return None
         if isinstance(matrix, RowNormalised) and (most is None or matrix.update.rank <= most):
             low, branch = matrix.update.matrix, matrix.update
             assert isinstance(low, LowRank)
@@ -161,30 +163,19 @@ class AdaLoraKind(PeftKind):
     name = "ADALORA"
     ends = ("lora_A", "lora_B", "lora_E")
     fields = (
-        "init_r",
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "rank_pattern",
-        "target_r",
-        "deltaT",
-        "tinit",
-        "tfinal",
+        *("init_r", "r", "lora_alpha", "lora_dropout", "rank_pattern", "target_r"),
+        *("deltaT", "tinit", "tfinal", "total_step", "beta1", "beta2", "orth_reg_weight"),
     )
-    fields = (*fields, "total_step", "beta1", "beta2", "orth_reg_weight")
 
     def piece(self, matrix: StructuredMatrix, view: View) -> Piece | None:
         """Take the three factors."""
         branch = branch_of(matrix)
-        match bare(branch.matrix) if branch is not None else None:
+        if branch is None or not isinstance(view, LinearView):
+            return None
+        match bare(branch.matrix):
             case Product(parts=[Dense() as left, Diagonal() as values, Dense() as right]):
                 found = {"lora_A": right.weight, "lora_B": left.weight, "lora_E": values.values[:, None]}
-                assert branch is not None
-                return (
-                    None
-                    if isinstance(view, Conv2dView)
-                    else Piece(found, len(right.weight), branch.scale, branch.dropout)
-                )
+                return Piece(found, len(right.weight), branch.scale, branch.dropout)
         return None
 
     def describe(self, pieces: Mapping[str, Piece]) -> dict[str, Any] | None:
