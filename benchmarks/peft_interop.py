@@ -18,7 +18,7 @@ from torch import Generator, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, logging
 
 import rankwise
-from rankwise.adapters import Eva, Lora
+from rankwise.adapters import Bat, Eva, Lora, Miss
 from rankwise.core.surgery import replace, select
 from rankwise.initialisers import SingularVectors
 from rankwise.matrices import Base, Branch, Dense, Diagonal, Product, Sum
@@ -51,7 +51,7 @@ def moved(model: nn.Module) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(0.03 * torch.randn(parameter.shape, generator=generator))
 
 
 def difference(one: nn.Module, other: nn.Module) -> float:
@@ -83,6 +83,9 @@ WRITTEN: dict[str, tuple[tuple[str, ...], Callable[[Any], None]]] = {
     "LORA, rank_pattern": (("llama", "gpt2"), ours(method=Eva(rank=4, alpha=6.0))),
     "LORA, start of twice the rank": (("llama", "gpt2"), ours(method=Lora(rank=4, start=SingularVectors()))),
     "ADALORA, two ranks": (("llama", "gpt2"), triplets),
+    "MISS": (("llama", "gpt2"), ours(method=Miss(rank=4))),
+    "MISS, mini": (("llama", "gpt2"), ours(method=Miss(rank=4, mini=8))),
+    "MISS, bat": (("llama",), ours(method=Bat(block=4))),
     "LORA, norms saved": (("llama", "gpt2"), ours(method=Lora(rank=4), also=lambda n: "norm" in n or "ln_" in n)),
     "LORA, biases": (("gpt2",), ours(method=Lora(rank=4), also=lambda n: n.endswith("bias") and "ln" not in n)),
     "LORA, head saved": (("llama untied",), ours(method=Lora(rank=4), also=lambda n: "lm_head" in n)),
@@ -116,6 +119,9 @@ def theirs(name: str) -> dict[str, Any]:
         "ADALORA": peft.AdaLoraConfig(**usual, init_r=4, lora_alpha=6, total_step=10),
     }
     if name == "llama":
+        found["MISS"] = peft.MissConfig(**usual, r=5)
+        found["MISS, mini"] = peft.MissConfig(**usual, r=4, mini_r=8, init_weights="mini")
+        found["MISS, bat"] = peft.MissConfig(**usual, r=4, init_weights="bat")
         tied = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
         found["LORA, tied embeddings saved"] = peft.LoraConfig(**lora, **tied)
     return found

@@ -1,8 +1,9 @@
-"""Adapters written into weights, as differences, and as LoRA: right, refused where wrong, and one tensor at a time."""
+"""Adapters written into weights, as differences and as LoRA: right, refused where wrong, a tensor at a time."""
 
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from rankwise.compressors import PlainSvd
 from rankwise.core.surgery import replace, select
 from rankwise.exporters import Delta, Lora, Merged
 from rankwise.matrices import Base, Branch, Dense, Diagonal, LowRank, Product, StructuredMatrix, Sum
+from rankwise.models.adapted_weights import AdaptedWeights
 
 
 def moved(model: nn.Module) -> nn.Module:
@@ -144,7 +146,7 @@ def test_a_change_of_full_rank_is_cut_to_a_rank_and_the_error_is_told(tmp_path: 
     site = select(model, lambda path, layer: path == name, compressed=True)[name]
     matrix: StructuredMatrix = site.layer.matrix
     values = torch.linalg.svdvals(
-        (matrix.dense() - rankwise.load(base)[0].get_parameter(f"{name}.weight")).double()
+        (matrix.dense().detach() - rankwise.load(base)[0].get_parameter(f"{name}.weight").detach()).double()
     )
     expected = float((values[5:].square().sum() / values.square().sum()).sqrt())
     found = json.loads((out / "rankwise_errors.json").read_text())[name]
@@ -225,12 +227,32 @@ import resource, sys, torch, rankwise
 from rankwise.exporters import Merged
 small, large, out = sys.argv[1:]
 def export(folder, name):
-    rankwise.export(folder + "/rankwise", Merged(base=folder + "/base", compare=0), out + "/" + name)
+    rankwise.export(folder + "/rankwise", Merged(base=folder + "/base", compare=0), out + "/out-" + name)
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(export(small, "small"), export(large, "large"))
 """
 
 
+def test_one_tensor_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = seeded(llama)
+    model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    rankwise.adapt(model, LoraAdapter(rank=2))
+    adapter = written(tmp_path, moved(model))
+    made: list[tuple[str, weakref.ref]] = []
+    original = AdaptedWeights.__getitem__
+
+    def watched(self: AdaptedWeights, name: str) -> torch.Tensor:
+        assert not [name for name, tensor in made if tensor() is not None]
+        tensor = original(self, name)
+        made.append((name, weakref.ref(tensor)))
+        return tensor
+
+    monkeypatch.setattr(AdaptedWeights, "__getitem__", watched)
+    rankwise.export(adapter, Merged(base=str(tmp_path / "base"), compare=0), tmp_path / "out")
+    assert sorted(name for name, _ in made) == sorted(load_file(tmp_path / "out" / "model.safetensors"))
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(
     sys.platform != "linux", reason="the largest memory of a process is measured as Linux counts it"
 )

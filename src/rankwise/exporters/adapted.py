@@ -22,8 +22,8 @@ class AdaptedExporter(Exporter):
 
     Args:
         base: the model that was adapted, compressed or not: a folder, a hub id, or an embedded model.
-        memory: the most that making one tensor may take beside the adapter, such as 2GiB or 500MB; None needs about
-            twice the largest tensor, and more for adapters that do not just add something to a matrix.
+        memory: the most that making one tensor may take beside the adapter, such as 2GiB or 500MB; None needs
+            about twice the largest tensor, and more for adapters that do not just add something to a matrix.
     """
 
     base: str

@@ -17,12 +17,12 @@ from .shards import check_shard, write_shards
 class Delta(AdaptedExporter):
     """Files of safetensors with new minus old of each changed weight, in float32, under the weights' own names.
 
-    This is what rules for merging take. One tensor is made at a time; ``memory`` does not count the float32 copies.
+    This is what rules for merging take. One tensor is made at a time; beside the new one there is the stored one.
 
     Args:
         base: the model that was adapted, compressed or not: a folder, a hub id, or an embedded model.
-        memory: the most that making one tensor may take beside the adapter, such as 2GiB or 500MB; None needs about
-            twice the largest tensor, and more for adapters that do not just add something to a matrix.
+        memory: the most that making one tensor may take beside the adapter, such as 2GiB or 500MB; None needs
+            about twice the largest tensor, and more for adapters that do not just add something to a matrix.
         shard: largest size of a file, in megabytes; a larger tensor has its own.
     """
 

@@ -42,7 +42,7 @@ class Lora(AdaptedExporter):
         """Factorise layer by layer.
 
         Raises:
-            ValueError: if adapter and model do not belong together, or a change has no low rank and none is given.
+            ValueError: if adapter and model do not belong together, or a change needs a rank and none is given.
         """
         weights, kind = self.weights(source), LoraKind()
         pieces, errors = {}, {}

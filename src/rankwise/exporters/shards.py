@@ -26,7 +26,7 @@ class Weights(Protocol):
 
 
 def write_shards(weights: Weights, names: Iterable[str], out: Path, shard: int, stem: str = "model") -> None:
-    """Write tensors into files of at most ``shard`` megabytes, or one tensor, and an index if there are several."""
+    """Write files of at most ``shard`` megabytes, or one tensor, and an index if there are several."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     empty = {name: weights.empty(name) for name in names}

@@ -75,9 +75,9 @@ class RowNormalised(StructuredMatrix):
 
         Their distances from one lose less in half precision than they would themselves.
         """
-        return y + (self.factors() - 1).to(y.dtype) * y
+        return y + (self._factors() - 1).to(y.dtype) * y
 
-    def factors(self) -> Tensor:
+    def _factors(self) -> Tensor:
         """(m,): how much longer the rows are to be."""
         lengths = self.row_lengths()
         return self.lengths / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)
@@ -93,11 +93,11 @@ class RowNormalised(StructuredMatrix):
 
     def lookup(self, index: Tensor) -> Tensor:
         """(...) -> (..., m), rounded once to the type of the base."""
-        return (self.factors() * (self.base.lookup(index) + self.update.lookup(index))).to(self.base.dtype)
+        return (self._factors() * (self.base.lookup(index) + self.update.lookup(index))).to(self.base.dtype)
 
     def dense(self) -> Tensor:
         """(m, n), rounded once to the type of the base."""
-        return (self.factors()[:, None] * (self.base.dense() + self.update.dense())).to(self.base.dtype)
+        return (self._factors()[:, None] * (self.base.dense() + self.update.dense())).to(self.base.dtype)
 
     def spec(self) -> dict[str, Any]:
         """Kind, and the specs of the matrices."""

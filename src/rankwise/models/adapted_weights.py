@@ -51,7 +51,7 @@ class AdaptedWeights(Mapping[str, Tensor]):
                 raise ValueError(f"{adapter.folder} adapts {name}, which {base.folder} does not have.")
             if isinstance(self._sites[name].view, SliceView):
                 raise ValueError(
-                    f"{name} is a slice of a 3-D parameter; use load_adapter, fold and save, which take more memory."
+                    f"{name} is a slice of a 3-D parameter; use load_adapter, fold and save instead."
                 )
         own = {name: name for name in layers}
         shared = {other: own.get(other, name) for name in layers for other in self._sites[name].names}

@@ -134,7 +134,7 @@ def sites_of(model: nn.Module) -> dict[str, Site]:
     """
     if busy := next(iter(adapted(model)), None):
         raise ValueError(f"layer {busy} has an adapter already; fold it first, or load the model anew.")
-    found = select(model, lambda name, layer: True, compressed=True)
+    found = select(model, lambda name, layer: True, compressed=True, tables=True)
     return {name: site for site in found.values() for name in site.names}
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..core.surgery import base_of
-from ..matrices import Base, Branch, Frozen, LowRank, Product, Scaled, StructuredMatrix, Sum
+from ..matrices import Base, Branch, Frozen, LowRank, Product, Scaled, Scheduled, StructuredMatrix, Sum
 
 NOISE = 1e-11  # singular values of a change that are no more than rounding in float64, relative to the base's
 
@@ -61,7 +61,7 @@ def bare(matrix: StructuredMatrix) -> StructuredMatrix:
     return matrix
 
 
-WRAPPERS = (Frozen,)
+WRAPPERS = (Frozen, Scheduled)
 
 
 def branch_of(matrix: StructuredMatrix) -> Branch | None:

@@ -10,8 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.views import Conv2dView, View
-from ..matrices import Base, Branch, Dense, Diagonal, LowRank, Product, RowNormalised, StructuredMatrix, Sum
+from ..core.views import Conv2dView, LinearView, View
+from ..matrices import (
+    Base,
+    BlockAffine,
+    Branch,
+    Dense,
+    Diagonal,
+    LowRank,
+    Product,
+    RowNormalised,
+    StructuredMatrix,
+    Sum,
+    Tiled,
+)
 from .low_rank_change import bare, branch_of, change_of
 
 
@@ -97,6 +109,8 @@ class LoraKind(PeftKind):
 
     def piece(self, matrix: StructuredMatrix, view: View, most: int | None = None) -> Piece | None:
         """Take the factors, or find some, of at most a rank."""
+        if not isinstance(view, (LinearView, Conv2dView)):
+            return None
         if isinstance(matrix, RowNormalised) and (most is None or matrix.update.rank <= most):
             low, branch = matrix.update.matrix, matrix.update
             assert isinstance(low, LowRank)
@@ -161,30 +175,19 @@ class AdaLoraKind(PeftKind):
     name = "ADALORA"
     ends = ("lora_A", "lora_B", "lora_E")
     fields = (
-        "init_r",
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "rank_pattern",
-        "target_r",
-        "deltaT",
-        "tinit",
-        "tfinal",
+        *("init_r", "r", "lora_alpha", "lora_dropout", "rank_pattern", "target_r"),
+        *("deltaT", "tinit", "tfinal", "total_step", "beta1", "beta2", "orth_reg_weight"),
     )
-    fields = (*fields, "total_step", "beta1", "beta2", "orth_reg_weight")
 
     def piece(self, matrix: StructuredMatrix, view: View) -> Piece | None:
         """Take the three factors."""
         branch = branch_of(matrix)
-        match bare(branch.matrix) if branch is not None else None:
+        if branch is None or not isinstance(view, LinearView):
+            return None
+        match bare(branch.matrix):
             case Product(parts=[Dense() as left, Diagonal() as values, Dense() as right]):
                 found = {"lora_A": right.weight, "lora_B": left.weight, "lora_E": values.values[:, None]}
-                assert branch is not None
-                return (
-                    None
-                    if isinstance(view, Conv2dView)
-                    else Piece(found, len(right.weight), branch.scale, branch.dropout)
-                )
+                return Piece(found, len(right.weight), branch.scale, branch.dropout)
         return None
 
     def describe(self, pieces: Mapping[str, Piece]) -> dict[str, Any] | None:
@@ -219,7 +222,49 @@ class AdaLoraKind(PeftKind):
         return Sum(base, Branch(triplets, alpha / (first + 1e-5), settings.fields.get("lora_dropout", 0.0)))
 
 
-KINDS: tuple[PeftKind, ...] = (AdaLoraKind(), LoraKind())  # the first that fits all layers is written
+class MissKind(PeftKind):
+    """W + [D D ... D], and the affine maps of square blocks, which PEFT calls bat."""
+
+    name = "MISS"
+    ends = ("miss_block",)
+    fields = ("r", "mini_r", "miss_dropout")
+    biases = "MiSS_only"
+
+    def piece(self, matrix: StructuredMatrix, view: View) -> Piece | None:
+        """Take the maps, or the tile with all its rows."""
+        if type(view) is not LinearView:
+            return None  # PEFT computes it for nn.Linear alone
+        if isinstance(matrix, BlockAffine):
+            return Piece({"miss_block": matrix.change.blocks}, matrix.change.blocks.shape[-1])
+        branch = branch_of(matrix)
+        tiled = bare(branch.matrix) if branch is not None else None
+        if branch is None or not isinstance(tiled, Tiled):
+            return None
+        rows = branch.scale * tiled.tile.repeat(-(-tiled.shape[0] // len(tiled.tile)), 1)[: tiled.shape[0]]
+        return Piece({"miss_block": rows.mT}, rows.shape[1], dropout=branch.dropout)
+
+    def describe(self, pieces: Mapping[str, Piece]) -> dict[str, Any] | None:
+        """Give the one rank, and the one form."""
+        same = {(p.rank, p.dropout, p.tensors["miss_block"].dim()) for p in pieces.values()}
+        if len(same) > 1:
+            return None
+        rank, dropout, dims = same.pop()
+        return {"r": rank, "mini_r": 1, "miss_dropout": dropout, "init_weights": "bat" if dims == 3 else True}
+
+    def matrix(
+        self, base: Base, tensors: Mapping[str, Tensor], settings: Settings, view: View
+    ) -> StructuredMatrix:
+        """Build the sum, or the map of blocks."""
+        block = tensors["miss_block"]
+        bat = settings.fields.get("init_weights") == "bat"
+        if (block.dim() == 3) != bat or block.shape[1 if bat else 0] != settings.rank:
+            raise ValueError(f"its numbers are {tuple(block.shape)}, which the description does not say.")
+        if bat:
+            return BlockAffine(base, block)
+        return Sum(base, Branch(Tiled(block.mT, base.shape), dropout=settings.fields.get("miss_dropout", 0.0)))
+
+
+KINDS: tuple[PeftKind, ...] = (AdaLoraKind(), MissKind(), LoraKind())  # the first that fits all layers is written
 
 
 def plain(number: float) -> float:

@@ -12,6 +12,7 @@ from ..matrices import (
     Product,
     RowNormalised,
     Scaled,
+    Scheduled,
     StructuredMatrix,
     Sum,
 )
@@ -22,7 +23,7 @@ def rows_of(matrix: StructuredMatrix, start: int, stop: int) -> Tensor:
     match matrix:
         case Dense():
             return matrix.weight[start:stop]
-        case Base() | Frozen():
+        case Base() | Frozen() | Scheduled():
             return rows_of(matrix.matrix, start, stop)
         case LowRank():
             return matrix.left[start:stop] @ matrix.right
@@ -40,7 +41,9 @@ def rows_of(matrix: StructuredMatrix, start: int, stop: int) -> Tensor:
             return rows
         case RowNormalised():
             sums = rows_of(matrix.base, start, stop) + rows_of(matrix.update, start, stop)
-            return matrix.factors()[start:stop, None] * sums
+            lengths = matrix.row_lengths()
+            factors = matrix.lengths / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)
+            return factors[start:stop, None] * sums
         case _:
             units = torch.zeros(stop - start, matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
             units[:, start:stop].fill_diagonal_(1)
