@@ -10,7 +10,18 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 
-from rankwise import allocators, compressors, exporters, matrices, measures, starts
+from rankwise import (
+    adapters,
+    allocators,
+    compressors,
+    exporters,
+    initialisers,
+    matrices,
+    measures,
+    rank_rules,
+    schedules,
+    starts,
+)
 from rankwise.cli.options import command_name
 
 TARGET = Path(__file__).with_name("methods.md")
@@ -23,6 +34,10 @@ SECTIONS: dict[str, tuple[types.ModuleType, str]] = {
         allocators,
         "`rankwise.compress(..., allocate=...)` and `rankwise compress --allocate NAME`.",
     ),
+    "Adapters": (adapters, "`rankwise.adapt(model, method, ...)` and `rankwise adapt --method NAME`."),
+    "Initialisers": (initialisers, "`Lora(start=...)` and `rankwise adapt --method lora --set start=NAME`."),
+    "Rank rules": (rank_rules, "`Lora(ranks=...)` and `rankwise adapt --method lora --set ranks=NAME`."),
+    "Schedules": (schedules, "What adapters that change while they train hold; `rankwise.follow` lets them act."),
     "Starts": (starts, "`rankwise.initialise(model, start)`."),
     "Measures": (measures, "`rankwise.inspect(model)` and `rankwise inspect`."),
     "Formats": (
@@ -46,7 +61,7 @@ def page() -> str:
 def entry(name: str, value: object, package: types.ModuleType) -> Iterator[str]:
     """Yield the paragraphs about one exported name."""
     yield f"### {name}"
-    if package in (compressors, allocators, exporters):
+    if package in (compressors, allocators, adapters, initialisers, rank_rules, exporters):
         yield f"On the command line: `{command_name(name)}`."
     yield from paragraphs(inspect.getdoc(value) or "")
     if inspect.isclass(value) and dataclasses.is_dataclass(value) and dataclasses.fields(value):

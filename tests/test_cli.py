@@ -436,7 +436,9 @@ def test_export_refuses_in_one_line(folder, tmp_path):
     out = ("--out", tmp_path / "out")
     refused(run("export", folder, "--to", "dense", *out), "dense already")
     refused(run("export", folder, "--to", "gguf", *out), "WordLevel", "byte-level BPE")
-    refused(run("export", folder, "--to", "ggu", *out), "did you mean gguf?", "dense, gguf, onnx")
+    refused(
+        run("export", folder, "--to", "ggu", *out), "did you mean gguf?", "delta, dense, gguf, lora, merged, onnx"
+    )
     refused(run("export", folder, "--to", "gguf", "--set", "dtype=q4", *out), "f16, bf16, f32")
     refused(run("export", tmp_path / "nowhere", "--to", "dense", *out), "nowhere", "does not exist")
     refused(run("export", folder, "--to", "dense", "--out", folder), "exists already")

@@ -177,7 +177,7 @@ def test_methods_in_fields_are_set_by_name(folder, data, tmp_path):
     assert "SingularVectors" in json.dumps(found["method"])
     assert len({layer["rank"] for layer in found["layers"]}) > 1
     shown = run("list").stdout
-    assert "start: principal-inputs | singular-vectors | uniform = uniform" in shown
+    assert "| principal-inputs | singular-vectors | uniform = uniform" in shown
     assert "ranks: explained-variance | None = None" in shown
 
 

@@ -29,6 +29,7 @@ def adapt(
     method: Adapter | BlockAdapter,
     *,
     where: Where | None = None,
+    embeddings: bool = False,
     data: Literal["self"] | Tensor | Iterable[Batch] | Statistics | None = None,
     also: Callable[[str], bool] | None = None,
     labels: Labels | None = None,
@@ -45,9 +46,10 @@ def adapt(
     Args:
         model: any module; see :func:`rankwise.core.surgery.select` for the layers that count.
         method: from :mod:`rankwise.adapters`.
-        where: which layers; None selects all weight matrices but embeddings and output heads, or, for modules
-            that stand behind layers, those that write into the streams of blocks. Embeddings that it accepts are
-            adapted too, by methods without data, unless the output head has the same weight.
+        where: which layers; None selects all weight matrices but output heads, or, for modules that stand behind
+            layers, those that write into the streams of blocks.
+        embeddings: also adapt the embeddings that ``where`` accepts and that share their weight with no other
+            layer. Only methods that need no data can.
         data: for methods that read statistics: as in :func:`calibrate`, or what it returned.
         also: which other parameters train whole, by name, such as ``lambda name: "norm" in name``.
         labels: as in :func:`calibrate`.
@@ -75,7 +77,11 @@ def adapt(
         return _report(model, method, rows, len(rows), also)
     if not isinstance(method, Adapter):
         raise TypeError(f"method must be an object from rankwise.adapters, got {method!r}.")
-    sites = select(model, where, compressed=True, tables=True)
+    sites = select(model, where, compressed=True, tables=embeddings)
+    if embeddings and not any(isinstance(site.view, EmbeddingView) for site in sites.values()):
+        raise ValueError(
+            "no embedding was selected: each shares its weight with another layer, or 'where' refuses."
+        )
     for name, site in sites.items():
         if isinstance(site.layer, StructuredLinear) and base_of(site.layer.matrix) is not None:
             raise ValueError(f"layer {name} has an adapter already; fold or remove that first, or leave it out.")

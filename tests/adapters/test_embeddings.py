@@ -28,7 +28,7 @@ def test_they_start_exactly_train_and_fold(method: Adapter):
     net = nn.Sequential(nn.Embedding(20, 8, padding_idx=3), nn.Flatten(), nn.Linear(24, 4)).double()
     x, y = torch.tensor([[0, 1, 2], [7, 19, 3], [2, 2, 5]]), torch.tensor([0, 1, 2])
     before = net(x).detach()
-    report = rankwise.adapt(net, method, where=table)
+    report = rankwise.adapt(net, method, where=table, embeddings=True)
     assert [(row["name"], row["shape"]) for row in report.rows] == [("0", [8, 20])]
     torch.testing.assert_close(net(x), before, rtol=1e-6, atol=1e-6)
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=0.01)
@@ -49,7 +49,7 @@ def test_they_start_exactly_train_and_fold(method: Adapter):
 def test_lora_of_a_table_by_its_formula():
     net, x = nn.Sequential(nn.Embedding(20, 8)).double(), torch.tensor([[4, 0], [19, 4]])
     weight = net[0].weight.detach().clone()
-    rankwise.adapt(net, adapters.Lora(rank=2, alpha=3.0, start=NormalOutputs()), where=table)
+    rankwise.adapt(net, adapters.Lora(rank=2, alpha=3.0, start=NormalOutputs()), where=table, embeddings=True)
     left, right = (p for p in net.parameters() if p.requires_grad)
     assert left.shape == (8, 2)
     assert bool(left.any())
@@ -64,7 +64,7 @@ def test_lora_of_a_table_by_its_formula():
 def test_half_precision_stays_half_precision():
     net, x = nn.Sequential(nn.Embedding(20, 8)).bfloat16(), torch.tensor([1, 2])
     before = net(x)
-    rankwise.adapt(net, adapters.Lora(rank=2), where=table)
+    rankwise.adapt(net, adapters.Lora(rank=2), where=table, embeddings=True)
     assert net(x).dtype == torch.bfloat16
     assert torch.equal(net(x), before)
     assert all(p.dtype == torch.float32 for p in net.parameters() if p.requires_grad)
@@ -74,19 +74,19 @@ def test_language_models():
     model, x = gpt2().eval(), ids()
     before = model(x).logits.detach()
     with pytest.raises(ValueError, match="no layer was selected"):  # the head has the same weight
-        rankwise.adapt(model, adapters.Lora(rank=2), where=lambda name, _: name.endswith("wte"))
-    report = rankwise.adapt(model, adapters.Lora(rank=2), where=table)
+        rankwise.adapt(model, adapters.Lora(rank=2), where=lambda name, _: name.endswith("wte"), embeddings=True)
+    report = rankwise.adapt(model, adapters.Lora(rank=2), where=table, embeddings=True)
     assert [row["name"] for row in report.rows] == ["transformer.wpe"]
     torch.testing.assert_close(model(x).logits, before)
     untied = llama(tie_word_embeddings=False)
     before = untied(x).logits.detach()
     report = rankwise.adapt(
-        untied, adapters.Lora(rank=2), where=lambda name, _: "embed" in name or "q_proj" in name
+        untied, adapters.Lora(rank=2), where=lambda name, _: "embed" in name, embeddings=True or "q_proj" in name
     )
     assert [row["name"].split(".")[-1] for row in report.rows] == ["embed_tokens", "q_proj", "q_proj"]
     torch.testing.assert_close(untied(x).logits, before)
     with pytest.raises(ValueError, match="embed_tokens has an adapter already"):
-        rankwise.adapt(untied, adapters.Lora(rank=2), where=lambda name, _: "embed" in name)
+        rankwise.adapt(untied, adapters.Lora(rank=2), where=lambda name, _: "embed" in name, embeddings=True)
     statistics = rankwise.calibrate(untied, [InputGram], data=[x], compressed=True)
     assert not any("embed" in name for name in statistics.layers)
     macs = sizes(untied)["macs_per_token"]
@@ -99,7 +99,13 @@ def test_they_are_only_adapted_where_they_are_named_and_without_data():
     assert not any("embed" in row["name"] for row in rankwise.adapt(model, adapters.Lora(rank=2)).rows)
     with pytest.raises(ValueError, match=r"embeddings have none of.*embed_tokens"):
         rankwise.adapt(
-            llama(tie_word_embeddings=False), adapters.Eva(rank=2), where=lambda name, _: True, data=[ids()]
+            llama(tie_word_embeddings=False),
+            adapters.Eva(rank=2),
+            where=lambda name, _: True,
+            embeddings=True,
+            data=[ids()],
         )
-    compressed = rankwise.compress(model, rankwise.compressors.PlainSvd(), keep=0.9, where=lambda name, _: True)
+    compressed = rankwise.compress(
+        model, rankwise.compressors.PlainSvd(), keep=0.9, where=lambda name, _: True, embeddings=True
+    )
     assert not any("embed" in row["name"] for row in compressed.rows)

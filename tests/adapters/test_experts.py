@@ -112,7 +112,9 @@ def test_a_saved_model_keeps_the_adapters_of_its_experts(family: str, tmp_path):
     model = MIXTURES[family]()
     for p in adapted(model, Lora(rank=2)):
         p.data += 0.1 * draw(*p.shape, dtype=torch.float32)
-    other, _ = rankwise.load(rankwise.save(model, tmp_path / "out"))
+    rankwise.save(model, tmp_path / "out", format="rankwise")
+    other = MIXTURES[family]()
+    rankwise.load_adapter(other, tmp_path / "out")
     assert torch.equal(output(other), output(model))
 
 

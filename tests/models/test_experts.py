@@ -429,7 +429,7 @@ def test_experts_heal():
     batches = list(ids(24).split(2))
     found = rankwise.calibrate(reference, KroneckerFactoredSvd.needs, data=batches)
     rankwise.compress(model, KroneckerFactoredSvd(), keep=0.4, data=found)
-    report = rankwise.heal(model, reference, budget=60, steps=6, every=2, data=batches, rows=80, statistics=found)
+    report = rankwise.heal(model, reference, budget=60, steps=6, every=2, data=batches, rows=80)
     assert report.totals["improved"]
 
 

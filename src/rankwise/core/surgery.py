@@ -121,7 +121,7 @@ def select(
         where: keeps a layer if it is true for (name, module); None keeps all but output heads. For a matrix of a
             3-D parameter the module is the one that owns the parameter.
         compressed: also find the layers that are structured already.
-        tables: also find the embeddings that ``where`` names and no other layer shares its weight with.
+        tables: also find the embeddings that share their weight with no other layer.
 
     Raises:
         ValueError: if nothing is selected.
@@ -135,7 +135,7 @@ def select(
     sites: dict[tuple[int, int], Site] = {}
     for owner, weight, site in found:
         if isinstance(site.view, EmbeddingView):
-            wanted = tables and where is not None and id(weight) not in others
+            wanted = tables and id(weight) not in others
         else:
             wanted = id(weight) not in embeddings and (compressed or not isinstance(owner, StructuredLinear))
         if wanted and keep(site.name, owner):
