@@ -58,6 +58,15 @@ def page() -> str:
     return "\n\n".join(blocks) + "\n"
 
 
+def default_of(field: dataclasses.Field) -> str:
+    """Return what stands for a field that is not given."""
+    if field.default_factory is not dataclasses.MISSING:
+        return repr(field.default_factory())
+    if inspect.isfunction(field.default):
+        return field.default.__name__
+    return "" if field.default is dataclasses.MISSING else repr(field.default)
+
+
 def entry(name: str, value: object, package: types.ModuleType) -> Iterator[str]:
     """Yield the paragraphs about one exported name."""
     yield f"### {name}"
@@ -65,7 +74,7 @@ def entry(name: str, value: object, package: types.ModuleType) -> Iterator[str]:
         yield f"On the command line: `{command_name(name)}`."
     yield from paragraphs(inspect.getdoc(value) or "")
     if inspect.isclass(value) and dataclasses.is_dataclass(value) and dataclasses.fields(value):
-        rows = [f"| `{f.name}` | `{type_name(f.type)}` | `{f.default!r}` |" for f in dataclasses.fields(value)]
+        rows = [f"| `{f.name}` | `{type_name(f.type)}` | `{default_of(f)}` |" for f in dataclasses.fields(value)]
         yield "\n".join(["| field | type | default |", "|---|---|---|", *rows])
 
 

@@ -178,7 +178,7 @@ def test_methods_in_fields_are_set_by_name(folder, data, tmp_path):
     assert len({layer["rank"] for layer in found["layers"]}) > 1
     shown = run("list").stdout
     assert "| principal-inputs | singular-vectors | uniform = uniform" in shown
-    assert "ranks: explained-variance | None = None" in shown
+    assert "ranks: explained-variance | predicted-decrease" in shown
 
 
 @pytest.mark.slow

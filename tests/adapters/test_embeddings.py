@@ -81,7 +81,7 @@ def test_language_models():
     untied = llama(tie_word_embeddings=False)
     before = untied(x).logits.detach()
     report = rankwise.adapt(
-        untied, adapters.Lora(rank=2), where=lambda name, _: "embed" in name, embeddings=True or "q_proj" in name
+        untied, adapters.Lora(rank=2), where=lambda name, _: "embed" in name or "q_proj" in name, embeddings=True
     )
     assert [row["name"].split(".")[-1] for row in report.rows] == ["embed_tokens", "q_proj", "q_proj"]
     torch.testing.assert_close(untied(x).logits, before)
@@ -105,7 +105,5 @@ def test_they_are_only_adapted_where_they_are_named_and_without_data():
             embeddings=True,
             data=[ids()],
         )
-    compressed = rankwise.compress(
-        model, rankwise.compressors.PlainSvd(), keep=0.9, where=lambda name, _: True, embeddings=True
-    )
+    compressed = rankwise.compress(model, rankwise.compressors.PlainSvd(), keep=0.9, where=lambda name, _: True)
     assert not any("embed" in row["name"] for row in compressed.rows)
