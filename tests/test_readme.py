@@ -1,5 +1,6 @@
 """The README's code runs, on a tiny random model in place of the real one and with fewer tokens."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -37,6 +38,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     llama(vocab_size=len(vocabulary), initializer_range=0.3, **ends).save_pretrained(folder / MODEL)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>")
     fast.save_pretrained(folder / MODEL)
+    pair = json.dumps({"prompt": "the question ", "completion": "the answer"})
+    (folder / "pairs.jsonl").write_text(f"{pair}\n" * 20, encoding="utf-8")
     return folder
 
 
@@ -62,5 +65,6 @@ def test_command_lines_run(place: Path, monkeypatch: pytest.MonkeyPatch):
         words = [shorter.get(word, word) for word in shlex.split(line)[1:]]
         result = CliRunner().invoke(app, [*words, *FEWER.get(words[0], [])])
         assert result.exit_code == 0, f"{line}\n{result.output}"
+    assert (place / "merged" / "config.json").is_file()
     for name in ("spectra.json", "small.json", "small/config.json", "small/report.html", "small-gguf/model.gguf"):
         assert (place / name).is_file()

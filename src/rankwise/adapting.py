@@ -22,6 +22,7 @@ from .core.statistics import Batch, Statistics, Stats
 from .core.surgery import Site, StructuredLinear, Where, base_of, replace, select
 from .core.views import EmbeddingView
 from .matrices import Base, StructuredMatrix
+from .matrices.base import check_rank
 
 
 def adapt(
@@ -147,6 +148,7 @@ def _ranks(method: Adapter, bases: Mapping[str, StructuredMatrix], stats: Mappin
     for name, base in bases.items():
         count = min(round(rule.most * rank), *base.shape)
         with _about(name):
+            check_rank(rank, *base.shape)
             missed = rule.missed(base, stats[name], count).double().cpu()
         ladders[name] = Ladder(torch.arange(count + 1), missed, torch.arange(count), float(missed[0]))
     return spend(water_filling, ladders, rank * len(bases))
