@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from .base import StructuredMatrix, as_given, widened
+from .wrapper import Wrapper
 
 
-class Branch(StructuredMatrix):
+class Branch(Wrapper):
     """A fixed multiple of a matrix, computed in the matrix's own type, which may be wider than the input's.
 
     The result comes in the type of the input. Under autocast nothing is converted here.
@@ -27,25 +28,12 @@ class Branch(StructuredMatrix):
     """
 
     def __init__(self, matrix: StructuredMatrix, scale: float = 1.0, dropout: float = 0.0) -> None:
-        super().__init__()
-        if not isinstance(matrix, StructuredMatrix):
-            raise TypeError(f"Branch takes a StructuredMatrix, got {type(matrix).__name__}.")
+        super().__init__(matrix)
         if not _is_number(scale):
             raise ValueError(f"scale must be a finite number, got {scale!r}.")
         if not _is_number(dropout) or not 0 <= dropout < 1:
             raise ValueError(f"dropout must be >= 0 and < 1, got {dropout!r}.")
-        self.matrix, self.scale, self.dropout = matrix, float(scale), float(dropout)
-        self.shape = matrix.shape
-
-    @property
-    def rank(self) -> int:
-        """The rank of the matrix."""
-        return self.matrix.rank
-
-    @property
-    def params(self) -> int:
-        """Those of the matrix."""
-        return self.matrix.params
+        self.scale, self.dropout = float(scale), float(dropout)
 
     @property
     def macs(self) -> int:
@@ -72,7 +60,7 @@ class Branch(StructuredMatrix):
 
     def spec(self) -> dict[str, Any]:
         """Kind, scale, dropout, and the spec of the matrix."""
-        return {"kind": "Branch", "scale": self.scale, "dropout": self.dropout, "matrix": self.matrix.spec()}
+        return {**super().spec(), "scale": self.scale, "dropout": self.dropout}
 
     @classmethod
     def empty(cls, spec: Mapping[str, Any], **where: Any) -> Self:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import StructuredMatrix
+from .wrapper import Wrapper
 
 
 class Expression(StructuredMatrix):
@@ -162,7 +163,7 @@ class Product(Expression):
         return first.to(self.dtype)
 
 
-class Scaled(StructuredMatrix):
+class Scaled(Wrapper):
     """A fixed multiple of a matrix; the scale is not trained and stands in the spec.
 
     Args:
@@ -176,23 +177,10 @@ class Scaled(StructuredMatrix):
     """
 
     def __init__(self, matrix: StructuredMatrix, scale: float) -> None:
-        super().__init__()
-        if not isinstance(matrix, StructuredMatrix):
-            raise TypeError(f"Scaled takes a StructuredMatrix, got {type(matrix).__name__}.")
+        super().__init__(matrix)
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise ValueError(f"scale must be a finite number, got {scale!r}.")
-        self.matrix, self.scale = matrix, float(scale)
-        self.shape = matrix.shape
-
-    @property
-    def rank(self) -> int:
-        """The rank of the matrix."""
-        return self.matrix.rank
-
-    @property
-    def params(self) -> int:
-        """Those of the matrix."""
-        return self.matrix.params
+        self.scale = float(scale)
 
     @property
     def macs(self) -> int:
@@ -217,7 +205,7 @@ class Scaled(StructuredMatrix):
 
     def spec(self) -> dict[str, Any]:
         """Kind, scale, and the spec of the matrix."""
-        return {"kind": "Scaled", "scale": self.scale, "matrix": self.matrix.spec()}
+        return {**super().spec(), "scale": self.scale}
 
     @classmethod
     def empty(cls, spec: Mapping[str, Any], **where: Any) -> Self:

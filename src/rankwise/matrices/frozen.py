@@ -1,8 +1,5 @@
 """Matrices that do not train: the one that an adapter changes, and parts of the adapter itself."""
 
-from collections.abc import Mapping
-from typing import Any, Self
-
 from .base import StructuredMatrix
 from .wrapper import Wrapper
 
@@ -13,13 +10,6 @@ class _Untrained(Wrapper):
     def __init__(self, matrix: StructuredMatrix) -> None:
         super().__init__(matrix)
         self.requires_grad_(False)
-
-    @classmethod
-    def empty(cls, spec: Mapping[str, Any], **where: Any) -> Self:
-        """The same around a matrix that is not initialised."""
-        from . import from_spec
-
-        return cls(from_spec(spec.get("matrix"), **where))
 
 
 class Base(_Untrained):

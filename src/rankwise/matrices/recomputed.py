@@ -1,17 +1,17 @@
 """A matrix that is written out for every product and forgotten in between."""
 
 import contextlib
-from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .base import StructuredMatrix, autocast_of
+from .base import autocast_of
+from .wrapper import Wrapper
 
 
-class Recomputed(StructuredMatrix):
+class Recomputed(Wrapper):
     """The same matrix, multiplied in its dense form, which is made again for the gradient instead of being kept.
 
     For training: between the forward and the backward pass nothing of size m n is kept, only the input and what
@@ -30,22 +30,6 @@ class Recomputed(StructuredMatrix):
     [2.0, 2.0, 2.0]
     """
 
-    def __init__(self, matrix: StructuredMatrix) -> None:
-        super().__init__()
-        if not isinstance(matrix, StructuredMatrix):
-            raise TypeError(f"Recomputed takes a StructuredMatrix, got {type(matrix).__name__}.")
-        self.matrix, self.shape = matrix, matrix.shape
-
-    @property
-    def rank(self) -> int:
-        """The rank of the matrix."""
-        return self.matrix.rank
-
-    @property
-    def params(self) -> int:
-        """Those of the matrix."""
-        return self.matrix.params
-
     @property
     def macs(self) -> int:
         """Those of the dense matrix; writing it out is not counted."""
@@ -54,21 +38,6 @@ class Recomputed(StructuredMatrix):
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) -> (..., m)."""
         return product(self.matrix, x)
-
-    def dense(self) -> Tensor:
-        """(m, n)."""
-        return self.matrix.dense()
-
-    def spec(self) -> dict[str, Any]:
-        """Kind, and the spec of the matrix."""
-        return {"kind": "Recomputed", "matrix": self.matrix.spec()}
-
-    @classmethod
-    def empty(cls, spec: Mapping[str, Any], **where: Any) -> Self:
-        """The same with a matrix that is not initialised."""
-        from . import from_spec
-
-        return cls(from_spec(spec.get("matrix"), **where))
 
 
 def product(matrix: Any, x: Tensor) -> Tensor:

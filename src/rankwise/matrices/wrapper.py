@@ -1,6 +1,7 @@
 """What matrices that stand around another one have in common."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -54,3 +55,10 @@ class Wrapper(StructuredMatrix):
     def spec(self) -> dict[str, Any]:
         """Kind, and the spec of the matrix."""
         return {"kind": type(self).__name__, "matrix": self.matrix.spec()}
+
+    @classmethod
+    def empty(cls, spec: Mapping[str, Any], **where: Any) -> Self:
+        """The same around a matrix that is not initialised."""
+        from . import from_spec
+
+        return cls(from_spec(spec.get("matrix"), **where))
