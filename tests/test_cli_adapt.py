@@ -145,6 +145,8 @@ def test_half_precision_runs_under_autocast(folder, data, tmp_path):
         (["--method", "lorra"], ["did you mean lora?"]),
         (["--method", "lora", "--set", "start=svd"], ["--set start: must be one of", "singular-vectors"]),
         (["--rank", 0], ["rank must be an integer >= 1, got 0"]),
+        (["--rank", 1000], ["rank", "1000"]),
+        (["--method", "compacter", "--out", "new"], ["--out: no file format holds"]),
         (["--set", "rank=3"], ["rank is given twice"]),
         (["--where", "nothing_like_it"], ["no layer was selected"]),
         (["--also", "("], ["--also is not a regular expression"]),

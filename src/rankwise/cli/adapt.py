@@ -11,6 +11,7 @@ import torch
 import typer
 
 from ..core.files import write_text
+from ..core.methods import BlockAdapter
 from ..core.report import Report
 from ..core.surgery import Where
 from .app import app, say
@@ -74,6 +75,8 @@ def adapt(
 
     words = [*(settings or []), *([] if rank is None else [f"rank={rank}"])]
     chosen = build(pick("--method", method, registry(adapters)), words)
+    if out is not None and isinstance(chosen, BlockAdapter):
+        raise ValueError(f"--out: no file format holds what {method} puts between layers; use it from Python.")
     layers, beside = where_option(where), where_option(also, "--also")
     precision = pick("--dtype", dtype, DTYPES)
     check_folder("--out", out)
