@@ -82,6 +82,12 @@ def test_every_structure_heals(kind):
     assert report.totals["improved"]
 
 
+def test_it_trains_where_gradients_are_off():
+    small, dense = pair()
+    with torch.no_grad():
+        assert heal(small, dense).totals["improved"]
+
+
 def test_a_learning_rate_that_ruins_the_model_gives_the_start_back():
     small, dense = pair()
     before = numbers(small)

@@ -221,7 +221,8 @@ class Run:
         self.optimizer.zero_grad()
         loss = 0.0
         for i in chosen:
-            mean = self.train[i].loss(self.model) / rows
+            with torch.enable_grad():  # callers may have turned gradients off
+                mean = self.train[i].loss(self.model) / rows
             mean.backward()
             loss += float(mean.detach())
         self.progress.step += 1
