@@ -1,7 +1,7 @@
 """The verb that prepares a model for training few numbers."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -74,8 +74,12 @@ def adapt(
     ([128, 80], 1528)
     """
     if isinstance(method, BlockAdapter):
+        if embeddings or data is not None or labels is not None:
+            raise ValueError(f"{type(method).__name__} reads no data and stands behind no embeddings.")
+        check_weights(select(model, compressed=True))
+        whole = _whole(model, also, ())
         rows = insert(model, method, where, seed)
-        return _report(model, method, rows, len(rows), also)
+        return _report(model, method, rows, len(rows), whole)
     if not isinstance(method, Adapter):
         raise TypeError(f"method must be an object from rankwise.adapters, got {method!r}.")
     sites = select(model, where, compressed=True, tables=embeddings)
@@ -87,6 +91,7 @@ def adapt(
         if isinstance(site.layer, StructuredLinear) and base_of(site.layer.matrix) is not None:
             raise ValueError(f"layer {name} has an adapter already; fold or remove that first, or leave it out.")
     check_weights(sites)
+    whole = _whole(model, also, [name for site in sites.values() for name in site.names])
     stats = _statistics(model, method, sites, where, data, labels, tokens, window, seed)
     generator = Generator().manual_seed(seed)
     bases = {name: matrix_of(site) for name, site in sites.items()}
@@ -108,7 +113,28 @@ def adapt(
             trained = sum(p.numel() for p in made[name].parameters() if p.requires_grad)
         rank = ranks.get(name, getattr(method, "rank", None))
         rows.append({"name": name, "shape": list(bases[name].shape), "rank": rank, "trained": trained})
-    return _report(model, method, rows, len(made), also)
+    return _report(model, method, rows, len(made), whole)
+
+
+def _whole(model: nn.Module, also: Callable[[str], bool] | None, layers: Sequence[str]) -> list[nn.Parameter]:
+    """Return the parameters that train whole.
+
+    Raises:
+        ValueError: if there is none though some were asked for, or one is the weight of a layer that is adapted.
+    """
+    if also is None:
+        return []
+    found = {name: parameter for name, parameter in model.named_parameters() if also(name)}
+    if not found:
+        raise ValueError("'also' accepts no parameter of the model.")
+    for name in found:
+        inside = (name == f"{layer}.weight" or name.startswith(f"{layer}.matrix.") for layer in layers)
+        if any(inside) or any(layer.startswith(f"{name}.") for layer in layers):
+            raise ValueError(
+                f"'also' accepts {name}, the weight of a layer that is adapted; narrow 'also', or leave the "
+                "layer out with 'where'."
+            )
+    return list(found.values())
 
 
 def _report(
@@ -116,12 +142,11 @@ def _report(
     method: Adapter | BlockAdapter,
     rows: list[dict[str, Any]],
     count: int,
-    also: Callable[[str], bool] | None,
+    whole: Sequence[nn.Parameter],
 ) -> Report:
     """Let other parameters train too, and count all that do."""
-    for name, parameter in model.named_parameters():
-        if also is not None and also(name):
-            parameter.requires_grad_(True)
+    for parameter in whole:
+        parameter.requires_grad_(True)
     totals = {
         "method": described(method),
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),

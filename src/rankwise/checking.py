@@ -57,7 +57,8 @@ def check_adapters(
     layers = adapted(model)
     if not layers:
         raise ValueError(
-            "no layer of the model has an adapter; rankwise.adapt puts them in, fold takes them out."
+            "no layer of the model has an adapter; rankwise.adapt puts them in, fold takes them out. Modules "
+            "behind layers, such as Compacter's, are not looked at."
         )
     if isinstance(optimizers, torch.optim.Optimizer):
         optimizers = [optimizers]

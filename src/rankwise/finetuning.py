@@ -111,12 +111,21 @@ def finetune(
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     _check(trained, accumulate, held_out, autocast)
+    if isinstance(data, str):
+        raise TypeError(f"data must be token ids or batches, got {data!r}; see rankwise.models.read_examples.")
+    if window < 2:
+        raise ValueError(f"window must be >= 2, got {window}.")
+    if patience is not None and any(isinstance(part, Scheduled) for part in model.modules()):
+        raise ValueError("an adapter with a schedule must train to its end; leave patience out.")
     batches = batches_of(data, window=window)
     train, held = (batches, [*held_out]) if isinstance(held_out, Sequence) else parted(batches, held_out, seed)
     pieces, judges = ([Supervised(batch, loss, autocast) for batch in part] for part in (train, held))
     steps = math.ceil(len(pieces) / accumulate) if steps is None else steps
     buffers = _buffers(model, trained)
     optimizer = optimizer or torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0)
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if lost := next((name for name, p in trained.items() if id(p) not in owned), None):
+        raise ValueError(f"the optimizer lacks {lost}, which asks for gradients; make it after rankwise.adapt.")
     plan = Plan(
         seconds=math.inf,
         steps=steps,
@@ -138,7 +147,8 @@ def finetune(
         _checkpointing(model, gradient_checkpointing),
         _following(model, optimizer, steps) as followers,
     ):
-        memory = _memory(model, mode, optimizer, max(pieces, key=lambda piece: piece.size))
+        with _kept(model, buffers):
+            memory = _memory(model, mode, optimizer, max(pieces, key=lambda piece: piece.size))
         if notify is not None:
             notify(memory)
         run = Run(
@@ -233,6 +243,8 @@ def _check(
         raise ValueError("no parameter of the model asks for gradients; call rankwise.adapt first.")
     if accumulate < 1:
         raise ValueError(f"accumulate must be >= 1, got {accumulate}.")
+    if not isinstance(held_out, (Sequence, float, int)):
+        raise TypeError(f"held_out must be a number or a sequence of batches, got a {type(held_out).__name__}.")
     if not isinstance(held_out, Sequence) and not 0 < held_out < 1:
         raise ValueError(f"held_out must be > 0 and < 1, or batches, got {held_out}.")
     if isinstance(held_out, Sequence) and not held_out:
@@ -269,6 +281,17 @@ def _buffers(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> list[str]
             kept = {key for key, _ in module.named_buffers(recurse=False)} - module._non_persistent_buffers_set
             names |= dict.fromkeys(f"{name}.{key}".removeprefix(".") for key in sorted(kept))
     return [name for name in names if name not in trained]
+
+
+@contextmanager
+def _kept(model: nn.Module, buffers: Sequence[str]) -> Iterator[None]:
+    """Give buffers, such as running means, the values back that they had."""
+    state = model.state_dict(keep_vars=True)
+    before = {name: state[name].detach().clone() for name in buffers}
+    yield
+    with torch.no_grad():
+        for name, value in before.items():
+            state[name].copy_(value)
 
 
 @contextmanager
@@ -337,6 +360,7 @@ def _identity(
     rest = {name: tensor for name, tensor in model.state_dict().items() if name not in changing}
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     settings = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
+    settings["rate"] = getattr(plan.rate, "__qualname__", repr(plan.rate))
     digests = [digest_of_batches(part) for part in data]
     about = [type(optimizer).__name__, groups, settings, getattr(loss, "__qualname__", repr(loss)), *digests]
     return f"{about} {digest_of(rest)}"

@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .api import sampled
+from .core.adapted import refuse_adapted
 from .core.data import batches_of, digest_of_batches, parted
 from .core.fingerprint import fingerprint
 from .core.healing import Likeness, still
@@ -87,6 +88,7 @@ def heal(
         raise ValueError(f"held_out must be > 0 and < 1, got {held_out}.")
     if not lr > 0:
         raise ValueError(f"lr must be > 0, got {lr}.")
+    refuse_adapted(model)
     layers: dict[int, tuple[str, StructuredLinear]] = {}
     for name, layer in structured(model).items():
         layers.setdefault(id(layer.matrix), (name, layer))
@@ -204,6 +206,7 @@ def trainable_low_rank(model: nn.Module) -> Report:
     >>> trainable_low_rank(net).totals
     {'trainable': 448, 'params': 744}
     """
+    refuse_adapted(model)
     matrices = {
         f"{name}.{path}" if path else name: part
         for name, layer in structured(model).items()

@@ -61,6 +61,9 @@ class Lora(Adapter):
         if not isinstance(self.start, Initialiser):
             raise TypeError(f"start must be an object from rankwise.initialisers, got {self.start!r}.")
 
+        if self.ranks is not None and not isinstance(self.ranks, RankRule):
+            raise TypeError(f"ranks must be an object from rankwise.rank_rules, got {self.ranks!r}.")
+
     @property
     def needs(self) -> tuple[type[Statistic], ...]:
         """What the start reads."""

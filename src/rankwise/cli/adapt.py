@@ -91,13 +91,16 @@ def adapt(
 
     from .. import adapting, finetuning
 
+    def also_trained(name: str) -> bool:
+        return name in task.whole or (beside is not None and beside(name, network))
+
     say(f"adapting with {method}")
     made = adapting.adapt(
         network,
         chosen,
-        where=_both(task.layers, layers),
-        data=task.calibration,
-        also=lambda name: name in task.whole or (beside is not None and beside(name, network)),
+        where=layers if isinstance(chosen, BlockAdapter) else _both(task.layers, layers),
+        data=None if isinstance(chosen, BlockAdapter) else task.calibration,
+        also=also_trained if task.whole or beside is not None else None,
         seed=seed,
     )
     typer.echo(made.table())

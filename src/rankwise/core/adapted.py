@@ -16,6 +16,12 @@ def adapted(model: nn.Module) -> Mapping[str, StructuredLinear]:
     return {name: layer for name, layer in structured(model).items() if base_of(layer.matrix) is not None}
 
 
+def refuse_adapted(model: nn.Module) -> None:
+    """Raise ValueError if a layer has an adapter."""
+    for name in adapted(model):
+        raise ValueError(f"layer {name} has an adapter; fold it first, or train the adapter with finetune.")
+
+
 def matrix_of(site: Site) -> StructuredMatrix:
     """Return the matrix of a layer as it is, compressed or not."""
     return site.layer.matrix if isinstance(site.layer, StructuredLinear) else Dense(site.weight)

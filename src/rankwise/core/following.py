@@ -151,8 +151,8 @@ def _take_off(model: nn.Module, each: Scheduled, plain: dict[int, nn.Module]) ->
             assert base is not None
             layer.matrix = base.matrix
             if isinstance(base.matrix, Dense):
-                new: Any = layer.dense().train(layer.training).requires_grad_(False)
-                new.weight = plain.setdefault(id(base), new).weight
+                new: Any = layer.dense().train(layer.training)  # with its own bias, which may train
+                new.weight = plain.setdefault(id(base), new).weight.requires_grad_(False)
                 set_module(model, name, new)
 
 

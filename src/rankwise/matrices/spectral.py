@@ -73,9 +73,8 @@ class Spectral(StructuredMatrix):
     def vectors(self) -> tuple[Tensor, Tensor]:
         """U (m, k) and V (k, n)."""
         index = self.chosen.long()
-        return self.left.index_copy(1, index, self.left_chosen), self.right.index_copy(
-            0, index, self.right_chosen
-        )
+        left, right = self.left_chosen.to(self.left.dtype), self.right_chosen.to(self.right.dtype)
+        return self.left.index_copy(1, index, left), self.right.index_copy(0, index, right)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) -> (..., m)."""

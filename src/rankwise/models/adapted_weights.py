@@ -185,7 +185,10 @@ class AdaptedWeights(Mapping[str, Tensor]):
             place = next((spelling for spelling in spellings if spelling in known), None)
             (lost if place is None else found)[place or name] = value
         if lone := [name for name, value in lost.items() if strict and value not in found.values()]:
-            raise ValueError(f"{lone[0]} is adapted, but {self.folder} has no tensor of this name.")
+            raise ValueError(
+                f"{lone[0]} is adapted, but {self.folder} has no tensor of this name. If it is the head of a "
+                "classifier, use load_classifier, load_adapter, fold and save instead."
+            )
         return found
 
 

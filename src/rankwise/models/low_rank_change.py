@@ -50,7 +50,7 @@ def change_of(matrix: StructuredMatrix, rank: int | None = None) -> Change | Non
             found = _subtracted(matrix)
             if rank is None and found.left.shape[1] * (m + n) >= m * n:
                 return None
-        most = min(m, n) if rank is None else rank
+        most = min(m, n) if rank is None else min(rank, m, n)
         return _truncated(found, most) if found.left.shape[1] > most else found
 
 

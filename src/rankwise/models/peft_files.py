@@ -111,7 +111,7 @@ def chosen(
         for name, (matrix, view) in layers.items():
             piece = kind.piece(matrix, view)
             if piece is None:
-                problem = f"layer {name}: its change is of no low rank"
+                problem = f"layer {name}: its change is of no low rank, or PEFT does not know this kind of layer"
                 break
             pieces[name] = piece
         else:

@@ -52,6 +52,8 @@ def rows_of(matrix: StructuredMatrix, start: int, stop: int) -> Tensor:
 
 def takes_any_type(matrix: StructuredMatrix) -> bool:
     """Whether :func:`rows_of` computes in the wide type of an adapter around a base of a narrow one."""
+    if not all(isinstance(part.matrix, Dense) for part in matrix.modules() if isinstance(part, Base)):
+        return False
     beside = isinstance(matrix, Sum) and all(
         isinstance(part, Base) or not any(isinstance(inner, Base) for inner in part.modules())
         for part in matrix.parts

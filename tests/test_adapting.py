@@ -1,0 +1,96 @@
+"""Adapters in models: what else trains, what is refused, and how they meet healing and finetuning."""
+
+import copy
+
+import pytest
+import torch
+from tiny import gpt2, ids, llama
+
+import rankwise
+from rankwise import adapters
+from rankwise.compressors import PlainSvd
+from rankwise.models.adapter_files import TENSORS
+
+
+def batches() -> list[torch.Tensor]:
+    return list(ids().split(2))
+
+
+@pytest.mark.parametrize(
+    ("also", "message"),
+    [
+        (lambda name: "layers.0" in name, r"'also' accepts model\.layers\.0\.self_attn\.q_proj\.weight"),
+        (lambda name: "nrom" in name, "'also' accepts no parameter"),
+    ],
+)
+def test_what_else_trains_is_no_adapted_weight_and_is_there(also, message: str):
+    model = llama()
+    with pytest.raises(ValueError, match=message):
+        rankwise.adapt(model, adapters.Lora(rank=2), also=also)
+    assert not rankwise.core.surgery.structured(model)
+
+
+def test_other_parameters_train_whole():
+    model = llama()
+    rankwise.adapt(model, adapters.Lora(rank=2), also=lambda name: "norm" in name)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name in trained if "norm" in name} == {n for n, _ in model.named_parameters() if "norm" in n}
+
+
+def test_a_bias_that_trains_outlives_an_adapter_that_ends_empty(tmp_path):
+    model, x = gpt2(), ids()
+    again = copy.deepcopy(model)
+    method = adapters.AdaLora(rank=2, target=1, every=1, warmup=0.0, tail=0.2)
+    rankwise.adapt(model, method, also=lambda name: name.endswith("bias"))
+    rankwise.finetune(model, batches(), held_out=0.3, steps=12, lr=3e-2)
+    rankwise.save(model, tmp_path / "adapter", format="rankwise")
+    rankwise.load_adapter(again, tmp_path / "adapter")
+    assert (tmp_path / "adapter" / TENSORS).is_file()
+    torch.testing.assert_close(again.eval()(x).logits, model.eval()(x).logits, rtol=0, atol=1e-6)
+
+
+def test_what_is_under_an_adapter_is_not_trained_by_others():
+    model, reference = llama(), llama()
+    rankwise.compress(model, PlainSvd(), keep=0.8)
+    rankwise.adapt(model, adapters.Lora(rank=2))
+    with pytest.raises(ValueError, match="has an adapter"):
+        rankwise.heal(model, reference, data=batches(), steps=1)
+    with pytest.raises(ValueError, match="has an adapter"):
+        rankwise.trainable_low_rank(model)
+
+
+def test_an_optimizer_made_too_early_is_refused():
+    model = llama()
+    early = torch.optim.AdamW(model.parameters())
+    rankwise.adapt(model, adapters.Lora(rank=2))
+    with pytest.raises(ValueError, match=r"lacks .*left, which asks for gradients"):
+        rankwise.finetune(model, batches(), held_out=0.3, steps=1, optimizer=early)
+
+
+def test_a_schedule_has_no_early_end():
+    model = llama()
+    rankwise.adapt(model, adapters.AdaLora(rank=2, target=1))
+    with pytest.raises(ValueError, match="leave patience out"):
+        rankwise.finetune(model, batches(), held_out=0.3, steps=4, patience=1)
+
+
+def test_a_start_that_nothing_beats_keeps_its_buffers():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2))
+    rankwise.adapt(net, adapters.Lora(rank=2), also=lambda name: name.startswith("1."))
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    data = [(torch.randn(8, 4), torch.randint(2, (8,))) for _ in range(4)]
+    report = rankwise.finetune(net, data, held_out=data[:1], steps=2, lr=1e3)
+    assert not report.totals["improved"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_options_that_bottlenecks_do_not_read_are_refused():
+    for options in ({"embeddings": True}, {"data": "self"}):
+        with pytest.raises(ValueError, match="reads no data"):
+            rankwise.adapt(llama(), adapters.Compacter(count=2, reduction=4), **options)
+
+
+def test_a_rank_above_a_layer_is_refused_with_a_rule_too():
+    with pytest.raises(ValueError, match="rank"):
+        rankwise.adapt(llama(), adapters.Eva(rank=1000), data=batches())
