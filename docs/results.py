@@ -22,7 +22,7 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 PARTS = {
     "bars": "The default method beside SVD-LLM's whitening",
-    "structures": "Other structures beside truncations, and pruning without one of its ingredients",
+    "structures": "Other structures beside truncations",
     "grid": "Every method, gauge and allocation, calibrated on the same text",
     "calibration": "Calibration sets and sizes",
 }
