@@ -262,7 +262,7 @@ def test_the_divergence_takes_the_unlikely_classes_as_one(kept):
     ("options", "error", "message"),
     [
         ({"budget": 0}, ValueError, "positive number of seconds, got 0"),
-        ({"steps": 0}, ValueError, "steps must be >= 1, got 0"),
+        ({"steps": 0}, ValueError, "steps must be >= 1 and whole, got 0"),
         ({"rows": 0}, ValueError, "rows must be >= 1"),
         ({"held_out": 1.0}, ValueError, "held_out must be > 0 and < 1"),
         ({"data": "text"}, ValueError, "tokenize a text first"),

@@ -83,8 +83,8 @@ class Plan:
             raise ValueError(f"clip must be positive or None, got {self.clip}.")
         for name in ("steps", "rows", "pieces", "every", "patience"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}.")
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be >= 1 and whole, got {value}.")
 
 
 @dataclass
