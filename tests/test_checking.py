@@ -37,7 +37,7 @@ def test_one_step_is_enough_to_be_without_a_problem(method: Lora):
     report = rankwise.check_adapters(model, optimizer, follower=follower)
     assert report.totals["problems"] == {}
     assert report.title == "2 adapted layers train"
-    for row, layer in zip(report.rows, rankwise.adapting.adapted(model).values(), strict=True):
+    for row, layer in zip(report.rows, rankwise.core.adapted.adapted(model).values(), strict=True):
         gradients = [p.grad.norm() for p in layer.matrix.parameters() if p.grad is not None]
         assert row["gradient"] == pytest.approx(float(torch.stack(gradients).norm()), rel=1e-5)
         before = layer.matrix.members[0].dense() if not method.magnitudes else layer.matrix.base.dense()

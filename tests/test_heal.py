@@ -159,7 +159,10 @@ def test_a_step_that_is_not_finite_is_skipped_loudly(monkeypatch):
     monkeypatch.setattr(Probabilities, "divergence", broken)
     bad = {4}
     with pytest.warns(RuntimeWarning, match="not finite; the step is skipped"):
-        assert heal(small, dense).totals["improved"]
+        report = heal(small, dense, every=1)
+    assert report.totals["improved"]
+    losses = [row["train"] for row in report.rows[1:]]
+    assert [loss is None for loss in losses].count(True) == 1  # a step that is skipped has no loss
     calls, bad = itertools.count(), set(range(16, 10**6))
     with (
         pytest.warns(RuntimeWarning, match="skipped"),

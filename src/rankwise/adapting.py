@@ -10,8 +10,7 @@ from torch import Generator, Tensor, nn
 from .allocators import water_filling
 from .api import calibrate
 from .compression import check_weights, described
-from .core.adapted import adapted as adapted  # also found here
-from .core.adapted import matrix_of, own_tensors
+from .core.adapted import own_tensors
 from .core.choices import Ladder, spend
 from .core.insertion import insert
 from .core.labels import Labels
@@ -94,7 +93,7 @@ def adapt(
     whole = _whole(model, also, [name for site in sites.values() for name in site.names])
     stats = _statistics(model, method, sites, where, data, labels, tokens, window, seed)
     generator = Generator().manual_seed(seed)
-    bases = {name: matrix_of(site) for name, site in sites.items()}
+    bases = {name: site.matrix for name, site in sites.items()}
     ranks = _ranks(method, bases, stats)
     made = {}
     for name, base in track(bases.items(), "adapters"):

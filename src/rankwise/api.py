@@ -27,8 +27,8 @@ from .compression import (
 from .core import labels as label_kinds
 from .core.choices import UNITS, Allocator, Choices, Ladder, Unit, cost_of, spend
 from .core.data import batches_of
+from .core.extended import extended
 from .core.files import new_folder
-from .core.followed import followed
 from .core.labels import Labels
 from .core.latency import Latency, Timer, latencies, time_matrices
 from .core.methods import Compressor, Measure
@@ -274,7 +274,7 @@ def fold(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: if there is none, or a layer has a module behind it that is no part of a weight.
     """
-    if not isinstance(model, StructuredLinear) and not structured(model) and not followed(model):
+    if not isinstance(model, StructuredLinear) and not structured(model) and not extended(model):
         raise ValueError("the model has no structured layer to fold.")
     folded = fold_layers(model)
     forget(folded)

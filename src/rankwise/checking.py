@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapting import adapted
+from .core.adapted import adapted
 from .core.following import Follower
 from .core.report import Report
 from .core.surgery import StructuredLinear, base_of

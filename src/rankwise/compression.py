@@ -31,7 +31,7 @@ def check_arguments(method: Compressor, keep: float, of: Unit) -> None:
 def check_weights(sites: Mapping[str, Site]) -> None:
     """Raise if a weight holds NaN or infinity."""
     for name, site in sites.items():
-        if not bool(site.weight.isfinite().all()):
+        if not all(bool(t.isfinite().all()) for t in site.matrix.state_dict().values()):
             raise ValueError(f"layer {name}: its weight holds NaN or infinity; load a sound checkpoint.")
 
 

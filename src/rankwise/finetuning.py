@@ -210,14 +210,8 @@ def _report(run: Run, reason: str, memory: Mapping[str, int | None]) -> Report:
     first = progress.history[0]["held_out"]
     totals = {
         "optimizer": type(run.optimizer).__name__,
-        "held_out": {"before": first, "after": progress.best},
-        "improved": progress.best < first,
-        "best_step": progress.best_step,
-        "steps": progress.step,
-        "rows": progress.rows,
+        **run.summary(),
         "stopped": reason,
-        "trained": sum(p.numel() for p in run.trained.values()),
-        "seconds": progress.history[-1]["seconds"],
         "memory": dict(memory),
     }
     change = f"{first:.4f} -> {progress.best:.4f} nats a label"

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from . import schedules
-from .core.followed import Followed
+from .core.extended import Extended
 from .core.following import Follower, Group, finished
 from .core.methods import Schedule
 from .core.report import Report
@@ -51,7 +51,7 @@ def follow(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int) ->
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be an integer >= 1, the number of optimiser steps; got {steps!r}.")
     optimizer = _inner(optimizer)
-    if not any(isinstance(part, (Base, Followed)) for part in model.modules()):
+    if not any(isinstance(part, (Base, Extended)) for part in model.modules()):
         raise ValueError("the model has no adapter to follow; call rankwise.adapt first.")
     groups = _groups(model)
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}

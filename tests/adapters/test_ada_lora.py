@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import rankwise
 from rankwise.adapters import AdaLora
-from rankwise.adapting import adapted
+from rankwise.core.adapted import adapted
 from rankwise.core.methods import Course
 from rankwise.matrices import Dense, Diagonal, Product
 from rankwise.schedules import TripletBudget

@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 import rankwise
 from rankwise.adapters import Compacter, Lora
 from rankwise.adapters.compacter import Bottleneck
-from rankwise.core.followed import followed
+from rankwise.core.extended import extended
 from rankwise.core.insertion import writers
 from rankwise.matrices import Hypercomplex
 
@@ -62,7 +62,7 @@ def test_counts_are_those_of_the_paper(last: bool, positions: int):
     report = rankwise.adapt(model, Compacter(count=k, reduction=d // w, last=last))
     assert report.totals["trained"] == 2 * positions * (2 * (d + w) + d + w) + k**3
     assert sum(row["trained"] for row in report.rows) == report.totals["trained"]
-    assert all(name.endswith("down_proj") or not last for name in followed(model))
+    assert all(name.endswith("down_proj") or not last for name in extended(model))
 
 
 def test_bottlenecks_compute_the_formula():
@@ -84,7 +84,7 @@ def test_all_share_the_mixers_and_training_moves_only_what_is_new():
     model = llama()
     before = {name: p.clone() for name, p in model.named_parameters()}
     rankwise.adapt(model, Compacter(reduction=4))
-    made = [module.after for module in followed(model).values()]
+    made = [module.after for module in extended(model).values()]
     mixers = {id(matrix.mixers) for module in made for matrix in (module.down, module.up)}
     assert len(mixers) == 1
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -163,7 +163,7 @@ def test_widths_that_do_not_fit_are_named(fields, message):
     model = llama()
     with pytest.raises(ValueError, match=f"o_proj: .*{message}"):
         rankwise.adapt(model, Compacter(**fields))
-    assert not followed(model)
+    assert not extended(model)
     assert all(p.requires_grad for p in model.parameters())
 
 

@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 
 import rankwise
 from rankwise.adapters import Lamda
-from rankwise.adapting import adapted
+from rankwise.core.adapted import adapted
 from rankwise.matrices import Base, Dense, Frozen, Product, Scheduled, StructuredMatrix
 
 STEPS, RANK = 20, 5

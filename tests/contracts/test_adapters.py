@@ -178,7 +178,7 @@ def test_a_model_is_adapted_and_folded(method: Adapter):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert json.loads(report.to_json())["method"]["name"] == type(method).__name__
     assert report.totals["trained"] == trained == sum(row["trained"] for row in report.rows) > 0
-    for layer in rankwise.adapting.adapted(model).values():
+    for layer in rankwise.core.adapted.adapted(model).values():
         moved(layer.matrix)
     after = model(x).detach()
     assert not torch.allclose(after, before)
@@ -189,7 +189,7 @@ def test_a_model_is_adapted_and_folded(method: Adapter):
 def test_a_written_adapter_is_the_same_again(method: Adapter, tmp_path: Path):
     model, x = net(), draw(3, 8, seed=9)
     rankwise.adapt(model, method, data=batches(), labels=toward_zero, also=lambda name: name == "2.bias")
-    for layer in rankwise.adapting.adapted(model).values():
+    for layer in rankwise.core.adapted.adapted(model).values():
         moved(layer.matrix)
     with torch.no_grad():
         model[2].bias += 1

@@ -69,7 +69,7 @@ def ranks(rule: RankRule) -> list[int]:
     """The ranks of the layers of the network."""
     model = net()
     report = rankwise.adapt(model, Lora(rank=RANK, ranks=rule), **DATA)
-    layers = rankwise.adapting.adapted(model)
+    layers = rankwise.core.adapted.adapted(model)
     sizes = [sum(p.numel() for p in model[i].parameters() if p.requires_grad) for i in (0, 2, 4)]
     found = [row["rank"] for row in report.rows]
     assert sizes == [r * (a + b) for r, (a, b) in zip(found, [(9, 16), (16, 12), (12, 7)], strict=True)]

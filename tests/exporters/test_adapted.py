@@ -294,6 +294,9 @@ def test_the_command_line(tmp_path: Path):
     assert (code, "needs --base" in output) == (2, True)
     code, output = run(base, "--to", "dense", "--out", tmp_path / "x", "--base", base)
     assert (code, "--base is for adapters" in output) == (2, True)
+    words = ("--to", "lora", "--out", tmp_path / "x", "--base", base, "--memory", "1KB")
+    code, output = run(adapter, *words)
+    assert (code, "--memory is for adapters and for --to delta or merged" in output) == (2, True)
     code, output = run(base, "--to", "merged", "--out", tmp_path / "x", "--base", base)
     assert (code, "give a folder with an adapter" in output) == (2, True)
 

@@ -33,9 +33,9 @@ def export(
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for name, value in given.items():
         if value is not None and name not in fields:
-            raise ValueError(
-                f"--{name} is for adapters, which are exported to lora, merged or delta, not to {to}."
-            )
+            known = registry(exporters).items()
+            takes = " or ".join(key for key, each in known if name in each.__dataclass_fields__)
+            raise ValueError(f"--{name} is for adapters and for --to {takes}, not for --to {to}.")
     if "base" in fields and base is None:
         raise ValueError(f"--to {to} needs --base, the model that the adapter was made for.")
     words = [f"{name}={value}" for name, value in given.items() if value is not None]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..matrices import Base, Dense, StructuredMatrix
+from ..matrices import Base, StructuredMatrix
 from .report import Report
 from .surgery import Site, StructuredLinear, base_of, replace, structured
 
@@ -20,11 +20,6 @@ def refuse_adapted(model: nn.Module) -> None:
     """Raise ValueError if a layer has an adapter."""
     for name in adapted(model):
         raise ValueError(f"layer {name} has an adapter; fold it first, or train the adapter with finetune.")
-
-
-def matrix_of(site: Site) -> StructuredMatrix:
-    """Return the matrix of a layer as it is, compressed or not."""
-    return site.layer.matrix if isinstance(site.layer, StructuredLinear) else Dense(site.weight)
 
 
 def own_tensors(matrix: StructuredMatrix) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from .followed import Followed, followed
+from .extended import Extended, extended
 from .methods import BlockAdapter
 from .surgery import Site, StructuredLinear, Where, select, set_module
 from .views import LinearView
@@ -31,7 +31,7 @@ def insert(model: nn.Module, method: BlockAdapter, where: Where | None, seed: in
     rows, seen = [], set()
     for name, site in sites.items():
         for path in site.names:
-            set_module(model, path, Followed(model.get_submodule(path), made[name]).train(site.layer.training))
+            set_module(model, path, Extended(model.get_submodule(path), made[name]).train(site.layer.training))
         new = {id(p): p.numel() for p in made[name].parameters() if id(p) not in seen}
         seen |= new.keys()
         rows.append({"name": name, "shape": list(_sizes_of(site)), "rank": None, "trained": sum(new.values())})
@@ -79,7 +79,7 @@ def _places(model: nn.Module, method: BlockAdapter, where: Where | None) -> dict
         sites = dict(itertools.chain(*(block[-1:] if method.last else block for block in blocks)))
     else:
         sites = select(model, where, compressed=True)
-    behind = {f"{name}.layer": name for name in followed(model)}
+    behind = {f"{name}.layer": name for name in extended(model)}
     for name, site in sites.items():
         if site.part is not None or not isinstance(site.view, LinearView):
             raise ValueError(f"layer {name} is no linear layer that a module can stand behind; leave it out.")

@@ -181,6 +181,19 @@ class Run:
                 group["lr"] = rate
             self._put(self.best)
 
+    def summary(self) -> dict[str, Any]:
+        """Return what a report says of a run that is over."""
+        p, first = self.progress, self.progress.history[0]["held_out"]
+        return {
+            "held_out": {"before": first, "after": p.best},
+            "improved": p.best < first,
+            "best_step": p.best_step,
+            "steps": p.step,
+            "rows": p.rows,
+            "trained": sum(parameter.numel() for parameter in self.trained.values()),
+            "seconds": p.history[-1]["seconds"],
+        }
+
     def _loop(self) -> str:
         losses: list[float] = []
         with gauge("training") as show:
@@ -189,13 +202,14 @@ class Run:
                 show(done, f"step {p.step}, best {p.best:.4f} of {p.history[0]['held_out']:.4f} nats a row")
                 stale = self.plan.patience is not None and p.stale >= self.plan.patience
                 if done >= 1 or stale:
-                    if losses:
-                        self._look(sum(losses) / len(losses))
+                    if p.step > p.history[-1]["step"]:
+                        self._look(_mean(losses))
                         self._save()
                     return "the budget is spent" if done >= 1 else f"the held-out {self.word} stopped falling"
-                losses.append(self._step())
+                loss = self._step()
+                losses += [] if loss is None else [loss]
                 if p.step % self.plan.every == 0:
-                    self._look(sum(losses) / len(losses))
+                    self._look(_mean(losses))
                     losses.clear()
                     self._save()
 
@@ -214,8 +228,8 @@ class Run:
             self._seconds() / self.plan.seconds if total is None else (self.progress.step - 1) / total
         )
 
-    def _step(self) -> float:
-        """Take one step; returns the mean loss before it."""
+    def _step(self) -> float | None:
+        """Take one step; returns the mean loss before it, or None if it is skipped."""
         chosen = self._draw()
         rows = sum(self.train[i].rows for i in chosen)
         self.optimizer.zero_grad()
@@ -229,7 +243,8 @@ class Run:
         self.progress.rows += rows
         gradients = [p.grad for p in self.trained.values() if p.grad is not None]
         if not all(bool(g.isfinite().all()) for g in gradients) or not torch.tensor(loss).isfinite():
-            return self._skip(loss)
+            self._skip(loss)
+            return None
         self.progress.skipped = 0
         if self.plan.clip is not None:
             nn.utils.clip_grad_norm_(self.trained.values(), self.plan.clip)
@@ -239,13 +254,12 @@ class Run:
         self.optimizer.step()
         return loss
 
-    def _skip(self, loss: float) -> float:
+    def _skip(self, loss: float) -> None:
         self.progress.skipped += 1
         at = f"step {self.progress.step}: the {self.word} ({loss}) or a gradient is not finite"
         if self.progress.skipped >= SKIPS:
             raise ValueError(f"{at}, for {SKIPS} steps in a row; lower the learning rate, or use float32.")
         warnings.warn(f"{at}; the step is skipped.", RuntimeWarning, stacklevel=2)
-        return self.progress.best
 
     def _draw(self) -> list[int]:
         """Choose the pieces of a step: every piece once, in random order, then all again."""
@@ -332,6 +346,10 @@ class Run:
         self._put(tree["trained"])
         for name, each in self.stateful.items():  # the optimiser first
             each.load_state_dict(tree["stateful"][name])
+
+
+def _mean(losses: Sequence[float]) -> float | None:
+    return sum(losses) / len(losses) if losses else None
 
 
 @contextmanager

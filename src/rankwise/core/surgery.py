@@ -8,8 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ..matrices import Base, StructuredMatrix
-from .followed import refuse_followed
+from ..matrices import Base, Dense, StructuredMatrix
+from .extended import refuse_extended
 from .stacks import ChoosesExperts, Stack, one_by_one, stack_at, stacks, stacks_of
 from .views import VIEWS, EmbeddingView, LinearView, SliceView, View, parameter_of, view_of
 
@@ -90,8 +90,13 @@ class Site:
         return len(self.names) if getattr(self.layer, "bias", None) is None else 0
 
     @property
+    def matrix(self) -> StructuredMatrix:
+        """The matrix as it is kept."""
+        return self.layer.matrix if isinstance(self.layer, StructuredLinear) else Dense(self.weight)
+
+    @property
     def weight(self) -> Tensor:
-        """The (m, n) weight, detached."""
+        """The (m, n) weight, detached; a structured one is written out."""
         if isinstance(self.layer, StructuredLinear):
             return self.layer.matrix.dense().detach()
         if self.part is None:
@@ -165,7 +170,7 @@ def _sites_at(path: str, layer: nn.Module) -> Iterator[tuple[nn.Module | nn.Para
 
 def replace(model: nn.Module, site: Site, matrix: StructuredMatrix, shift: Tensor | None = None) -> None:
     """Put a structured matrix in all places of a site; biases stay where they are, or move by ``shift`` (m,)."""
-    dtype = site.weight.dtype
+    dtype = site.matrix.dtype
     for name in site.names:
         unstack(model, name)
         old: Any = model.get_submodule(name)
@@ -226,7 +231,7 @@ def fold(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: if something that is no matrix stands behind a layer, such as a bottleneck.
     """
-    refuse_followed(model, "cannot be folded; train an adapter of matrices instead, such as Lora")
+    refuse_extended(model, "cannot be folded; train an adapter of matrices instead, such as Lora")
     if isinstance(model, StructuredLinear):
         return model.dense()
     weights: dict[int, Any] = {}

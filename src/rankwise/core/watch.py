@@ -118,7 +118,7 @@ class Watch:
         leader = self._leader(name, x)
         x = x.detach()
         if name not in self.layers:
-            m, n = site.weight.shape
+            m, n = site.matrix.shape
             shared = self.layers.get(leader, {})
             self.layers[name] = {
                 need: shared[need] if need.side == "input" and leader != name else need(m, n, x.device)

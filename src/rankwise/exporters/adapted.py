@@ -22,17 +22,11 @@ class AdaptedExporter(Exporter):
 
     Args:
         base: the model that was adapted, compressed or not: a folder, a hub id, or an embedded model.
-        memory: the most that making one tensor may take beside the adapter, such as 2GiB or 500MB; None needs
-            about twice the largest tensor, and more for adapters that do not just add something to a matrix.
     """
 
     base: str
-    memory: str | None = None
 
-    def __post_init__(self) -> None:
-        bytes_of(self.memory)
-
-    def weights(self, source: Source) -> AdaptedWeights:
+    def weights(self, source: Source, memory: str | None = None) -> AdaptedWeights:
         """Open the adapter and the model under it.
 
         Raises:
@@ -44,7 +38,7 @@ class AdaptedExporter(Exporter):
         base = find(self.base)
         if base.is_file():
             raise ValueError(f"{self.base} is one file; give the folder of a model.")
-        return open_weights(base, open_adapter(Path(given)), bytes_of(self.memory))
+        return open_weights(base, open_adapter(Path(given)), bytes_of(memory))
 
     @abc.abstractmethod
     def write(self, source: Source, out: Path) -> None:

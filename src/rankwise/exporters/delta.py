@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..models.adapted_weights import AdaptedWeights
-from .adapted import AdaptedExporter
+from .adapted import AdaptedExporter, bytes_of
 from .base import Source
 from .shards import check_shard, write_shards
 
@@ -26,10 +26,11 @@ class Delta(AdaptedExporter):
         shard: largest size of a file, in megabytes; a larger tensor has its own.
     """
 
+    memory: str | None = None
     shard: int = 1000
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        bytes_of(self.memory)
         check_shard(self.shard)
 
     def write(self, source: Source, out: Path) -> None:
@@ -38,7 +39,7 @@ class Delta(AdaptedExporter):
         Raises:
             ValueError: if adapter and model do not belong together.
         """
-        weights = self.weights(source)
+        weights = self.weights(source, self.memory)
         changes = _Changes(weights)
         write_shards(changes, changes, out, self.shard, "delta")
         weights.finish()

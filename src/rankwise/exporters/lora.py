@@ -27,14 +27,12 @@ class Lora(AdaptedExporter):
 
     Args:
         base: the model that was adapted, compressed or not: a folder, a hub id, or an embedded model.
-        memory: not needed here; whole matrices are written out where a change is not a product of thin ones.
         rank: the largest; None takes none away, and refuses changes of no low rank.
     """
 
     rank: int | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank must be >= 1 or None, got {self.rank}.")
 

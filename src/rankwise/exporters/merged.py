@@ -10,7 +10,7 @@ from torch import Generator
 from ..models import load, load_adapter
 from ..models.adapted_weights import AdaptedWeights
 from ..models.exchange import outputs_of
-from .adapted import AdaptedExporter
+from .adapted import AdaptedExporter, bytes_of
 from .base import Source
 from .shards import check_shard, copy_beside, write_shards
 
@@ -31,11 +31,12 @@ class Merged(AdaptedExporter):
             two copies in float32. 0 compares tensors alone.
     """
 
+    memory: str | None = None
     shard: int = 1000
     compare: int = 1000
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        bytes_of(self.memory)
         check_shard(self.shard)
 
     def write(self, source: Source, out: Path) -> None:
@@ -44,7 +45,7 @@ class Merged(AdaptedExporter):
         Raises:
             ValueError: if adapter and model do not belong together, or the outputs differ.
         """
-        weights = self.weights(source)
+        weights = self.weights(source, self.memory)
         for name, layer in weights.layers.items():
             if layer.biased:
                 raise ValueError(

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..core.adapted import Adaptation, adapted, matrix_of, own_tensors
+from ..core.adapted import Adaptation, adapted, own_tensors
 from ..core.surgery import Site, select
 from ..core.views import View
 from ..matrices import Base, StructuredMatrix
@@ -93,7 +93,7 @@ class AdapterFolder(abc.ABC):
         for name in dict.fromkeys([*self.layers, *self.wanted(sites, head_of(model))]):
             if name in sites:
                 site = sites[name]
-                matrix = self.matrix(name, matrix_of(site), site.view)
+                matrix = self.matrix(name, site.matrix, site.view)
                 if matrix is not None:
                     _, first = made.setdefault(site.name, (site, matrix.train(site.layer.training)))
                     _check_same(name, site, own_tensors(first), own_tensors(matrix))

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from ..core.extended import refuse_extended
 from ..core.files import new_folder
-from ..core.followed import refuse_followed
 from . import adapter_files, peft_files
 from .model_files import save_model
 
@@ -39,7 +39,7 @@ def save(
         ValueError: if the model does not fit the format, the folder holds something already, or what was written
             does not read back the same.
     """
-    refuse_followed(model, "has no place in this format; save its parameters that train")
+    refuse_extended(model, "has no place in this format; save its parameters that train")
     folder = Path(os.path.abspath(folder))
     if format == "model":
         save_model(model, folder, tokenizer)

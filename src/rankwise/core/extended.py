@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 
-class Followed(nn.Module):
+class Extended(nn.Module):
     """A layer, and a module that its outputs go through.
 
     Args:
@@ -33,12 +33,12 @@ class Followed(nn.Module):
         return self.after(self.layer(x))
 
 
-def followed(model: nn.Module) -> Mapping[str, Followed]:
+def extended(model: nn.Module) -> Mapping[str, Extended]:
     """Return the layers that something stands behind, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Followed)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, Extended)}
 
 
-def refuse_followed(model: nn.Module, why: str) -> None:
+def refuse_extended(model: nn.Module, why: str) -> None:
     """Raise ValueError if something stands behind a layer, which is no part of a weight."""
-    for name in followed(model):
+    for name in extended(model):
         raise ValueError(f"layer {name} has a module behind it that is no part of a weight, and {why}.")
