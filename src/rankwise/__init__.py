@@ -8,6 +8,8 @@ from . import (
     initialisers,
     matrices,
     measures,
+    optimizers,
+    projectors,
     rank_rules,
     schedules,
     starts,
@@ -16,6 +18,7 @@ from .adapting import adapt
 from .api import calibrate, compress, export, fold, inspect
 from .checking import check_adapters
 from .core.errors import CalibrationError
+from .core.optimizer import Optimizer
 from .core.report import Report
 from .core.surgery import StructuredLinear
 from .finetuning import finetune
@@ -30,6 +33,7 @@ from .training import heal, initialise, trainable_low_rank
 __version__ = "0.1.0"
 __all__ = [
     "CalibrationError",
+    "Optimizer",
     "Report",
     "StructuredLinear",
     "adapt",
@@ -56,6 +60,8 @@ __all__ = [
     "matrices",
     "measures",
     "narrow",
+    "optimizers",
+    "projectors",
     "rank_rules",
     "save",
     "schedules",
