@@ -315,7 +315,7 @@ def state_bytes(transform: Transform, *params: Tensor) -> int:
 
 
 def blank_state(transform: Transform, param: Tensor) -> State:
-    """Return a parameter's first state (1, ...) on the meta device; shapes and types are those of the true one."""
+    """Return a parameter's first state (1, ...) on the meta device, of the true one's shapes and types."""
     if not param.numel():
         return {}
     shape = as_matrices(param.unsqueeze(0)).shape
