@@ -51,6 +51,7 @@ class Optimizer(torch.optim.Optimizer):
         lr: the length of steps.
         weight_decay: decoupled from the direction.
         stack_bytes: the most that the gradients of a stack may take; a larger one is stepped alone, not copied.
+            If None, 1 MiB on a CPU, where only small matrices gain, and 64 MiB elsewhere.
         write: adds a multiple of directions to parameters; another function may round in another way.
 
     Raises:
@@ -71,7 +72,7 @@ class Optimizer(torch.optim.Optimizer):
         *,
         lr: float,
         weight_decay: float = 0.0,
-        stack_bytes: int = 2**22,
+        stack_bytes: int | None = None,
         write: Write = add_nearest,
     ) -> None:
         self.stack_bytes, self.write = stack_bytes, write
@@ -197,7 +198,9 @@ class Optimizer(torch.optim.Optimizer):
                     if param.numel():
                         alike.setdefault((param.shape, param.dtype, param.device), []).append(param)
                 for same in alike.values():
-                    most = max(1, self.stack_bytes // same[0].nbytes)
+                    usual = 2**20 if same[0].device.type == "cpu" else 2**26
+                    room = usual if self.stack_bytes is None else self.stack_bytes
+                    most = max(1, room // same[0].nbytes)
                     self._members += [(group, same[j : j + most]) for j in range(0, len(same), most)]
         return self._members
 
@@ -234,8 +237,9 @@ class Optimizer(torch.optim.Optimizer):
         state = self._stacked(transform, params)
         grads = [p.grad for p in params if p.grad is not None]
         kind = working_type(params[0].dtype)
-        values = _joined(params)
-        direction = transform.update(_joined(grads).to(kind), state, values)
+        joined = _joined(grads).to(kind)
+        values = _joined(params) if transform.reads_param else torch.empty_like(joined, device="meta")
+        direction = transform.update(joined, state, values)
         shape = params[0].shape
         if decay:
             foreach_mul(params, 1 - lr * decay)
@@ -254,7 +258,7 @@ class Optimizer(torch.optim.Optimizer):
                 joined = map_state(lambda value: value.unsqueeze(0), states[0])
                 self.state[params[0]] = states[0]
             else:
-                joined = map_state(lambda *values: torch.stack(values), *states)
+                joined = map_state(_stacked_values, *states)
                 for i, param in enumerate(params):
                     self.state[param] = map_state(lambda value, i=i: value[i], joined)
             stack = _Stack(tuple(params), _read_only(joined))
@@ -337,6 +341,13 @@ def _joined(values: Sequence[Tensor]) -> Tensor:
     """Stack tensors of one shape; one alone is not copied."""
     stack = values[0].unsqueeze(0) if len(values) == 1 else torch.stack(list(values))
     return as_matrices(stack.detach())
+
+
+def _stacked_values(*values: Tensor) -> Tensor:
+    """Stack tensors in their order in memory, so that transposed matrices meet transposed states."""
+    if values[0].ndim == 2 and values[0].stride(0) == 1:
+        return torch.stack([value.mT for value in values]).mT
+    return torch.stack(values)
 
 
 def _read_only(state: State) -> State:

@@ -76,7 +76,7 @@ class Subspace:
 
     def blank(self, param: Tensor) -> Tensor:
         """Return zeros of the shape of projected gradients, (k, r, l) for (k, s, l)."""
-        return param.new_zeros(len(param), rank_of(self.rank, param.shape[-2]), param.shape[-1])
+        return torch.zeros_like(param[:, : rank_of(self.rank, param.shape[-2])])  # in the same order in memory
 
     def init(self, param: Tensor, index: Tensor) -> State:
         """Return the state before the first gradient."""

@@ -46,8 +46,8 @@ class Transform(abc.ABC):
         Args:
             grad: (k, ...) gradients, finite.
             state: what ``init`` returned, and earlier steps have written into.
-            param: (k, ...) the parameters, in their own type; inside a subspace there are none, and this is on
-                the meta device, so that reading its values raises.
+            param: (k, ...) the parameters, in their own type, if ``reads_param``. Else, and inside a subspace,
+                it is on the meta device: it has a shape, and reading its values raises.
         """
 
     def rotate(self, state: State, rotation: Tensor) -> None:
@@ -65,6 +65,11 @@ class Transform(abc.ABC):
                 f"the state of {type(self).__name__} cannot be carried to another basis; choose carry=Keep() "
                 "or carry=Reset()."
             )
+
+    @property
+    def reads_param(self) -> bool:
+        """Whether ``update`` reads the values of parameters, which stacking copies."""
+        return False
 
     @property
     def constrains(self) -> bool:
@@ -96,6 +101,11 @@ class Chain(Transform):
         """Carry the states of all parts."""
         for i, part in enumerate(self.parts):
             part.rotate(state[str(i)], rotation)
+
+    @property
+    def reads_param(self) -> bool:
+        """Whether any part does."""
+        return any(part.reads_param for part in self.parts)
 
     @property
     def constrains(self) -> bool:
@@ -150,6 +160,11 @@ class ByShape(Transform):
         raise ValueError("a transform by shape cannot stand inside a projection; give the one for matrices.")
 
     @property
+    def reads_param(self) -> bool:
+        """Whether any of them does."""
+        return self.matrix.reads_param or self.other.reads_param
+
+    @property
     def constrains(self) -> bool:
         """Whether any of them does."""
         return self.matrix.constrains or self.other.constrains
@@ -184,6 +199,11 @@ class Wide(Transform):
         """(k, m, n) -> (k, m, n)."""
         direction = self.inner.update(_wide(grad), state, _wide(param))
         return direction.mT if _is_tall(grad) else direction
+
+    @property
+    def reads_param(self) -> bool:
+        """Whether the inner transform does."""
+        return self.inner.reads_param
 
     @property
     def constrains(self) -> bool:

@@ -11,7 +11,7 @@ from .kernels import distance, inner
 from .masks import draw_places, largest, largest_in_groups
 from .metric import Metric, metric_norm, metric_svd, truncated_factors
 from .newton_schulz import MUON, POLAR_EXPRESS, newton_schulz
-from .orthonormal import draw_normal, orthonormal, power_steps, seeded
+from .orthonormal import draw_normal, orthonormal, power_steps, product, seeded
 from .packing import pack, packed_bytes, unpack
 from .parabola import log_parabola
 from .principal import principal_components
@@ -56,6 +56,7 @@ __all__ = [
     "packed_bytes",
     "power_steps",
     "principal_components",
+    "product",
     "refit_columns",
     "round_to_grid",
     "seeded",

@@ -24,6 +24,11 @@ def power_steps(values: Tensor, basis: Tensor, steps: int) -> Tensor:
     return basis
 
 
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Return left @ right with the order of ``right`` in memory, so that what is transposed stays so."""
+    return (right.mT @ left.mT).mT if right.stride(-2) == 1 else left @ right
+
+
 def draw_normal(shape: tuple[int, ...], seeds: Tensor, like: Tensor) -> Tensor:
     """Return normal numbers (k, *shape), each part from its own seed of (k,), on the device of ``like``."""
     drawn = [torch.randn(shape, generator=seeded(seed)) for seed in seeds.tolist()]

@@ -60,7 +60,7 @@ class Project(Transform):
         projector, basis = self.subspace.projector, state["subspace"]["basis"]
         low = projector.down(grad, basis)
         direction = self.inner.update(low, state["inner"], torch.empty_like(low, device="meta"))
-        step = projector.up(direction * self.scale, basis)
+        step = projector.up(direction if self.scale == 1 else direction * self.scale, basis)
         if self.rest is None:
             return step
         outside = grad - projector.up(low, basis)

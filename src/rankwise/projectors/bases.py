@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..core.transforms import Projector, State
+from ..linalg import product
 
 
 class StoredBasis(Projector):
@@ -17,11 +18,11 @@ class StoredBasis(Projector):
 
     def down(self, grad: Tensor, state: State) -> Tensor:
         """(k, s, any) -> (k, r, any)."""
-        return state["columns"].mT @ grad
+        return product(state["columns"].mT, grad)
 
     def up(self, low: Tensor, state: State) -> Tensor:
         """(k, r, any) -> (k, s, any)."""
-        return state["columns"] @ low
+        return product(state["columns"], low)
 
     def rank(self, state: State) -> int:
         """The number of columns."""

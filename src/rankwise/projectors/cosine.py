@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..core.transforms import Projector, State
-from ..linalg import cosine_rows, cosine_transform, seeded
+from ..linalg import cosine_rows, cosine_transform, product, seeded
 from .bases import ChosenRows, largest_rows, side_of
 from .rows import random_rows
 
@@ -30,11 +30,11 @@ class Cosine(ChosenRows):
 
     def down(self, grad: Tensor, state: State) -> Tensor:
         """(k, s, any) -> (k, r, any)."""
-        return cosine_rows(state["rows"], side_of(state), grad.dtype) @ grad
+        return product(cosine_rows(state["rows"], side_of(state), grad.dtype), grad)
 
     def up(self, low: Tensor, state: State) -> Tensor:
         """(k, r, any) -> (k, s, any)."""
-        return cosine_rows(state["rows"], side_of(state), low.dtype).mT @ low
+        return product(cosine_rows(state["rows"], side_of(state), low.dtype).mT, low)
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class RandomOrthogonal(Projector):
 
     def down(self, grad: Tensor, state: State) -> Tensor:
         """(k, s, any) -> (k, r, any)."""
-        return self._rows(state, grad) @ grad
+        return product(self._rows(state, grad), grad)
 
     def up(self, low: Tensor, state: State) -> Tensor:
         """(k, r, any) -> (k, s, any)."""
-        return self._rows(state, low).mT @ low
+        return product(self._rows(state, low).mT, low)
 
     def rank(self, state: State) -> int:
         """The number of frequencies."""
