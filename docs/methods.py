@@ -121,8 +121,9 @@ def plain(text: str) -> str:
 
 
 def type_name(kind: object) -> str:
-    """Show a field's type as it is written."""
-    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+    """Show a field's type as it is written, in a cell of a table."""
+    shown = kind.__name__ if isinstance(kind, type) else re.sub(r"\b[a-z_]+\.(?=\w)", "", str(kind))
+    return shown.replace("|", "\\|")
 
 
 if __name__ == "__main__":

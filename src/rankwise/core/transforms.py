@@ -44,7 +44,7 @@ class Transform(abc.ABC):
         state, so the caller must not write into it.
 
         Args:
-            grad: (k, ...) gradients, finite.
+            grad: (k, ...) gradients, finite; perhaps not contiguous, as matrices may be transposed.
             state: what ``init`` returned, and earlier steps have written into.
             param: (k, ...) the parameters, in their own type, if ``reads_param``. Else, and inside a subspace,
                 it is on the meta device: it has a shape, and reading its values raises.
@@ -291,7 +291,12 @@ def counter(index: Tensor, value: int = 0) -> Tensor:
 
 def per_parameter(values: Tensor, like: Tensor) -> Tensor:
     """Bring one number a parameter, (k,) on the CPU, to the shape (k, 1, ...), type and device of ``like``."""
-    return values.to(device=like.device, dtype=like.dtype).view(-1, *[1] * (like.ndim - 1))
+    return moved(values, like).view(-1, *[1] * (like.ndim - 1))
+
+
+def moved(values: Tensor, like: Tensor) -> Tensor:
+    """Bring numbers on the CPU to the type and device of ``like``, without waiting for that device."""
+    return values.to(like.dtype).to(like.device, non_blocking=True)
 
 
 def leaves(state: State) -> list[Tensor]:

@@ -48,7 +48,7 @@ class FactoredScale(Transform):
             columns = _mix(state["columns"], square.mean(-2), fresh)
             share = (rows / rows.mean(-1, keepdim=True)).rsqrt()
             direction = grad * share[..., None] * columns.rsqrt()[..., None, :]
-        size = direction.view(len(grad), -1).square().mean(-1).sqrt()
+        size = direction.square().reshape(len(grad), -1).mean(-1).sqrt()
         return direction / (size / self.clip).clamp_min_(1).view(-1, *[1] * (grad.ndim - 1))
 
 

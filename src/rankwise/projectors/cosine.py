@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.transforms import Projector, State
+from ..core.transforms import Projector, State, moved
 from ..linalg import cosine_rows, cosine_transform, product, seeded
 from .bases import ChosenRows, largest_rows, side_of
 from .rows import random_rows
@@ -70,7 +70,7 @@ class RandomOrthogonal(Projector):
         side = side_of(state)
         seeds = zip(state["index"].tolist(), state["fits"].tolist(), strict=True)
         bits = [torch.randint(2, (side,), generator=seeded(*seed, 1)) for seed in seeds]
-        signs = (2 * torch.stack(bits) - 1).to(like)
+        signs = moved(2 * torch.stack(bits) - 1, like)
         return cosine_rows(state["rows"], side, like.dtype) * signs[:, None, :]
 
 
