@@ -59,7 +59,7 @@ def rival():
 
 
 class Gradients:
-    """Gradients of falling spectrum whose left vectors turn a little from one to the next."""
+    """Gradients whose singular values fall like i^-power, and whose left vectors turn from one to the next."""
 
     def __init__(self, m, n, seed, power=1.0, noise=0.02):
         self.generator = torch.Generator().manual_seed(seed)
@@ -86,9 +86,9 @@ def timed(function):
     return time.perf_counter() - start, result
 
 
-def refresh(rows, projector_of_rival, m, n, rank, rounds):
+def refresh(rows, projector_of_rival, m, n, rank, power, rounds):
     """Time fits, taking turns, and measure the shares of energy."""
-    gradients, states = Gradients(m, n, 0), {}
+    gradients, states = Gradients(m, n, 0, power), {}
     seconds, shares = {}, {}
     for i in range(rounds + 1):
         grad = gradients.next()
@@ -111,13 +111,12 @@ def refresh(rows, projector_of_rival, m, n, rank, rounds):
                 seconds.setdefault(name, []).append(taken)
                 shares.setdefault(name, []).append(float(low.square().sum() / grad.square().sum()))
     base = statistics.median(seconds["galore-torch"])
+    case = {"m": m, "n": n, "rank": rank, "power": power, "rounds": rounds}
     for name, each in seconds.items():
         held = statistics.mean(a / b for a, b in zip(shares[name], shares["galore-torch"], strict=True))
         about = {"seconds": statistics.median(each), "ratio": statistics.median(each) / base}
         share = statistics.mean(shares[name])
-        rows.add(
-            part="refresh", optimizer=name, m=m, n=n, rank=rank, rounds=rounds, **about, share=share, of_svd=held
-        )
+        rows.add(part="refresh", optimizer=name, **case, **about, share=share, of_svd=held)
 
 
 def pair(adamw, shapes, rank, every):
@@ -153,7 +152,7 @@ def main():
     """Run all parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", required=True, help="the result; an existing one is continued")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--smoke", action="store_true", help="small matrices and few steps, to see that it runs")
     options = parser.parse_args()
@@ -161,8 +160,9 @@ def main():
     m, n, rank, width, blocks = (96, 160, 16, 32, 1) if options.smoke else (2048, 5504, 256, 512, 6)
     rounds, count = (2, 6) if options.smoke else (options.rounds, options.steps)
     layers = [tuple(int(width * side) for side in BLOCK[name]) for _ in range(blocks) for name in BLOCK]
-    if not rows.has(part="refresh"):
-        refresh(rows, projector, m, n, rank, rounds)
+    for power in (1.0, 0.5):
+        if not rows.has(part="refresh", power=power):
+            refresh(rows, projector, m, n, rank, power, rounds)
     if not rows.has(part="step"):
         steps(rows, adamw, "step", [(m, n), (n, m), (m, m)], rank, 10**6, 5 * rounds)
     if not rows.has(part="stalls"):
