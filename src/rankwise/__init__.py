@@ -20,6 +20,7 @@ from .checking import check_adapters
 from .core.errors import CalibrationError
 from .core.optimizer import Optimizer
 from .core.report import Report
+from .core.stepping import Layerwise
 from .core.surgery import StructuredLinear
 from .finetuning import finetune
 from .following import finish, follow
@@ -33,6 +34,7 @@ from .training import heal, initialise, trainable_low_rank
 __version__ = "0.1.0"
 __all__ = [
     "CalibrationError",
+    "Layerwise",
     "Optimizer",
     "Report",
     "StructuredLinear",

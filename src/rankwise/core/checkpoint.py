@@ -6,19 +6,23 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from .tensor_file import write_tensors
 
 FORMAT = 1
 
 
 def save_tree(tree: Any, path: Path) -> None:
-    """Write a tree of dictionaries, lists, tensors, numbers, strings and None; tensors are kept bit by bit."""
+    """Write a tree of dictionaries, lists, tensors, numbers, strings and None; tensors are kept bit by bit.
+
+    One tensor at a time is copied.
+    """
     tensors: dict[str, Tensor] = {}
     header = json.dumps({"format": FORMAT, "tree": _packed(tree, tensors)}, allow_nan=False)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, temporary, metadata={"rankwise": header})
+        write_tensors(temporary, tensors, tensors.__getitem__, about={"rankwise": header})
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -43,7 +47,7 @@ def load_tree(path: Path) -> Any:
 def _packed(tree: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(tree, Tensor):
         key = str(len(tensors))
-        tensors[key] = tree.detach().cpu().clone().contiguous()
+        tensors[key] = tree.detach()
         return {"tensor": key}
     if isinstance(tree, dict):
         return {"pairs": [[key, _packed(value, tensors)] for key, value in tree.items()]}

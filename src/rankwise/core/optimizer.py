@@ -123,18 +123,45 @@ class Optimizer(torch.optim.Optimizer):
         return loss
 
     @torch.no_grad()
-    def step_one(self, param: Tensor) -> None:
-        """Step one parameter alone, which must have a gradient; for hooks. No hook of ``step`` is called.
+    def step_one(self, param: Tensor, reduced: Tensor | None = None) -> None:
+        """Step one parameter alone; for hooks. No hook of ``step`` is called.
+
+        Args:
+            param: has a gradient, unless ``reduced`` is given.
+            reduced: a sum of what :meth:`reduce_one` returned since its last step, in place of the gradient.
 
         Raises:
             ValueError: if it is not one of the optimiser's, or its gradient is missing or sparse.
             FloatingPointError: if its gradient is not finite.
         """
-        self._stackable()
-        if param not in self._places or param.grad is None:
-            raise ValueError("step_one takes a parameter of this optimiser that has a gradient.")
+        group = self._group_of(param, reduced is None)
+        if reduced is None:
+            self._check([param])
+        self._advance(group, [param], reduced)
+
+    @torch.no_grad()
+    def reduce_one(self, param: Tensor) -> Tensor | None:
+        """Return the part of a parameter's gradient that its next step needs, where that is linear and smaller.
+
+        Returns:
+            a new tensor, or None if the next step needs the whole gradient; see :meth:`Transform.reduce`.
+
+        Raises:
+            ValueError: as :meth:`step_one`.
+            FloatingPointError: as :meth:`step_one`.
+        """
+        transform = self._group_of(param, True)["transform"]
         self._check([param])
-        self._advance(self.param_groups[self._places[param][0]], [param])
+        if not param.numel():
+            return None
+        state = self._stacked(transform, [param])
+        return transform.reduce(_gradients([param]), state, _shown(transform, [param]))
+
+    def _group_of(self, param: Tensor, needs_gradient: bool) -> Group:
+        self._stackable()
+        if param not in self._places or (needs_gradient and param.grad is None):
+            raise ValueError("give a parameter of this optimiser that has a gradient.")
+        return self.param_groups[self._places[param][0]]
 
     def state_bytes(self) -> int:
         """Count the bytes that all states will take once every parameter has been stepped."""
@@ -229,18 +256,17 @@ class Optimizer(torch.optim.Optimizer):
         before = sum(len(each["params"]) for each in self.param_groups[:group])
         return f"{names[number - before]} ({about})" if names else about
 
-    def _advance(self, group: Group, params: list[Tensor]) -> None:
+    def _advance(self, group: Group, params: list[Tensor], reduced: Tensor | None = None) -> None:
         """Step parameters of one shape together."""
         if not params or not params[0].numel():
             return
         transform, lr, decay = group["transform"], float(group["lr"]), float(group["weight_decay"])
         state = self._stacked(transform, params)
-        grads = [p.grad for p in params if p.grad is not None]
-        kind = working_type(params[0].dtype)
-        joined = _joined(grads).to(kind)
-        values = _joined(params) if transform.reads_param else torch.empty_like(joined, device="meta")
-        direction = transform.update(joined, state, values)
-        shape = params[0].shape
+        shape, kind, values = params[0].shape, working_type(params[0].dtype), _shown(transform, params)
+        if reduced is None:
+            direction = transform.update(_gradients(params), state, values)
+        else:
+            direction = transform.update_reduced(reduced, state, values)
         if decay:
             foreach_mul(params, 1 - lr * decay)
         self.write(params, [each.reshape(shape) for each in direction], -lr)
@@ -341,6 +367,19 @@ def _joined(values: Sequence[Tensor]) -> Tensor:
     """Stack tensors of one shape; one alone is not copied."""
     stack = values[0].unsqueeze(0) if len(values) == 1 else torch.stack(list(values))
     return as_matrices(stack.detach())
+
+
+def _gradients(params: Sequence[Tensor]) -> Tensor:
+    """Stack the gradients of parameters of one shape, in the type of steps."""
+    return _joined([p.grad for p in params if p.grad is not None]).to(working_type(params[0].dtype))
+
+
+def _shown(transform: Transform, params: Sequence[Tensor]) -> Tensor:
+    """Stack parameters, or only their shapes where the values are not read."""
+    if transform.reads_param:
+        return _joined(params)
+    shape = as_matrices(params[0].detach().unsqueeze(0)).shape[1:]
+    return torch.empty((len(params), *shape), dtype=working_type(params[0].dtype), device="meta")
 
 
 def _stacked_values(*values: Tensor) -> Tensor:

@@ -16,8 +16,10 @@ from .checkpoint import load_tree, save_tree
 from .fingerprint import digest_of
 from .progress import gauge
 from .rates import Linear
+from .stepping import Stepping, Whole
 from .watch import frozen
 
+Observe = Callable[[int, Mapping[str, float]], None]
 SKIPS = 3  # steps in a row whose gradients are not finite
 
 
@@ -62,6 +64,8 @@ class Plan:
         last: the numbers of the last look remain, not the best ones.
         clip: the longest gradient, over all parameters, in the 2-norm; longer ones are shortened.
         autocast: run the model in this type; the trained numbers keep theirs.
+        spare: keep a copy of the best numbers, which the model holds in the end. Without it a run takes less
+            memory, and the present numbers remain, also after an interrupt or an error.
     """
 
     seconds: float = 600.0
@@ -75,6 +79,7 @@ class Plan:
     last: bool = False
     clip: float | None = None
     autocast: torch.dtype | None = None
+    spare: bool = True
 
     def __post_init__(self) -> None:
         if not self.seconds > 0 or (self.steps is None and self.seconds == float("inf")):
@@ -117,6 +122,8 @@ class Run:
         identity: names the task; a checkpoint of another one is refused.
         file: where the checkpoint is kept, or None.
         started: ``time.perf_counter()`` when the budget began to run.
+        stepping: takes the steps; None collects all gradients first, and clips them as the plan says.
+        observe: is called after each step and each look with the number of steps and a few figures by name.
 
     Raises:
         ValueError: if a checkpoint is damaged or of another task.
@@ -136,6 +143,8 @@ class Run:
         identity: str = "",
         file: Path | None = None,
         started: float | None = None,
+        stepping: Stepping | None = None,
+        observe: Observe | None = None,
     ) -> None:
         self.model, self.trained, self.optimizer, self.plan = model, dict(trained), optimizer, plan
         self.mode, self.word, self.identity, self.file = mode, word, identity, file
@@ -149,14 +158,17 @@ class Run:
         self.random: dict[str, Tensor] | None = None  # of the generators that dropout draws from
         self.train: Sequence[Piece] = ()
         self.held: Sequence[Piece] = ()
-        self.best = self._copy()
-        self.start = digest_of(self.best)
+        self.stepping = stepping or Whole(optimizer, self.trained.values(), plan.clip)
+        self.observe = observe or (lambda step, figures: None)
+        self.best = self._copy() if plan.spare else {}
+        self.start = digest_of(self._tensors())
         self._restore()
 
     def run(self, train: Sequence[Piece], held: Sequence[Piece]) -> str:
         """Train until the budget is spent or nothing gets better; the model then holds the best numbers seen.
 
-        That is so after an interrupt or an error, too; with ``last`` they are those of the last look.
+        That is so after an interrupt or an error, too; with ``last`` they are those of the last look, and without
+        ``spare`` the present ones.
 
         Args:
             train: what to train on.
@@ -179,7 +191,8 @@ class Run:
             self.optimizer.zero_grad()
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = rate
-            self._put(self.best)
+            if self.plan.spare:
+                self._put(self.best)
 
     def summary(self) -> dict[str, Any]:
         """Return what a report says of a run that is over."""
@@ -232,26 +245,17 @@ class Run:
         """Take one step; returns the mean loss before it, or None if it is skipped."""
         chosen = self._draw()
         rows = sum(self.train[i].rows for i in chosen)
-        self.optimizer.zero_grad()
-        loss = 0.0
-        for i in chosen:
-            with torch.enable_grad():  # callers may have turned gradients off
-                mean = self.train[i].loss(self.model) / rows
-            mean.backward()
-            loss += float(mean.detach())
         self.progress.step += 1
         self.progress.rows += rows
-        gradients = [p.grad for p in self.trained.values() if p.grad is not None]
-        if not all(bool(g.isfinite().all()) for g in gradients) or not torch.tensor(loss).isfinite():
-            self._skip(loss)
-            return None
-        self.progress.skipped = 0
-        if self.plan.clip is not None:
-            nn.utils.clip_grad_norm_(self.trained.values(), self.plan.clip)
         scale = self._rate()
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * scale
-        self.optimizer.step()
+        loss, taken = self.stepping.take([lambda i=i: self.train[i].loss(self.model) / rows for i in chosen])
+        if not taken:
+            self._skip(loss)
+            return None
+        self.progress.skipped = 0
+        self.observe(self.progress.step, {"train": loss, "lr": self.optimizer.param_groups[0]["lr"]})
         return loss
 
     def _skip(self, loss: float) -> None:
@@ -281,8 +285,10 @@ class Run:
         row = {"step": p.step, "seconds": round(self._seconds(), 1), "rows": p.rows, "train": train}
         p.history.append({**row, "held_out": held if held < float("inf") else None})
         p.stale = 0 if held < p.best else p.stale + 1
-        if held < p.best or (self.plan.last and held < float("inf")):
-            p.best, p.best_step, self.best = held, p.step, self._copy()
+        if held < p.best or ((self.plan.last or not self.plan.spare) and held < float("inf")):
+            p.best, p.best_step = held, p.step
+            self.best = self._copy() if self.plan.spare else {}
+        self.observe(p.step, {"held_out": held})
 
     @contextmanager
     def _randomness(self) -> Iterator[None]:
@@ -320,7 +326,7 @@ class Run:
             "progress": {**vars(self.progress), "seconds": self._seconds()},
             "generator": self.generator.get_state(),
             "random": {"cpu": torch.get_rng_state(), **cuda},
-            "trained": self._copy(),
+            "trained": self._tensors(),
             "best": self.best,
             "stateful": {name: each.state_dict() for name, each in self.stateful.items()},
         }
@@ -332,7 +338,7 @@ class Run:
         if self.file is None or not self.file.exists():
             return
         tree = load_tree(self.file)
-        known = self.start in (tree["start"], digest_of(tree["best"]))
+        known = self.start in (tree["start"], digest_of(tree["best"] or tree["trained"]))
         if tree["identity"] != self.identity or not known:
             raise ValueError(
                 f"{self.file} is about another model, reference, data or setting; "

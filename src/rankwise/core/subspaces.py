@@ -30,6 +30,15 @@ class Refresh(abc.ABC):
                 device, so it should not be called at each step.
         """
 
+    def may_be_due(self, step: Tensor, state: State) -> bool:
+        """Whether any basis may be fitted at a step, or the gradient be looked at; nothing is written into.
+
+        Args:
+            step: (k,) on the CPU, from one.
+            state: what ``init`` returned.
+        """
+        return True
+
     def fitted(self, state: State, share: Measure, overlap: Measure) -> None:  # noqa: B027 (most need not look)
         """Look at what a fit has changed.
 
@@ -102,6 +111,15 @@ class Subspace:
                 self._fit(grad[rows.to(grad.device)], some, inner, some_inside, first)
                 put(state, rows, some)
                 put(inside, rows, some_inside)
+
+    def stays(self, state: State) -> bool:
+        """Whether the next step goes without a new basis, whatever its gradient is."""
+        step = state["step"] + 1
+        return bool((step > 1).all()) and not self.refresh.may_be_due(step, state["refresh"])
+
+    def stay(self, state: State) -> None:
+        """Count a step without a new basis."""
+        state["step"].add_(1)
 
     def _fit(self, grad: Tensor, state: State, inner: Transform, inside: State, first: bool) -> None:
         old = state["basis"]

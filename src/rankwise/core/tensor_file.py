@@ -26,13 +26,20 @@ KINDS = {
 }
 
 
-def write_tensors(file: Path, empty: Mapping[str, Tensor], value: Callable[[str], Tensor]) -> None:
+def write_tensors(
+    file: Path,
+    empty: Mapping[str, Tensor],
+    value: Callable[[str], Tensor],
+    *,
+    about: Mapping[str, str] | None = None,
+) -> None:
     """Write tensors into a file, one after the other, and check that they read back the same.
 
     Args:
         file: to be made.
         empty: of each name a tensor of the shape and type that its value will have; the meta device will do.
         value: makes the tensor of a name; it is let go before the next is made.
+        about: texts that stand in the header.
 
     Raises:
         ValueError: if a value has another shape or type, or does not read back.
@@ -46,7 +53,7 @@ def write_tensors(file: Path, empty: Mapping[str, Tensor], value: Callable[[str]
             digest.update(content)
             opened.write(content)
 
-        write(_header({name: empty[name] for name in names}))
+        write(_header({name: empty[name] for name in names}, about or {}))
         for name in names:
             tensor = value(name)
             if tensor.dtype != empty[name].dtype or tensor.shape != empty[name].shape:
@@ -70,9 +77,9 @@ def _digest(file: Path) -> bytes:
     return digest.digest()
 
 
-def _header(empty: Mapping[str, Tensor]) -> bytes:
+def _header(empty: Mapping[str, Tensor], about: Mapping[str, str]) -> bytes:
     """The length of a JSON text, and the text: of each tensor the type, the shape and the place."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **about}}
     end = 0
     for name, tensor in empty.items():
         start, end = end, end + tensor.numel() * tensor.element_size()

@@ -50,6 +50,30 @@ class Transform(abc.ABC):
                 it is on the meta device: it has a shape, and reading its values raises.
         """
 
+    def reduce(self, grad: Tensor, state: State, param: Tensor) -> Tensor | None:
+        """Return a smaller, linear form of a gradient that the next step can be taken from, or None.
+
+        Forms of several gradients may be added up, and their sum given to ``update_reduced``, so that a sum of
+        gradients is never held whole. Nothing is written into, so that all gradients before the next step get the
+        same form. None says that this step needs the whole gradient: always, or because a basis is due.
+
+        Args:
+            grad: as for ``update``.
+            state: as for ``update``.
+            param: as for ``update``.
+        """
+        return None
+
+    def update_reduced(self, low: Tensor, state: State, param: Tensor) -> Tensor:
+        """Return what ``update`` would of the gradients whose reduced forms were added up.
+
+        Args:
+            low: a sum of what ``reduce`` returned.
+            state: as for ``update``.
+            param: as for ``update``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not reduce gradients.")
+
     def rotate(self, state: State, rotation: Tensor) -> None:
         """Carry a state to new coordinates, rows x -> rotation @ x.
 
@@ -155,6 +179,14 @@ class ByShape(Transform):
         """The direction of the one that acts."""
         return self._pick(grad).update(grad, state, param)
 
+    def reduce(self, grad: Tensor, state: State, param: Tensor) -> Tensor | None:
+        """The reduced form of the one that acts."""
+        return self._pick(param).reduce(grad, state, param)
+
+    def update_reduced(self, low: Tensor, state: State, param: Tensor) -> Tensor:
+        """The direction of the one that acts."""
+        return self._pick(param).update_reduced(low, state, param)
+
     def rotate(self, state: State, rotation: Tensor) -> None:
         """What is inside a basis has one shape and should not be told apart by it."""
         raise ValueError("a transform by shape cannot stand inside a projection; give the one for matrices.")
@@ -199,6 +231,15 @@ class Wide(Transform):
         """(k, m, n) -> (k, m, n)."""
         direction = self.inner.update(_wide(grad), state, _wide(param))
         return direction.mT if _is_tall(grad) else direction
+
+    def reduce(self, grad: Tensor, state: State, param: Tensor) -> Tensor | None:
+        """The inner reduced form."""
+        return self.inner.reduce(_wide(grad), state, _wide(param))
+
+    def update_reduced(self, low: Tensor, state: State, param: Tensor) -> Tensor:
+        """(k, ...) -> (k, m, n)."""
+        direction = self.inner.update_reduced(low, state, _wide(param))
+        return direction.mT if _is_tall(param) else direction
 
     @property
     def reads_param(self) -> bool:

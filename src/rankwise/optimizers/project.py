@@ -59,12 +59,28 @@ class Project(Transform):
         self.subspace.follow(grad, state["subspace"], self.inner, state["inner"])
         projector, basis = self.subspace.projector, state["subspace"]["basis"]
         low = projector.down(grad, basis)
-        direction = self.inner.update(low, state["inner"], torch.empty_like(low, device="meta"))
-        step = projector.up(direction if self.scale == 1 else direction * self.scale, basis)
+        direction, step = self._inside(low, state)
         if self.rest is None:
             return step
         outside = grad - projector.up(low, basis)
         return step.add_(self.rest.update(outside, low, direction, state["rest"]))
+
+    def reduce(self, grad: Tensor, state: State, param: Tensor) -> Tensor | None:
+        """(k, s, l) -> (k, r, l), where the rest is dropped and the basis stays."""
+        if self.rest is not None or not self.subspace.stays(state["subspace"]):
+            return None
+        return self.subspace.projector.down(grad, state["subspace"]["basis"])
+
+    def update_reduced(self, low: Tensor, state: State, param: Tensor) -> Tensor:
+        """(k, r, l) -> (k, s, l)."""
+        self.subspace.stay(state["subspace"])
+        return self._inside(low, state)[1]
+
+    def _inside(self, low: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        """Return the direction inside the subspace, and the scaled step that comes back."""
+        direction = self.inner.update(low, state["inner"], torch.empty_like(low, device="meta"))
+        scaled = direction if self.scale == 1 else direction * self.scale
+        return direction, self.subspace.projector.up(scaled, state["subspace"]["basis"])
 
 
 def project(

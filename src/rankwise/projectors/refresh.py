@@ -39,6 +39,10 @@ class Every(Refresh):
         """Whether it is the parameter's turn."""
         return (step - 1) % self.steps == state["turn"]
 
+    def may_be_due(self, step: Tensor, state: State) -> bool:
+        """Whether it is the turn of any."""
+        return bool(((step - 1) % self.steps == state["turn"]).any())
+
 
 @dataclass(frozen=True, kw_only=True)
 class EnergyDrop(Refresh):
@@ -68,6 +72,10 @@ class EnergyDrop(Refresh):
         """Whether it is the parameter's turn, and its share has dropped."""
         turn = Every(self.steps).due(step, state, share)
         return turn & (share() < self.below * state["share"]) if bool(turn.any()) else turn
+
+    def may_be_due(self, step: Tensor, state: State) -> bool:
+        """Whether it is the turn of any."""
+        return Every(self.steps).may_be_due(step, state)
 
     def fitted(self, state: State, share: Measure, overlap: Measure) -> None:
         """Remember the share."""
