@@ -29,7 +29,7 @@ LAYERS = [
     {"api"},
     {"adapting", "narrowing", "quickstart", "streaming", "training"},
     {"following"},
-    {"checking", "finetuning", "trainer"},
+    {"checking", "finetuning", "planning", "pretraining", "trainer"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

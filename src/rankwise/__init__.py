@@ -27,6 +27,7 @@ from .following import finish, follow
 from .models import evaluate, load, load_adapter, save
 from .models.quantizer import register_when_ready
 from .narrowing import narrow
+from .pretraining import parameter_groups, train
 from .streaming import compress_folder
 from .trainer import trainer_callback
 from .training import heal, initialise, trainable_low_rank
@@ -63,11 +64,13 @@ __all__ = [
     "measures",
     "narrow",
     "optimizers",
+    "parameter_groups",
     "projectors",
     "rank_rules",
     "save",
     "schedules",
     "starts",
+    "train",
     "trainable_low_rank",
     "trainer_callback",
 ]

@@ -1,39 +1,23 @@
 """The verb that trains what asks for gradients, such as adapters."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Generator, Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, nn
 
-from .core.adapted import adapted, own_tensors
-from .core.data import batches_of, digest_of_batches, parted
-from .core.fingerprint import digest_of
-from .core.healing import output_of
-from .core.labels import Labels, count_given, given
-from .core.memory import (
-    activation_bytes,
-    gradient_bytes,
-    held_bytes,
-    memory_bytes,
-    optimizer_bytes,
-    peak_memory_bytes,
-    reset_peak_memory,
-)
+from .core.data import batches_of, parted
+from .core.labels import Labels, given
 from .core.rates import Cosine
 from .core.report import Report
-from .core.running import Follower, Piece, Plan, Run, in_float32
+from .core.running import Follower, Plan, Run, in_float32
 from .core.statistics import Batch
+from .core.supervision import recomputing, supervised
 from .following import follow
 from .matrices import Scheduled
-
-CHECKPOINT = "training.safetensors"
 
 
 def finetune(
@@ -119,9 +103,7 @@ def finetune(
         raise ValueError("an adapter with a schedule must train to its end; leave patience out.")
     batches = batches_of(data, window=window)
     train, held = (batches, [*held_out]) if isinstance(held_out, Sequence) else parted(batches, held_out, seed)
-    pieces, judges = ([Supervised(batch, loss, autocast) for batch in part] for part in (train, held))
-    steps = math.ceil(len(pieces) / accumulate) if steps is None else steps
-    buffers = _buffers(model, trained)
+    steps = math.ceil(len(train) / accumulate) if steps is None else steps
     optimizer = optimizer or torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0)
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if lost := next((name for name, p in trained.items() if id(p) not in owned), None):
@@ -137,71 +119,24 @@ def finetune(
         clip=clip,
         autocast=autocast,
     )
-    file = None if checkpoint is None else Path(checkpoint) / CHECKPOINT
-    identity = ""
-    if file is not None:
-        identity = _identity(model, plan, optimizer, loss, [*trained, *buffers], batches, held)
-    mode = functools.partial(_training, model)
     with (
         in_float32(list(trained.values())),
-        _checkpointing(model, gradient_checkpointing),
+        recomputing(model, gradient_checkpointing),
         _following(model, optimizer, steps) as followers,
     ):
-        with _kept(model, buffers):
-            memory = _memory(model, mode, optimizer, max(pieces, key=lambda piece: piece.size))
-        if notify is not None:
-            notify(memory)
-        run = Run(
+        run, reason, memory = supervised(
             model,
             trained,
             optimizer,
             dataclasses.replace(plan, last=bool(followers)),
-            mode,
-            buffers=buffers,
+            train,
+            held,
+            loss=loss,
             followers=followers,
-            identity=identity,
-            file=file,
+            checkpoint=checkpoint,
+            notify=notify,
         )
-        rising, before = reset_peak_memory(run.device), memory_bytes(run.device)
-        reason = run.run(pieces, judges)
-    peak = peak_memory_bytes(run.device)
-    rise = max(peak - before, 0) if rising else None
-    return _report(run, reason, {**memory, "peak": peak, "rise": rise})
-
-
-class Supervised(Piece):
-    """A batch with labels.
-
-    Args:
-        batch: see :func:`finetune`.
-        loss: (model output, batch, generator) -> loss, summed over the labels.
-        autocast: run the model in this type.
-
-    Raises:
-        ValueError: if there is no label.
-    """
-
-    def __init__(self, batch: Batch, loss: Labels, autocast: torch.dtype | None) -> None:
-        self.batch, self.compute, self.autocast = batch, loss, autocast
-        self.count = count_given(batch)
-        if self.count == 0:
-            raise ValueError("a batch has no label that counts; leave it out.")
-
-    @property
-    def rows(self) -> int:
-        """How many labels there are."""
-        return self.count
-
-    @property
-    def size(self) -> int:
-        """How many numbers its largest tensor has."""
-        values = self.batch.values() if isinstance(self.batch, Mapping) else self.batch
-        return max(value.numel() for value in [self.batch, *values] if isinstance(value, Tensor))
-
-    def loss(self, model: nn.Module) -> Tensor:
-        """Sum the loss over the labels."""
-        output = output_of(model, _unlabelled(self.batch), self.autocast)
-        return self.compute(output, self.batch, Generator())
+    return _report(run, reason, memory)
 
 
 def _report(run: Run, reason: str, memory: Mapping[str, int | None]) -> Report:
@@ -216,15 +151,6 @@ def _report(run: Run, reason: str, memory: Mapping[str, int | None]) -> Report:
     }
     change = f"{first:.4f} -> {progress.best:.4f} nats a label"
     return Report(f"held-out loss {change} in {progress.step} steps; {reason}", progress.history, "looks", totals)
-
-
-def _unlabelled(batch: Batch) -> Batch:
-    """Return what the model is given of a batch."""
-    if isinstance(batch, Tensor):
-        return batch
-    if isinstance(batch, Mapping):
-        return {key: value for key, value in batch.items() if key != "labels"}
-    return batch[:-1]
 
 
 def _check(
@@ -263,98 +189,3 @@ def _following(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -
         follower.stop()
         raise
     follower.finish()
-
-
-def _buffers(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> list[str]:
-    """Name what else may change or must fit: the rest of adapters, and buffers beside trained parameters."""
-    names: dict[str, None] = {}
-    for name, layer in adapted(model).items():
-        names |= dict.fromkeys(f"{name}.matrix.{key}" for key in own_tensors(layer.matrix))
-    for name, module in model.named_modules():
-        if any(p.requires_grad for p in module.parameters(recurse=False)):
-            kept = {key for key, _ in module.named_buffers(recurse=False)} - module._non_persistent_buffers_set
-            names |= dict.fromkeys(f"{name}.{key}".removeprefix(".") for key in sorted(kept))
-    return [name for name in names if name not in trained]
-
-
-@contextmanager
-def _kept(model: nn.Module, buffers: Sequence[str]) -> Iterator[None]:
-    """Give buffers, such as running means, the values back that they had."""
-    state = model.state_dict(keep_vars=True)
-    before = {name: state[name].detach().clone() for name in buffers}
-    yield
-    with torch.no_grad():
-        for name, value in before.items():
-            state[name].copy_(value)
-
-
-@contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
-    """Put a model in training mode, but for batch normalisations that do not train, and put it back."""
-    before = {module: module.training for module in model.modules()}
-    try:
-        model.train()
-        for module in model.modules():
-            if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters()):
-                module.eval()
-        yield
-    finally:
-        for module, flag in before.items():
-            module.training = flag
-
-
-@runtime_checkable
-class _Checkpoints(Protocol):
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict[str, Any]) -> None: ...
-    def activation_checkpointing_disable(self) -> None: ...
-
-
-@contextmanager
-def _checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Let a model compute activations again in the backward pass instead of keeping them."""
-    if not wanted:
-        yield
-        return
-    if not isinstance(model, _Checkpoints):
-        raise ValueError(
-            f"{type(model).__name__} has no activation_checkpointing_enable; leave gradient_checkpointing out."
-        )
-    model.activation_checkpointing_enable({"use_reentrant": False})
-    try:
-        yield
-    finally:
-        model.activation_checkpointing_disable()
-
-
-def _memory(
-    model: nn.Module, mode: Callable[[], Any], optimizer: torch.optim.Optimizer, piece: Supervised
-) -> dict[str, int | None]:
-    """Predict what training will hold."""
-    device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), mode():
-        parts = {
-            "weights": held_bytes(model),
-            "gradients": gradient_bytes(model),
-            "optimizer": optimizer_bytes(optimizer),
-            "activations": activation_bytes(model, lambda: piece.loss(model)),
-        }
-    return {**parts, "predicted": sum(size or 0 for size in parts.values())}
-
-
-def _identity(
-    model: nn.Module,
-    plan: Plan,
-    optimizer: torch.optim.Optimizer,
-    loss: Labels,
-    names: Sequence[str],
-    *data: Sequence[Batch],
-) -> str:
-    """Say in words what a checkpoint is about."""
-    changing = set(names)
-    rest = {name: tensor for name, tensor in model.state_dict().items() if name not in changing}
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    settings = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
-    settings["rate"] = getattr(plan.rate, "__qualname__", repr(plan.rate))
-    digests = [digest_of_batches(part) for part in data]
-    about = [type(optimizer).__name__, groups, settings, getattr(loss, "__qualname__", repr(loss)), *digests]
-    return f"{about} {digest_of(rest)}"

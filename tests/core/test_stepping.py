@@ -221,7 +221,7 @@ def test_numbers_that_are_not_finite():
             return (hidden * last).sum()
 
         if clip is None:
-            with pytest.raises(FloatingPointError, match="gradient of first .* may have been stepped already"):
+            with pytest.raises(FloatingPointError, match=r"gradient of first .* may have been stepped already"):
                 loss().backward()
             assert not torch.equal(last, torch.ones(3))
         else:
@@ -250,7 +250,7 @@ def test_wrong_arguments():
     with pytest.raises(TypeError, match=r"rankwise.Optimizer, got a Adam"):
         Layerwise(torch.optim.Adam([nn.Parameter(torch.ones(1))]))  # type: ignore[arg-type]
     layers = Layerwise(optimizer, clip=1.0)
-    with pytest.raises(RuntimeError, match="call layers.backward"):
+    with pytest.raises(RuntimeError, match=r"call layers\.backward"):
         next(iter(optimizer.param_groups[0]["params"])).sum().backward()
     with pytest.raises(ValueError, match="sum of 2 backward passes"):
         layers.take([lambda: torch.zeros(()), lambda: torch.zeros(())])

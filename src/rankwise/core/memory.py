@@ -70,6 +70,22 @@ def gradient_bytes(model: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
 
 
+def layerwise_gradient_bytes(model: nn.Module) -> int:
+    """Count the bytes of gradients that stand beside each other where each is freed once it is complete.
+
+    That is one of them, and those of parameters with several places, such as tied embeddings, which are complete
+    only when all places have been passed.
+    """
+    names: dict[int, int] = {}
+    sizes: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            names[id(parameter)] = names.get(id(parameter), 0) + 1
+            sizes[id(parameter)] = parameter.nbytes
+    tied = sum(sizes[key] for key, count in names.items() if count > 1)
+    return tied + max((sizes[key] for key, count in names.items() if count == 1), default=0)
+
+
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int | None:
     """Count the bytes of what an optimiser will keep, from the shapes of its parameters.
 

@@ -64,15 +64,16 @@ class Whole:
 
 
 class Layerwise:
-    """Steps each parameter inside the backward pass, as soon as its gradient is complete, and frees the gradient.
+    """Steps each parameter inside the backward pass, as soon as its gradient is complete, and frees that.
 
-    So there is about one gradient at a time instead of all of them. The usual loop stays as it is, and schedulers of
-    the learning rate work: what is left for ``optimizer.step()`` is to end the step. It must be called, since
+    So there is about one gradient at a time instead of all of them. The usual loop stays as it is, and schedulers
+    of the learning rate work: what is left for ``optimizer.step()`` is to end the step. It must be called, since
     only then may the next gradients come.
 
     With ``accumulate``, sums of several backward passes are kept where a transform reduces gradients (see
     :meth:`rankwise.core.transforms.Transform.reduce`), as projections do, and then only the projected gradients
-    are; all other gradients are added up whole. A step whose basis is due needs the whole gradient of that matrix.
+    are; all other gradients are added up whole. A step whose basis is due needs the whole gradient of that
+    matrix; the first step needs all.
 
     The norm of all gradients is not known before the last, so with ``clip`` each step takes two backward passes,
     the first of which only measures: call ``layers.backward(closure)`` instead of ``loss.backward()``. Sums of

@@ -1,0 +1,210 @@
+"""The verb that trains all numbers of a model, from scratch or further, with little memory."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .core.adapted import refuse_adapted
+from .core.data import batches_of, parted
+from .core.hidden import hidden_matrices
+from .core.labels import Labels, given
+from .core.memory import layerwise_gradient_bytes
+from .core.optimizer import Optimizer
+from .core.rates import Cosine
+from .core.report import Report
+from .core.running import Observe, Plan
+from .core.statistics import Batch
+from .core.stepping import Layerwise
+from .core.supervision import recomputing, supervised
+from .core.transforms import Transform
+from .optimizers import adam
+
+MOST_ASIDE = 64  # batches that are judged by: each look runs them all
+
+
+def parameter_groups(
+    model: nn.Module,
+    transform: Transform,
+    *,
+    other: Transform = adam(),  # noqa: B008 (frozen)
+    lr: float | None = None,
+    other_lr: float | None = None,
+    weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Give hidden matrices one transform and all else another, as the papers of matrix optimisers do.
+
+    Hidden matrices are what linear layers and convolutions multiply with: attention and MLP matrices. Embeddings,
+    the output head, norms, biases and stacked experts are the others; see
+    :func:`rankwise.core.hidden.hidden_matrices`. Norms, biases and other vectors do not decay.
+
+    Args:
+        model: any module.
+        transform: of hidden matrices, such as ``galore(rank=128)`` or ``muon()``.
+        other: of all other parameters that train.
+        lr: of hidden matrices; None leaves it to the optimiser.
+        other_lr: of the others; None means ``lr``.
+        weight_decay: of hidden matrices, embeddings and heads.
+
+    Returns:
+        groups for :class:`rankwise.Optimizer`, up to three: hidden matrices, other matrices, vectors.
+
+    Raises:
+        ValueError: if there is no hidden matrix.
+
+    >>> from rankwise.optimizers import muon
+    >>> net = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.LayerNorm(4))
+    >>> groups = parameter_groups(net, muon(), lr=0.02, other_lr=1e-3)
+    >>> [[name for name, _ in group["params"]] for group in groups]
+    [['1.weight'], ['0.weight'], ['1.bias', '2.weight', '2.bias']]
+    """
+    hidden = hidden_matrices(model)
+    rest = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in hidden}
+    tables = {name: p for name, p in rest.items() if p.ndim >= 2}
+    vectors = {name: p for name, p in rest.items() if p.ndim < 2}
+    rates = [lr, lr if other_lr is None else other_lr]
+    first, second = ({} if rate is None else {"lr": rate} for rate in rates)
+    groups: list[dict[str, Any]] = [
+        {"params": list(hidden.items()), "transform": transform, "weight_decay": weight_decay, **first},
+        {"params": list(tables.items()), "transform": other, "weight_decay": weight_decay, **second},
+        {"params": list(vectors.items()), "transform": other, "weight_decay": 0.0, **second},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def train(
+    model: nn.Module,
+    data: Tensor | Iterable[Batch],
+    optimizer: torch.optim.Optimizer,
+    *,
+    held_out: float | Sequence[Batch] = 0.05,
+    loss: Labels = given,
+    steps: int | None = None,
+    accumulate: int = 1,
+    rate: Callable[[float], float] | None = None,
+    clip: float | None = None,
+    every: int | None = None,
+    autocast: torch.dtype | None = None,
+    gradient_checkpointing: bool = False,
+    layerwise: bool = False,
+    checkpoint: str | Path | None = None,
+    notify: Callable[[Mapping[str, int | None]], None] | None = None,
+    observe: Observe | None = None,
+    window: int = 512,
+    rows: int = 4,
+    seed: int = 0,
+) -> Report:
+    """Train a model, from scratch or further, in place, without a second copy of its numbers.
+
+    The last numbers remain, also after an interrupt or an error. Parameters in half precision stay so: their
+    steps are computed in float32 and then rounded, so that small ones are lost unless the optimiser's ``write``
+    rounds in another way.
+
+    Args:
+        model: any module; :func:`rankwise.models.fresh` makes a language model from a config.
+        data: token ids (t,), to be cut into windows, or batches as :func:`finetune` takes them.
+        optimizer: over what trains, for instance
+            ``Optimizer(parameter_groups(model, galore(rank=128)), lr=0.01)``; its learning rates are the largest.
+        held_out: share of the batches kept aside to judge by, in (0, 1), 64 batches at most; or other batches.
+        loss: as for :func:`finetune`.
+        steps: how many; None means one pass over the data.
+        accumulate: batches of a step; each label of a step counts the same.
+        rate: share of the learning rate where a share of the run is done; None means a tenth of the run up, then
+            half a cosine down, :class:`rankwise.core.rates.Cosine`.
+        clip: largest 2-norm of the gradient of all parameters, or None.
+        every: steps between two looks at what judges, each followed by a checkpoint; None means ten looks.
+        autocast: run the model in this type.
+        gradient_checkpointing: compute activations again instead of keeping them; transformers' models only.
+        layerwise: step each parameter inside the backward pass and free its gradient, see
+            :class:`rankwise.Layerwise`; with ``clip`` each step takes two passes.
+        checkpoint: a folder; the same call, with the model as it was at the start, goes on from what is there,
+            bit by bit.
+        notify: is called with the predicted memory before the first step.
+        observe: is called with the number of steps and figures: ``train`` and ``lr`` after each step,
+            ``held_out`` at each look.
+        window: length of the sequences that ids are cut into.
+        rows: sequences of a batch that ids are cut into.
+        seed: of the order of the data, what is kept aside, and dropout.
+
+    Returns:
+        as :func:`finetune`; ``held_out`` after the run is that of the last look.
+
+    Raises:
+        ValueError: if an argument is wrong, nothing trains, the optimiser lacks a parameter that asks for
+            gradients, numbers are not finite, or the checkpoint is of another task or damaged.
+        CalibrationError: if the data is empty.
+
+    >>> from rankwise.optimizers import galore
+    >>> _ = torch.manual_seed(0)
+    >>> net = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 16))
+    >>> optimizer = Optimizer(parameter_groups(net, galore(rank=2, every=10)), lr=0.1)
+    >>> report = train(net, torch.arange(2000) % 16, optimizer, window=20, steps=40, layerwise=True)
+    >>> report.totals["held_out"]["after"] < 0.5 * report.totals["held_out"]["before"]
+    True
+    """
+    refuse_adapted(model)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if lost := next((name for name, p in trained.items() if id(p) not in owned), None):
+        raise ValueError(f"the optimizer lacks {lost}, which asks for gradients; see parameter_groups.")
+    for name, value, least in (("accumulate", accumulate, 1), ("window", window, 2), ("rows", rows, 1)):
+        if value < least:
+            raise ValueError(f"{name} must be >= {least}, got {value}.")
+    if isinstance(held_out, float) and not 0 < held_out < 1:
+        raise ValueError(f"held_out must be > 0 and < 1, or batches, got {held_out}.")
+    batches = batches_of(data, window=window, tokens=window * rows)
+    if isinstance(held_out, float):
+        batches, judges = parted(batches, held_out, seed, most=MOST_ASIDE)
+    else:
+        judges = [*held_out]
+    steps = math.ceil(len(batches) / accumulate) if steps is None else steps
+    plan = Plan(
+        seconds=math.inf,
+        steps=steps,
+        pieces=accumulate,
+        every=max(1, steps // 10) if every is None else every,
+        patience=None,
+        seed=seed,
+        rate=rate or Cosine(0.1),
+        clip=clip,
+        autocast=autocast,
+        spare=False,
+    )
+    layers = _layers(optimizer, accumulate, clip) if layerwise else None
+    try:
+        with recomputing(model, gradient_checkpointing):
+            run, reason, memory = supervised(
+                model,
+                trained,
+                optimizer,
+                plan,
+                batches,
+                judges,
+                loss=loss,
+                checkpoint=checkpoint,
+                notify=notify,
+                observe=observe,
+                stepping=layers,
+                gradients=layerwise_gradient_bytes(model) if layerwise and accumulate == 1 else None,
+            )
+    finally:
+        if layers is not None:
+            layers.remove()
+    totals = {"optimizer": type(optimizer).__name__, **run.summary(), "stopped": reason, "memory": dict(memory)}
+    held = totals["held_out"]
+    change = f"held-out loss {held['before']:.4f} -> {held['after']:.4f} nats a token"
+    return Report(
+        f"{change} in {run.progress.step} steps of {run.progress.rows:,} tokens; {reason}",
+        run.progress.history,
+        "looks",
+        totals,
+    )
+
+
+def _layers(optimizer: torch.optim.Optimizer, accumulate: int, clip: float | None) -> Layerwise:
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(f"layerwise needs a rankwise.Optimizer, got a {type(optimizer).__name__}.")
+    return Layerwise(optimizer, accumulate=accumulate, clip=clip)
