@@ -1,5 +1,6 @@
 """The verb that trains all numbers of a model, from scratch or further, with little memory."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -153,13 +154,15 @@ def train(
     for name, value, least in (("accumulate", accumulate, 1), ("window", window, 2), ("rows", rows, 1)):
         if value < least:
             raise ValueError(f"{name} must be >= {least}, got {value}.")
-    if isinstance(held_out, float) and not 0 < held_out < 1:
+    if not isinstance(held_out, Sequence) and not 0 < held_out < 1:
         raise ValueError(f"held_out must be > 0 and < 1, or batches, got {held_out}.")
     batches = batches_of(data, window=window, tokens=window * rows)
-    if isinstance(held_out, float):
-        batches, judges = parted(batches, held_out, seed, most=MOST_ASIDE)
-    else:
+    if isinstance(data, Tensor) and "use_cache" in inspect.signature(model.forward).parameters:
+        batches = [{"input_ids": batch, "use_cache": False} for batch in batches]
+    if isinstance(held_out, Sequence):
         judges = [*held_out]
+    else:
+        batches, judges = parted(batches, held_out, seed, most=MOST_ASIDE)
     steps = math.ceil(len(batches) / accumulate) if steps is None else steps
     plan = Plan(
         seconds=math.inf,
@@ -197,7 +200,7 @@ def train(
     held = totals["held_out"]
     change = f"held-out loss {held['before']:.4f} -> {held['after']:.4f} nats a token"
     return Report(
-        f"{change} in {run.progress.step} steps of {run.progress.rows:,} tokens; {reason}",
+        f"{change} in {run.progress.step} steps, {run.progress.rows:,} tokens; {reason}",
         run.progress.history,
         "looks",
         totals,

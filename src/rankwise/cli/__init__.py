@@ -1,4 +1,4 @@
-"""The command line: ``rankwise adapt | compress | evaluate | export | inspect | list | narrow | quickstart``."""
+"""The command line: ``rankwise adapt``, ``compress``, ``evaluate`` and so on, one a file."""
 
 from .adapt import adapt
 from .app import app, main
@@ -9,5 +9,18 @@ from .inspect import inspect
 from .listing import methods
 from .narrow import narrow
 from .start import quickstart
+from .train import train
 
-__all__ = ["adapt", "app", "compress", "evaluate", "export", "inspect", "main", "methods", "narrow", "quickstart"]
+__all__ = [
+    "adapt",
+    "app",
+    "compress",
+    "evaluate",
+    "export",
+    "inspect",
+    "main",
+    "methods",
+    "narrow",
+    "quickstart",
+    "train",
+]

@@ -1,7 +1,7 @@
 """``rankwise adapt``."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
@@ -18,7 +18,7 @@ from .app import app, say
 from .arguments import Dtype, Json, Model, Settings, WherePattern
 from .files import check_file, check_folder, write_report
 from .options import at_least, build, pick, registry, where_option
-from .work import DTYPES
+from .work import DTYPES, in_words, partial_folder
 
 ASIDE = 0.1  # share of the examples that judges where there is no --eval
 
@@ -82,7 +82,7 @@ def adapt(
     check_folder("--out", out)
     check_file("--json", json)
     check_file("--html", html)
-    state = _state(out, resume)
+    state = partial_folder(out, resume)
 
     say(f"loading {model}")
     shape = Shape(window, batch, calibration_tokens, seed)
@@ -121,7 +121,7 @@ def adapt(
             autocast=torch.bfloat16 if network.dtype in (torch.bfloat16, torch.float16) else None,
             gradient_checkpointing=gradient_checkpointing,
             checkpoint=state,
-            notify=lambda memory: say(f"predicted   {_in_words(memory)}"),
+            notify=lambda memory: say(f"predicted   {in_words(memory)}"),
             seed=seed,
         )
     except KeyboardInterrupt:
@@ -129,7 +129,7 @@ def adapt(
             say(f"stopped; the last checkpoint is in {state}, and the same command with --resume goes on from it")
         raise
     measured = {name: trained.totals["memory"][name] for name in ("rise", "peak")}
-    say(f"measured    {_in_words(measured)} of the whole process")
+    say(f"measured    {in_words(measured)} of the whole process")
     after = task.figures(network)
     if out is not None:
         say(f"saving to {out}")
@@ -246,33 +246,10 @@ def _classes(source: str, dtype: torch.dtype | None, data: Path, other: Path | N
     return Task(network, train, judges, unlabelled(train, shape.calibration), whole, order)
 
 
-def _state(out: Path | None, resume: bool) -> Path | None:
-    """Return the folder for checkpoints.
-
-    Raises:
-        ValueError: if one is there and it is not said what to do with it.
-    """
-    if out is None:
-        if resume:
-            raise ValueError("--resume needs --out, beside which the checkpoint of the stopped run lies.")
-        return None
-    state = out.with_name(f"{out.name}.partial")
-    if state.exists() and not resume:
-        raise ValueError(f"{state} holds the checkpoint of a stopped run; give --resume to go on, or remove it.")
-    if resume and not state.exists():
-        say(f"{state} does not exist: there is nothing to go on from, so this run starts anew")
-    return state
-
-
 def _both(one: Where | None, other: Where | None) -> Where | None:
     if one is None or other is None:
         return one or other
     return lambda name, module: one(name, module) and other(name, module)
-
-
-def _in_words(memory: Mapping[str, int | None]) -> str:
-    sizes = {name: "unknown" if size is None else f"{size / 1e6:,.1f} MB" for name, size in memory.items()}
-    return "  ".join(f"{name} {size}" for name, size in sizes.items())
 
 
 def _write(network: Any, out: Path, labels: Sequence[str]) -> None:

@@ -14,20 +14,21 @@ from .options import describe, registry
 @app.command("list")
 def methods() -> None:
     """Print every method, allocator, measure and format, with the fields that --set takes."""
-    from .. import adapters, allocators, compressors, exporters, measures
+    from .. import adapters, allocators, compressors, exporters, measures, optimizers
 
     sections: dict[str, ModuleType] = {
         "Methods (compress --method NAME --set field=value)": compressors,
         "Adapters (adapt --method NAME --set field=value)": adapters,
         "Allocators (compress --allocate NAME)": allocators,
         "Measures (inspect)": measures,
+        "Optimisers (train --optimizer NAME --set field=value)": optimizers,
         "Formats (export --to NAME --set field=value)": exporters,
     }
     for title, package in sections.items():
         typer.echo(f"{title}\n")
         for name, entry in registry(package).items():
             typer.echo(f"  {name}: {_summary(entry)}")
-            if isinstance(entry, type) and dataclasses.is_dataclass(entry):
+            if callable(entry) and (dataclasses.is_dataclass(entry) or package is optimizers):
                 for field in describe(entry):
                     typer.echo(f"      {field}")
         typer.echo("")

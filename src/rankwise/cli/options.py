@@ -1,7 +1,9 @@
 """From the words of a command line to methods, layers and numbers; every error names the flag."""
 
+import contextlib
 import dataclasses
 import difflib
+import inspect
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -9,12 +11,36 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torch import nn
 
-from .. import initialisers, rank_rules
+from .. import initialisers, optimizers, projectors, rank_rules
 from ..core.methods import Initialiser, RankRule
+from ..core.subspaces import Carry, Refresh
 from ..core.surgery import Where
+from ..core.transforms import Projector, Transform
 
-PARTS: dict[type, types.ModuleType] = {Initialiser: initialisers, RankRule: rank_rules}
+PARTS: dict[type, types.ModuleType] = {
+    Carry: projectors,
+    Initialiser: initialisers,
+    Projector: projectors,
+    RankRule: rank_rules,
+    Refresh: projectors,
+    Transform: optimizers,
+}
 """Kinds of methods that are fields of other methods, and where they are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A field of a method, or an argument of a recipe.
+
+    Args:
+        name: as in Python.
+        kind: its type.
+        default: what stands for it, or ``inspect.Parameter.empty``.
+    """
+
+    name: str
+    kind: Any
+    default: Any
 
 
 def command_name(name: str) -> str:
@@ -68,18 +94,18 @@ def build_mix(names: str, known: Mapping[str, Any], settings: Sequence[str], mix
     return mix(methods=tuple(build(kind, [word for name, word in named if name in each]) for kind, each in parts))
 
 
-def build(kind: type, settings: Sequence[str]) -> Any:
+def build(kind: Callable[..., Any], settings: Sequence[str]) -> Any:
     """Make a method from ``field=value`` words.
 
     Args:
-        kind: a dataclass whose fields are of type bool, int, float, str or Literal, or hold a method of PARTS.
+        kind: a dataclass, or a recipe with named arguments, whose fields are of type bool, int, float, str or
+            Literal, or hold a method of PARTS.
         settings: each field at most once.
 
     Raises:
-        ValueError: if a field is unknown, given twice, or its value does not fit.
+        ValueError: if a field is unknown, missing, given twice, or its value does not fit.
     """
-    hints = get_type_hints(kind)
-    known = {field.name: hints[field.name] for field in settable(kind)}
+    known = {field.name: field.kind for field in settable(kind)}
     listing = "; ".join(describe(kind)) or "none"
     values: dict[str, Any] = {}
     for setting in settings:
@@ -95,19 +121,29 @@ def build(kind: type, settings: Sequence[str]) -> Any:
             values[name] = parse(known[name], text)
         except ValueError as error:
             raise ValueError(f"--set {name}: {error}; fields of {kind.__name__}: {listing}.") from error
+    for field in settable(kind):
+        if field.default is inspect.Parameter.empty and field.name not in values:
+            raise ValueError(f"--set {field.name}=... is needed; fields of {kind.__name__}: {listing}.")
     return kind(**values)
 
 
-def describe(kind: type) -> list[str]:
-    """Return ``name: type = default`` for each field of a dataclass."""
-    hints = get_type_hints(kind)
-    return [f"{field.name}: {_type_name(hints[field.name])}{_default(field)}" for field in settable(kind)]
+def describe(kind: Callable[..., Any]) -> list[str]:
+    """Return ``name: type = default`` for each field of a dataclass, or argument of a recipe."""
+    return [f"{field.name}: {_type_name(field.kind)}{_default(field.default)}" for field in settable(kind)]
 
 
-def settable(kind: type) -> list[dataclasses.Field]:
-    """Return the fields of a dataclass that have a form in words: not functions, nor several methods."""
+def settable(kind: Callable[..., Any]) -> list[Setting]:
+    """Return the fields of a dataclass, or arguments of a recipe, that have a form in words.
+
+    Functions have none, nor have several methods, or several tuples.
+    """
     hints = get_type_hints(kind)
-    return [field for field in dataclasses.fields(kind) if get_origin(hints[field.name]) not in (tuple, Callable)]
+    if dataclasses.is_dataclass(kind):
+        found = [Setting(field.name, hints[field.name], _made(field)) for field in dataclasses.fields(kind)]
+    else:
+        arguments = inspect.signature(kind).parameters.values()
+        found = [Setting(each.name, hints[each.name], each.default) for each in arguments]
+    return [field for field in found if _has_words(field.kind)]
 
 
 def parse(kind: Any, text: str) -> Any:
@@ -115,6 +151,8 @@ def parse(kind: Any, text: str) -> Any:
 
     >>> parse(float, "1e-3"), parse(bool, "no"), parse(Literal["pivot", "factors"], "pivot")
     (0.001, False, 'pivot')
+    >>> parse(int | float, "0.25"), parse(int | Refresh, "50"), parse(tuple[float, float], "0.9,0.95")
+    (0.25, 50, (0.9, 0.95))
     """
     if get_origin(kind) is Literal:
         options = get_args(kind)
@@ -125,10 +163,23 @@ def parse(kind: Any, text: str) -> Any:
     if get_origin(kind) in (Union, types.UnionType):
         if text.lower() == "none" and type(None) in get_args(kind):
             return None
-        (inner,) = (option for option in get_args(kind) if option is not type(None))
-        return parse(inner, text)
+        options = [option for option in get_args(kind) if option is not type(None)]
+        for option in options[:-1]:
+            with contextlib.suppress(ValueError):
+                return parse(option, text)
+        try:
+            return parse(options[-1], text)
+        except ValueError as error:
+            raise (
+                error if len(options) == 1 else ValueError(f"must be {_type_name(kind)}, got {text!r}")
+            ) from None
+    if get_origin(kind) is tuple:
+        kinds, words = get_args(kind), text.split(",")
+        if len(words) != len(kinds):
+            raise ValueError(f"must be {_type_name(kind)}, got {text!r}")
+        return tuple(parse(each, word) for each, word in zip(kinds, words, strict=True))
     if kind in PARTS:
-        known = registry(PARTS[kind])
+        known = _parts(kind)
         if text not in known:
             raise ValueError(f"must be one of {', '.join(known)}, got {text!r}")
         return known[text]()
@@ -183,17 +234,48 @@ def at_least(flag: str, value: int | None, least: int) -> None:
         raise ValueError(f"{flag} must be at least {least}, got {value}.")
 
 
-def _default(field: dataclasses.Field) -> str:
+def _made(field: dataclasses.Field) -> Any:
+    """Return the default of a field."""
     if field.default_factory is not dataclasses.MISSING:
-        return f" = {command_name(type(field.default_factory()).__name__)}"
-    return "" if field.default is dataclasses.MISSING else f" = {field.default}"
+        return field.default_factory()
+    return inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+
+
+def _default(value: Any) -> str:
+    if value is inspect.Parameter.empty:
+        return ""
+    if dataclasses.is_dataclass(value):
+        return f" = {command_name(type(value).__name__)}"
+    return f" = {','.join(map(str, value)) if isinstance(value, tuple) else value}"
+
+
+def _has_words(kind: Any) -> bool:
+    """Whether values of a type can be written as one word."""
+    if get_origin(kind) is tuple:
+        return all(each in (bool, int, float) for each in get_args(kind))
+    return get_origin(kind) is not Callable
+
+
+def _parts(kind: type) -> dict[str, Callable[[], Any]]:
+    """Return what makes methods of a kind from nothing, by name."""
+    return {name: made for name, made in registry(PARTS[kind]).items() if _makes(made, kind)}
+
+
+def _makes(made: Callable[..., Any], kind: type) -> bool:
+    if isinstance(made, type) and not issubclass(made, kind):
+        return False
+    return all(
+        field.default is not inspect.Parameter.empty for field in inspect.signature(made).parameters.values()
+    )
 
 
 def _type_name(kind: Any) -> str:
     if kind in PARTS:
-        return " | ".join(registry(PARTS[kind]))
+        return " | ".join(_parts(kind))
     if get_origin(kind) in (Union, types.UnionType):
         return " | ".join("None" if each is type(None) else _type_name(each) for each in get_args(kind))
     if get_origin(kind) is Literal:
         return " | ".join(map(str, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return ",".join(map(_type_name, get_args(kind)))
     return kind.__name__ if isinstance(kind, type) else str(kind)

@@ -170,3 +170,27 @@ def summary(report: Report) -> str:
         lines.append(f"file        {report.totals['file_bytes'] / 1e6:.1f} MB")
     lines.append("seconds     " + "  ".join(f"{k} {v:.1f}" for k, v in report.totals["seconds"].items()))
     return "\n".join(lines)
+
+
+def partial_folder(out: Path | None, resume: bool) -> Path | None:
+    """Return the folder for checkpoints.
+
+    Raises:
+        ValueError: if one is there and it is not said what to do with it.
+    """
+    if out is None:
+        if resume:
+            raise ValueError("--resume needs --out, beside which the checkpoint of the stopped run lies.")
+        return None
+    state = out.with_name(f"{out.name}.partial")
+    if state.exists() and not resume:
+        raise ValueError(f"{state} holds the checkpoint of a stopped run; give --resume to go on, or remove it.")
+    if resume and not state.exists():
+        say(f"{state} does not exist: there is nothing to go on from, so this run starts anew")
+    return state
+
+
+def in_words(memory: Mapping[str, int | None]) -> str:
+    """Return sizes in bytes as one line."""
+    sizes = {name: "unknown" if size is None else f"{size / 1e6:,.1f} MB" for name, size in memory.items()}
+    return "  ".join(f"{name} {size}" for name, size in sizes.items())

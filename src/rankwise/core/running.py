@@ -158,7 +158,7 @@ class Run:
         self.random: dict[str, Tensor] | None = None  # of the generators that dropout draws from
         self.train: Sequence[Piece] = ()
         self.held: Sequence[Piece] = ()
-        self.stepping = stepping or Whole(optimizer, self.trained.values(), plan.clip)
+        self.stepping = stepping or Whole(optimizer, plan.clip)
         self.observe = observe or (lambda step, figures: None)
         self.best = self._copy() if plan.spare else {}
         self.start = digest_of(self._tensors())

@@ -1,6 +1,6 @@
 """From losses to a step: all gradients at once, or each parameter as soon as its gradient is complete."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, Self
 
 import torch
@@ -36,14 +36,12 @@ class Whole:
 
     Args:
         optimizer: over the parameters.
-        parameters: what trains.
         clip: largest 2-norm of the gradient of all parameters, or None.
     """
 
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], clip: float | None
-    ) -> None:
-        self.optimizer, self.parameters, self.clip = optimizer, list(parameters), clip
+    def __init__(self, optimizer: torch.optim.Optimizer, clip: float | None) -> None:
+        self.optimizer, self.clip = optimizer, clip
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def take(self, losses: Sequence[Loss]) -> tuple[float, bool]:
         """Take one step; see :class:`Stepping`."""

@@ -4,6 +4,7 @@ from .causal import generate
 from .classifier import load_classifier
 from .evaluate import evaluate, sizes
 from .examples import read_examples
+from .fresh import byte_tokenizer, fresh, read_config, trained_tokenizer
 from .load import load, load_tokenizer
 from .load_adapter import load_adapter
 from .model_files import forget, predicted_bytes
@@ -14,9 +15,11 @@ from .speed import speed
 from .texts import embedded_texts, read_text, tokens
 
 __all__ = [
+    "byte_tokenizer",
     "embedded_texts",
     "evaluate",
     "forget",
+    "fresh",
     "generate",
     "load",
     "load_adapter",
@@ -24,6 +27,7 @@ __all__ = [
     "load_tokenizer",
     "packed",
     "predicted_bytes",
+    "read_config",
     "read_examples",
     "read_text",
     "sample",
@@ -31,4 +35,5 @@ __all__ = [
     "sizes",
     "speed",
     "tokens",
+    "trained_tokenizer",
 ]

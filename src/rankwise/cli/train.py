@@ -1,0 +1,219 @@
+"""``rankwise train``."""
+
+import contextlib
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from ..core.data import batches_of
+from ..core.rates import Cosine
+from ..core.report import Report
+from ..core.tensorboard import tensorboard
+from .app import app, say
+from .arguments import Json, Settings
+from .files import check_file, check_folder, data_texts, write_report
+from .options import at_least, build, pick, registry
+from .work import DTYPES, in_words, partial_folder
+
+TOKENIZER = "tokenizer"
+Files = Annotated[list[str], typer.Option("--data", help="Texts, also .gz, .xz and .jsonl; topics or python.")]
+Judges = Annotated[list[str] | None, typer.Option("--eval", help="Judge by these, not by a part of --data.")]
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Argument(help="A model, a config.json, llama-60m, or llama:hidden=256.")],
+    data: Files,
+    optimizer: Annotated[str, typer.Option(help="Of hidden matrices; see `rankwise list`.")] = "galore",
+    rank: Annotated[int | None, typer.Option(help="The optimiser's rank; short for --set rank=...")] = None,
+    settings: Settings = None,
+    lr: Annotated[float, typer.Option(help="Largest learning rate of matrices.")] = 1e-3,
+    other_lr: Annotated[float | None, typer.Option(help="That of Adam on all else; default: --lr.")] = None,
+    weight_decay: Annotated[float, typer.Option(help="Of matrices, embeddings and heads.")] = 0.0,
+    steps: Annotated[int | None, typer.Option(help="Steps; default: one pass over the data.")] = None,
+    warmup: Annotated[float, typer.Option(help="Share of the steps before the cosine falls.")] = 0.1,
+    batch: Annotated[int, typer.Option(help="Windows at a time.")] = 4,
+    accumulate: Annotated[int, typer.Option(help="Batches of a step.")] = 1,
+    window: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
+    clip: Annotated[
+        float | None, typer.Option(help="Largest norm of the gradient; default: 1, or none with --layerwise.")
+    ] = None,
+    every: Annotated[int | None, typer.Option(help="Steps between evaluations; default: ten in all.")] = None,
+    eval_: Judges = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32 or bfloat16.")] = "auto",
+    autocast: Annotated[bool, typer.Option("--autocast", help="Run the model in bfloat16.")] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    layerwise: Annotated[
+        bool, typer.Option("--layerwise", help="Step each matrix in the backward pass and free its gradient.")
+    ] = False,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="bytes, pairs (trained on --data), or a model whose it is.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of all random numbers.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="New folder for the model.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the same, stopped command.")] = False,
+    logs: Annotated[Path | None, typer.Option("--tensorboard", help="Folder for TensorBoard.")] = None,
+    json: Json = None,
+    html: Annotated[Path | None, typer.Option(help="File for the report.")] = None,
+) -> None:
+    """Train all numbers of a causal language model on texts, from scratch or further, with little memory.
+
+    A config, a preset or words make a new model; anything else is loaded and goes on. A new model without a
+    tokenizer gets one of byte pairs trained on the data, or of bytes where its vocabulary is too small for that;
+    words that do not name a vocabulary get bytes.
+
+    Attention and MLP matrices get --optimizer; embeddings, the head, norms and biases get Adam. Texts are put one
+    after the other and cut into windows. Checkpoints lie in the folder OUT.partial until OUT is complete.
+    """
+    for flag, count in (("--steps", steps), ("--batch", batch), ("--accumulate", accumulate), ("--every", every)):
+        at_least(flag, count, 1)
+    at_least("--window", window, 2)
+    for flag, value in (("--lr", lr), ("--other-lr", other_lr), ("--clip", clip)):
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{flag} must be a positive number, got {value}.")
+    from .. import optimizers
+
+    words = [*(settings or []), *([] if rank is None else [f"rank={rank}"])]
+    transform = build(pick("--optimizer", optimizer, registry(optimizers)), words)
+    rate = Cosine(warmup)
+    precision = pick("--dtype", dtype, DTYPES)
+    place = torch.device(pick("--device", device, _devices()))
+    check_folder("--out", out)
+    check_file("--json", json)
+    check_file("--html", html)
+    state = partial_folder(out, resume)
+
+    say(f"loading {model}")
+    network, words_of = _model(model, tokenizer, data, precision, seed, state)
+    from .. import models, pretraining
+    from ..core.optimizer import Optimizer
+    from ..models.causal import check_causal
+
+    check_causal(network, window, "only such models learn texts")
+    network.to(place)
+    ids = _ids(data, words_of)
+    judges: Any = 0.05
+    if eval_:
+        judges = batches_of(_ids(eval_, words_of), window=window, tokens=batch * window)
+    groups = pretraining.parameter_groups(network, transform, lr=lr, other_lr=other_lr, weight_decay=weight_decay)
+    numbers = [sum(p.numel() for _, p in group["params"]) for group in groups]
+    say(f"{numbers[0]:,} numbers in matrices get {optimizer}, {sum(numbers[1:]):,} others adam")
+    with contextlib.nullcontext() if logs is None else tensorboard(logs) as observe:
+        try:
+            report = pretraining.train(
+                network,
+                ids,
+                Optimizer(groups, lr=lr),
+                held_out=judges,
+                steps=steps,
+                accumulate=accumulate,
+                rate=rate,
+                clip=1.0 if clip is None and not layerwise else clip,
+                every=every,
+                autocast=torch.bfloat16 if autocast else None,
+                gradient_checkpointing=gradient_checkpointing,
+                layerwise=layerwise,
+                checkpoint=state,
+                notify=lambda memory: say(f"predicted   {in_words(memory)}"),
+                observe=observe,
+                window=window,
+                rows=batch,
+                seed=seed,
+            )
+        except KeyboardInterrupt:
+            if state is not None and state.exists():
+                say(f"stopped; the checkpoint is in {state}, and the same command with --resume goes on from it")
+            raise
+    measured = {name: report.totals["memory"][name] for name in ("rise", "peak")}
+    say(f"measured    {in_words(measured)} of the whole process")
+    if out is not None:
+        say(f"saving to {out}")
+        models.save(network, out, words_of)
+    if state is not None:
+        shutil.rmtree(state, ignore_errors=True)
+    report = Report(f"{model}, {optimizer}: {report.title}", report.rows, "looks", report.totals)
+    write_report(report, json, html)
+    typer.echo(report.table())
+
+
+def _devices() -> dict[str, str]:
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    return {"auto": best, "cpu": "cpu", **({"cuda": "cuda"} if best == "cuda" else {})}
+
+
+def _model(
+    source: str, words: str | None, data: Sequence[str], dtype: torch.dtype | None, seed: int, state: Path | None
+) -> tuple[Any, Any]:
+    """Load a model or make a new one, with a tokenizer that fits; a new one is kept beside the checkpoint."""
+    from .. import models
+    from ..models.fresh import BYTES, is_config
+
+    if not is_config(source):
+        network, own = models.load(source, dtype=dtype)
+        chosen = own if words is None else _tokenizer(words, data, network.config.vocab_size, state)
+        if chosen is None:
+            raise ValueError(f"{source} has no tokenizer; give --tokenizer.")
+    else:
+        config = models.read_config(source)
+        own = models.load_tokenizer(source) if words is None and Path(source).is_dir() else None
+        usual = "pairs" if config.vocab_size > BYTES else "bytes"
+        chosen = own or _tokenizer(words or usual, data, config.vocab_size, state)
+        config.eos_token_id, config.bos_token_id = chosen.eos_token_id, chosen.bos_token_id
+        network = models.fresh(config, dtype=dtype or torch.float32, seed=seed)
+    if len(chosen) > network.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(chosen)} tokens, but the model a vocabulary of {network.config.vocab_size}; "
+            "give another --tokenizer, or a larger vocabulary."
+        )
+    return network, chosen
+
+
+def _tokenizer(words: str, data: Sequence[str], size: int, state: Path | None) -> Any:
+    """Make or load a tokenizer; one that is trained is kept beside the checkpoint."""
+    from .. import models
+
+    if words == "bytes":
+        return models.byte_tokenizer()
+    if words != "pairs":
+        return models.load_tokenizer(words)
+    if state is not None and (state / TOKENIZER).is_dir():
+        return models.load_tokenizer(state / TOKENIZER)
+    say("training a tokenizer")
+    made = models.trained_tokenizer([text for _, text in _texts(data)], size)
+    if state is not None:
+        made.save_pretrained(state / TOKENIZER)
+    return made
+
+
+def _texts(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Read all texts, as (name, text); of JSON lines their texts."""
+    from ..models.examples import is_lines, read_lines
+
+    found = []
+    for word in words:
+        if is_lines(word):
+            found += [(place, str(record.get("text", ""))) for place, record in read_lines(word)]
+        else:
+            found += [(text.name, text.content) for text in data_texts([word])]
+    if empty := next((name for name, text in found if not text.strip()), None):
+        raise ValueError(f'{empty} has no "text" with words in it.')
+    if not found:
+        raise ValueError("--data takes texts: files, or topics or python.")
+    return found
+
+
+def _ids(words: Sequence[str], tokenizer: Any) -> Tensor:
+    """Turn texts into one row of tokens, each closed by the end of text."""
+    from ..models.texts import tokens
+
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    parts = [tokens(tokenizer, text, name=name) for name, text in _texts(words)]
+    return torch.cat([each for part in parts for each in (part, torch.tensor(end, dtype=torch.long))])

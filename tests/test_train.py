@@ -1,0 +1,188 @@
+"""Training of whole models: the rule for groups, memory, exact resume, layer by layer, half precision."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mixtures import MIXTURES
+from tiny import ids, llama
+from torch import Tensor, nn
+
+import rankwise
+from rankwise import Optimizer, parameter_groups
+from rankwise.compressors import PlainSvd
+from rankwise.core import running
+from rankwise.core.hidden import hidden_matrices
+from rankwise.core.running import Run
+from rankwise.core.transforms import Transform
+from rankwise.optimizers import adam, galore, muon
+
+
+def counting() -> Tensor:
+    """Tokens that count upwards, so that there is something to learn."""
+    return torch.arange(4000) % 64
+
+
+def tiny(dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    return llama(**{"initializer_range": 0.1, **changes}).to(dtype)
+
+
+def over(model: nn.Module, transform: Transform, **options: Any) -> Optimizer:
+    return Optimizer(parameter_groups(model, transform, **options), lr=0.02)
+
+
+def trained(transform: Transform = galore(rank=4, every=4), dtype: torch.dtype = torch.float32, **options: Any):  # noqa: B008
+    model = tiny(dtype)
+    report = rankwise.train(
+        model, counting(), over(model, transform), **{"window": 32, "steps": 12, "every": 4, **options}
+    )
+    return model, report
+
+
+def same(one: nn.Module, two: nn.Module) -> bool:
+    other = two.state_dict()
+    return all(torch.equal(value, other[name]) for name, value in one.state_dict().items())
+
+
+def test_attention_and_mlp_matrices_are_hidden():
+    """In a Llama with a head of its own; embeddings, head and norms are not."""
+    model = tiny(tie_word_embeddings=False)
+    names = {name.split(".")[-2] for name in hidden_matrices(model)}
+    assert names == {f"{x}_proj" for x in ("q", "k", "v", "o", "gate", "up", "down")}
+    hidden, tables, vectors = parameter_groups(model, muon(), lr=0.1, other_lr=0.2, weight_decay=0.3)
+    assert len(hidden["params"]) == 14
+    assert [name for name, _ in tables["params"]] == ["model.embed_tokens.weight", "lm_head.weight"]
+    assert all("norm" in name for name, _ in vectors["params"])
+    rates = [(group["lr"], group["weight_decay"]) for group in (hidden, tables, vectors)]
+    assert rates == [(0.1, 0.3), (0.2, 0.3), (0.2, 0.0)]
+    assert (hidden["transform"], tables["transform"], vectors["transform"]) == (muon(), adam(), adam())
+    model.requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    assert [name for name, _ in parameter_groups(model, muon())[0]["params"]] == ["lm_head.weight"]
+
+
+def test_structured_matrices_are_hidden_and_stacked_experts_are_not():
+    model = tiny()
+    rankwise.compress(model, PlainSvd(), keep=0.5, where=lambda name, _: name.endswith("up_proj"))
+    found = [name for name in hidden_matrices(model) if "up_proj" in name]
+    assert found
+    assert all(".matrix." in name for name in found)
+    name, make = next(iter(MIXTURES.items()))
+    mixture = make()
+    stacked = {name for name, p in mixture.named_parameters() if p.ndim == 3}
+    assert stacked, name
+    assert not stacked & set(hidden_matrices(mixture))
+
+
+def test_it_learns_and_says_what_it_took():
+    seen: dict[str, list[int]] = {}
+    told: list[Any] = []
+
+    def observe(step: int, figures: Any) -> None:
+        for name in figures:
+            seen.setdefault(name, []).append(step)
+
+    model, report = trained(steps=30, every=10, observe=observe, notify=told.append, clip=1.0)
+    held = report.totals["held_out"]
+    assert held["after"] < 0.7 * held["before"]
+    assert report.rows[-1]["held_out"] == held["after"]
+    assert seen == {"train": [*range(1, 31)], "lr": [*range(1, 31)], "held_out": [0, 10, 20, 30]}
+    memory = report.totals["memory"]
+    optimizer = over(model, galore(rank=4, every=4))
+    assert memory["optimizer"] == optimizer.state_bytes()
+    assert memory["gradients"] == sum(p.nbytes for p in model.parameters())
+    assert told[0]["predicted"] == sum(told[0][k] for k in ("weights", "gradients", "optimizer", "activations"))
+    assert memory["peak"] > 0
+    report.to_json()
+
+
+def test_no_second_copy_is_held(monkeypatch: pytest.MonkeyPatch):
+    """Not of the best numbers, nor for the checkpoint."""
+    copies = []
+    copy = Run._copy
+    monkeypatch.setattr(Run, "_copy", lambda self: copies.append(1) or copy(self))
+    _, report = trained()
+    assert not copies
+    assert report.totals["best_step"] == report.totals["steps"]
+
+
+@pytest.mark.parametrize("options", [{}, {"layerwise": True}, {"layerwise": True, "clip": 0.5}], ids=str)
+def test_a_killed_run_goes_on_bit_by_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+):
+    """In the middle of a period of refreshes and of a pass over the data."""
+    whole, report = trained(every=3, **options)
+    step, calls = running.Run._step, itertools.count(1)
+
+    def killed(self: Run) -> Any:
+        if next(calls) == 9:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(running.Run, "_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trained(every=3, checkpoint=tmp_path, **options)
+    monkeypatch.setattr(running.Run, "_step", step)
+    again, second = trained(every=3, checkpoint=tmp_path, **options)
+    assert same(whole, again)
+    history = [[row[key] for key in ("step", "train", "held_out")] for row in report.rows]
+    assert history == [[row[key] for key in ("step", "train", "held_out")] for row in second.rows]
+    with pytest.raises(ValueError, match="another model"):
+        trained(muon(), every=3, checkpoint=tmp_path, **options)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_layer_by_layer_is_the_same(clip: float | None):
+    one, report = trained(clip=clip)
+    two, other = trained(clip=clip, layerwise=True)
+    assert same(one, two)
+    assert report.rows[-1]["held_out"] == other.rows[-1]["held_out"]
+    table, largest = 64 * 32 * 4, 48 * 32 * 4  # the tied embedding is complete only at the end
+    assert other.totals["memory"]["gradients"] == table + largest
+    assert all(p.grad is None for p in two.parameters())
+
+
+def test_accumulated_layer_by_layer_is_the_same():
+    one, _ = trained(accumulate=3, steps=5)
+    two, _ = trained(accumulate=3, steps=5, layerwise=True)
+    for p, q in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.bfloat16, None), (torch.float32, torch.bfloat16)])
+def test_half_precision(dtype: torch.dtype, autocast: torch.dtype | None):
+    model, report = trained(dtype=dtype, autocast=autocast, steps=20, gradient_checkpointing=True)
+    held = report.totals["held_out"]
+    assert held["after"] < 0.9 * held["before"]
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert report.totals["memory"]["weights"] == sum(p.nbytes for p in model.parameters())
+
+
+def test_batches_and_judges_may_be_given():
+    model, data = tiny(), list(ids().split(2))
+    report = rankwise.train(model, data[1:], over(model, adam()), held_out=data[:1], steps=2)
+    assert report.totals["rows"] == 2 * 2 * 19
+
+
+def test_wrong_arguments():
+    model = tiny()
+    optimizer = over(model, adam())
+    for options, words in (
+        ({"held_out": 1.5}, "held_out must be > 0 and < 1"),
+        ({"accumulate": 0}, "accumulate must be >= 1"),
+        ({"rows": 0}, "rows must be >= 1"),
+        ({"window": 1}, "window must be >= 2"),
+        ({"layerwise": True, "accumulate": 2, "clip": 1.0}, "leave clip out"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            rankwise.train(model, counting(), optimizer, **options)
+    with pytest.raises(ValueError, match=r"lacks model\.embed_tokens"):
+        rankwise.train(model, counting(), Optimizer([(model.model.norm.parameters(), adam())], lr=0.1))
+    plain = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"layerwise needs a rankwise\.Optimizer"):
+        rankwise.train(model, counting(), plain, layerwise=True)
+    rankwise.adapt(model, rankwise.adapters.Lora(rank=2))
+    with pytest.raises(ValueError, match="train the adapter with finetune"):
+        rankwise.train(model, counting(), plain)
