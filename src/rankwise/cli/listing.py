@@ -28,7 +28,7 @@ def methods() -> None:
         typer.echo(f"{title}\n")
         for name, entry in registry(package).items():
             typer.echo(f"  {name}: {_summary(entry)}")
-            if callable(entry) and (dataclasses.is_dataclass(entry) or package is optimizers):
+            if package is optimizers or (isinstance(entry, type) and dataclasses.is_dataclass(entry)):
                 for field in describe(entry):
                     typer.echo(f"      {field}")
         typer.echo("")

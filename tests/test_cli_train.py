@@ -1,0 +1,181 @@
+"""``rankwise train`` on tiny models: new ones and old, files, resume, and one-line errors."""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from test_cli import folder as folder
+from test_cli import refused, run
+from test_cli import text as text
+
+import rankwise
+from rankwise.core import running
+from rankwise.models import byte_tokenizer, fresh, read_config, trained_tokenizer
+
+WORDS = "llama:hidden=32,layers=2,heads=4,intermediate=48"
+
+
+def train(model: Any, *more: object):
+    sizes = ["--window", 32, "--batch", 2, "--steps", 4, "--lr", 0.02]
+    return run("train", model, *sizes, *more)
+
+
+def same(one: Path, two: Path) -> bool:
+    first, second = (rankwise.load(path)[0].state_dict() for path in (one, two))
+    return all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_a_new_model_of_bytes(text: Path, tmp_path: Path):
+    out, figures, page = tmp_path / "out", tmp_path / "figures.json", tmp_path / "page.html"
+    words = ["--rank", 4, "--set", "projector=svd", "--set", "every=3", "--steps", 20, "--clip", 0.7]
+    result = train(WORDS, "--data", text, *words, "--out", out, "--json", figures, "--html", page)
+    assert result.exit_code == 0, result.output
+    found = json.loads(figures.read_text())
+    assert found["held_out"]["after"] < 0.9 * found["held_out"]["before"]
+    assert found["steps"] == 20
+    assert "numbers in matrices get galore" in result.stderr
+    assert "predicted   weights" in result.stderr
+    assert "measured    rise" in result.stderr
+    assert "held-out loss" in result.stdout
+    assert page.exists()
+    assert not (tmp_path / "out.partial").exists()
+    model, tokenizer = rankwise.load(out)
+    assert model.config.vocab_size == len(tokenizer) == 257
+    assert tokenizer.decode(tokenizer("né\n")["input_ids"]) == "né\n"
+    again = train(out, "--data", text, "--optimizer", "muon", "--other-lr", 0.001, "--json", figures)
+    assert again.exit_code == 0, again.output
+    on = json.loads(figures.read_text())["held_out"]["before"]
+    assert on < 0.95 * found["held_out"]["before"]  # it goes on from what was saved
+
+
+def test_a_loaded_model_and_json_lines(folder: Path, text: Path, tmp_path: Path):
+    lines, figures = tmp_path / "texts.jsonl", tmp_path / "figures.json"
+    lines.write_text('{"text": "ban das"}\n{"text": "dat"}\n', encoding="utf-8")
+    words = ["--data", text, "--data", lines, "--eval", lines, "--json", figures, "--steps", 32]
+    result = train(folder, *words, "--rank", 4)
+    assert result.exit_code == 0, result.output
+    tokens = (2000 + 1) + (2 + 1) + (1 + 1)  # and the ends; one pass over windows of 32, the last one shorter
+    assert json.loads(figures.read_text())["rows"] == tokens - 63
+    for words in (["--layerwise", "--dtype", "bfloat16"], ["--autocast", "--gradient-checkpointing"]):
+        result = train(folder, "--data", text, "--rank", 4, *words)
+        assert result.exit_code == 0, result.output
+
+
+def test_a_killed_run_goes_on(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With a tokenizer that was trained, too."""
+    words = [f"{WORDS},vocab=280", "--data", text, "--rank", 4, "--every", 1, "--layerwise"]
+    whole = train(*words, "--out", tmp_path / "whole")
+    assert whole.exit_code == 0, whole.output
+    step, calls = running.Run._step, itertools.count(1)
+
+    def killed(self: running.Run) -> Any:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(running.Run, "_step", killed)
+    out = tmp_path / "out"
+    result = train(*words, "--out", out)
+    assert result.exit_code == 130
+    assert "--resume goes on from it" in result.stderr
+    assert not out.exists()
+    monkeypatch.setattr(running.Run, "_step", step)
+    refused(train(*words, "--out", out), "out.partial", "--resume")
+    refused(train(*words, "--out", out, "--lr", 0.1, "--resume"), "another model")
+    result = train(*words, "--out", out, "--resume")
+    assert result.exit_code == 0, result.output
+    assert "training a tokenizer" not in result.stderr
+    assert same(tmp_path / "whole", out)
+    assert len(rankwise.load(out)[1]) == 280
+
+
+def test_a_config_is_a_model_without_numbers(text: Path, folder: Path, tmp_path: Path):
+    config = tmp_path / "config.json"
+    config.write_text((folder / "config.json").read_text())
+    refused(train(config, "--data", text, "--rank", 4), "the tokenizer has 257 tokens", "vocabulary of 103")
+    result = train(config, "--data", text, "--rank", 4, "--tokenizer", folder)
+    assert result.exit_code == 0, result.output
+
+
+def test_figures_go_to_tensorboard(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[Any] = []
+
+    class SummaryWriter:
+        def __init__(self, folder: str) -> None:
+            seen.append(folder)
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            seen.append("closed")
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            seen.append((name, step))
+
+    module = ModuleType("torch.utils.tensorboard")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    words = ["--data", text, "--rank", 4, "--tensorboard", tmp_path / "logs"]
+    refused(train(WORDS, *words), "pip install tensorboard")
+    module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
+    result = train(WORDS, *words)
+    assert result.exit_code == 0, result.output
+    assert seen[0] == str(tmp_path / "logs")
+    assert seen[-1] == "closed"
+    assert {("train", 4), ("lr", 1), ("held_out", 0), ("held_out", 4)} <= set(seen)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--optimizer", "galor"], ["did you mean galore?"]),
+        ([], ["--set rank=... is needed"]),
+        (["--rank", 4, "--set", "inner=galore"], ["--set inner: must be one of", "adafactor"]),
+        (["--rank", 4, "--set", "projector=keep"], ["--set projector: must be one of", "warm-power"]),
+        (["--optimizer", "adam", "--set", "betas=0.9"], ["--set betas: must be float,float"]),
+        (["--rank", 4, "--lr", 0], ["--lr must be a positive number"]),
+        (["--rank", 4, "--warmup", 1], ["warmup must be >= 0 and < 1"]),
+        (["--rank", 4, "--layerwise", "--clip", 1, "--accumulate", 2], ["cannot be clipped; leave clip out"]),
+        (["--rank", 4, "--window", 1], ["--window must be at least 2"]),
+        (["--rank", 4, "--window", 4096], ["window 4096 is longer than the 2048 positions"]),
+        (["--rank", 4, "--device", "tpu"], ["--device: unknown 'tpu'"]),
+        (["--rank", 4, "--resume"], ["--resume needs --out"]),
+        (["--rank", 4, "--tokenizer", "pairs"], ["needs more than 257 tokens"]),
+    ],
+)
+def test_wrong_words_are_named(text: Path, words: list[object], expected: list[str]):
+    refused(train(WORDS, "--data", text, *words), *expected)
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("lama:hidden=32", "'lama' is no family"),
+        ("llama:hiden=32", "did you mean hidden"),
+        ("llama:hidden", "family:field=value"),
+        ("llama:hidden=33,heads=4", "33"),
+        ("nothing.json", "nothing.json does not exist"),
+    ],
+)
+def test_wrong_models_are_named(text: Path, model: str, expected: str):
+    refused(train(model, "--data", text, "--rank", 4), expected)
+
+
+def test_presets_have_the_sizes_of_their_names():
+    for name, millions in (("llama-60m", 58), ("llama-130m", 134), ("llama-350m", 367), ("llama-7b", 6738)):
+        with torch.device("meta"):
+            count = sum(p.numel() for p in fresh(name, device="meta").parameters())
+        assert count // 10**6 == millions
+
+
+def test_a_tokenizer_is_trained():
+    tokenizer = trained_tokenizer(["the cat and the dog"] * 20, 270)
+    assert 257 < len(tokenizer) <= 270
+    assert len(tokenizer("the cat")["input_ids"]) < len(byte_tokenizer()("the cat")["input_ids"]) == 7
+    assert tokenizer.decode(tokenizer("the né")["input_ids"]) == "the né"
+    assert read_config("gpt2:hidden=32,layers=2,heads=2").n_embd == 32
