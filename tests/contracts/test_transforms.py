@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import rankwise
 from rankwise import Optimizer, optimizers, projectors
 from rankwise.core.memory import optimizer_bytes
-from rankwise.core.transforms import Transform, by_shape, chain, described, leaves, map_state, wide
+from rankwise.core.states import described, leaves, map_state
+from rankwise.core.transforms import Transform, by_shape, chain, wide
 from rankwise.optimizers import adafactor, adam, frugal, galore, muon, project, sgd, sign
 from rankwise.projectors import Cosine, EnergyDrop, Every, Keep, LargestRows, RandomOrthogonal, Reset, Rotate, Svd
 

@@ -17,16 +17,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from .transforms import (
-    State,
-    Transform,
-    as_matrices,
-    blank_state,
-    described,
-    map_state,
-    state_bytes,
-    working_type,
-)
+from .states import State, described, map_state
+from .transforms import Transform, as_matrices, blank_state, state_bytes, working_type
 
 foreach_add: Any = torch._foreach_add_  # pyright: ignore[reportPrivateImportUsage]
 foreach_mul: Any = torch._foreach_mul_  # pyright: ignore[reportPrivateImportUsage]

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.transforms import State, Transform, chain, counter, per_parameter
+from ..core.states import State, counter, per_parameter
+from ..core.transforms import Transform, chain
 from .sgd import Momentum
 
 
