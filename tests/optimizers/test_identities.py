@@ -186,7 +186,7 @@ def test_adafactor_is_its_formula():
 
 @pytest.mark.parametrize("shape", [(64, 256), (256, 64), (64, 16, 4, 4)])
 def test_states_take_what_the_formulas_say(shape: tuple[int, ...]):
-    """Float32 numbers: 2 m n for Adam, 2 r n + r m for GaLore, 2 r n and r row numbers for FRUGAL, m n for Muon."""
+    """In float32: Adam 2 m n, GaLore 2 r n + r m, FRUGAL 2 r n and r numbers of rows, Muon m n."""
     m, n, rank = 64, 256, 8
     counters = 8
     wanted = {
