@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import rankwise
 from rankwise import Optimizer, optimizers, projectors
 from rankwise.core.memory import optimizer_bytes
-from rankwise.core.transforms import Transform, by_shape, chain, described, leaves, map_state, wide
+from rankwise.core.states import described, leaves, map_state
+from rankwise.core.transforms import Transform, by_shape, chain, wide
 from rankwise.optimizers import adafactor, adam, frugal, galore, muon, project, sgd, sign
 from rankwise.projectors import Cosine, EnergyDrop, Every, Keep, LargestRows, RandomOrthogonal, Reset, Rotate, Svd
 
@@ -498,6 +499,22 @@ def test_layers_take_turns():
         found = torch.bincount(turns // 10, minlength=10)
         assert int(found.max()) <= -(-count // 10) + 2
     assert Every(100, together=True).init(torch.arange(3))["turn"].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("size", [0, 2**22])
+def test_parameters_know_their_places(size: int):
+    """Over all groups, added ones too: turns and random subspaces are those of the place, stacked or not."""
+    made = project(RandomOrthogonal(), adam(), rank=2, every=100)
+    params = parameters(shapes=[(6, 9)] * 5)
+    optimizer = Optimizer([(params[:2], made), (params[2:4], made)], lr=0.1, stack_bytes=size)
+    optimizer.add_param_group((params[4:], made))
+    trained(optimizer, range(1))
+    states = [optimizer.state[p]["subspace"] for p in params]
+    assert [int(state["refresh"]["turn"]) for state in states] == Every(100).init(torch.arange(5))[
+        "turn"
+    ].tolist()
+    assert [int(state["basis"]["index"]) for state in states] == list(range(5))
+    assert len({tuple(state["basis"]["rows"].tolist()) for state in states}) > 1
 
 
 def fits_of(rule: Any, gradients: list[Tensor]) -> list[int]:

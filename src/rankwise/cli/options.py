@@ -13,9 +13,9 @@ from torch import nn
 
 from .. import initialisers, optimizers, projectors, rank_rules
 from ..core.methods import Initialiser, RankRule
-from ..core.subspaces import Carry, Refresh
+from ..core.subspaces import Carry, Projector, Refresh
 from ..core.surgery import Where
-from ..core.transforms import Projector, Transform
+from ..core.transforms import Transform
 
 PARTS: dict[type, types.ModuleType] = {
     Carry: projectors,

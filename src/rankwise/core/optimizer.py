@@ -17,16 +17,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from .transforms import (
-    State,
-    Transform,
-    as_matrices,
-    blank_state,
-    described,
-    map_state,
-    state_bytes,
-    working_type,
-)
+from .states import State, described, map_state
+from .transforms import Transform, as_matrices, blank_state, state_bytes, working_type
 
 foreach_add: Any = torch._foreach_add_  # pyright: ignore[reportPrivateImportUsage]
 foreach_mul: Any = torch._foreach_mul_  # pyright: ignore[reportPrivateImportUsage]
@@ -154,8 +146,8 @@ class Optimizer(torch.optim.Optimizer):
         self._check([param])
         if not param.numel():
             return None
-        state = self._stacked(transform, [param])
-        return transform.reduce(_gradients([param]), state, _shown(transform, [param]))
+        stack = self._stacked(transform, [param])
+        return transform.reduce(_gradients([param]), stack.state, stack.seen_by(transform))
 
     def _group_of(self, param: Tensor, needs_gradient: bool) -> Group:
         self._stackable()
@@ -261,21 +253,21 @@ class Optimizer(torch.optim.Optimizer):
         if not params or not params[0].numel():
             return
         transform, lr, decay = group["transform"], float(group["lr"]), float(group["weight_decay"])
-        state = self._stacked(transform, params)
-        shape, kind, values = params[0].shape, working_type(params[0].dtype), _shown(transform, params)
+        stack = self._stacked(transform, params)
+        shape, kind, values = params[0].shape, working_type(params[0].dtype), stack.seen_by(transform)
         if reduced is None:
-            direction = transform.update(_gradients(params), state, values)
+            direction = transform.update(_gradients(params), stack.state, values)
         else:
-            direction = transform.update_reduced(reduced, state, values)
+            direction = transform.update_reduced(reduced, stack.state, values)
         if decay:
             foreach_mul(params, 1 - lr * decay)
         self.write(params, [each.reshape(shape) for each in direction], -lr)
         if transform.constrains:
-            bounded = transform.constrain(_joined(params).to(kind), state, lr, decay)
+            bounded = transform.constrain(_joined(params).to(kind), stack.state, lr, decay)
             for param, value in zip(params, bounded, strict=True):
                 param.copy_(value.reshape(shape))
 
-    def _stacked(self, transform: Transform, params: list[Tensor]) -> State:
+    def _stacked(self, transform: Transform, params: list[Tensor]) -> "_Stack":
         """Return the states of parameters in one stack, of which the states of each are views."""
         stack = self._stacks.get(params[0])
         if stack is None or not stack.holds(params) or any(self._stacks.get(p) is not stack for p in params):
@@ -287,9 +279,10 @@ class Optimizer(torch.optim.Optimizer):
                 joined = map_state(_stacked_values, *states)
                 for i, param in enumerate(params):
                     self.state[param] = map_state(lambda value, i=i: value[i], joined)
-            stack = _Stack(tuple(params), _read_only(joined))
+            shape = as_matrices(torch.empty_like(params[0], device="meta").expand(len(params), *params[0].shape))
+            stack = _Stack(tuple(params), _read_only(joined), shape)
             self._stacks.update(dict.fromkeys(params, stack))
-        return stack.state
+        return stack
 
     def _first(self, transform: Transform, param: Tensor) -> State:
         """Return the state of one parameter before its first step."""
@@ -300,14 +293,19 @@ class Optimizer(torch.optim.Optimizer):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Stack:
-    """Parameters that were last stepped together, and their states."""
+    """Parameters that were last stepped together, their states, and a tensor without values of their shape."""
 
     params: tuple[Tensor, ...]
     state: State
+    shape: Tensor
 
     def holds(self, params: list[Tensor]) -> bool:
         """Whether it is of these parameters and no others."""
         return len(params) == len(self.params) and all(a is b for a, b in zip(params, self.params, strict=True))
+
+    def seen_by(self, transform: Transform) -> Tensor:
+        """Return the parameters, or only their shape where their values are not read."""
+        return _joined(self.params) if transform.reads_param else self.shape
 
 
 def as_group(given: Any) -> Group:
@@ -372,14 +370,6 @@ def _joined(values: Sequence[Tensor]) -> Tensor:
 def _gradients(params: Sequence[Tensor]) -> Tensor:
     """Stack the gradients of parameters of one shape, in the type of steps."""
     return _joined([p.grad for p in params if p.grad is not None]).to(working_type(params[0].dtype))
-
-
-def _shown(transform: Transform, params: Sequence[Tensor]) -> Tensor:
-    """Stack parameters, or only their shapes where the values are not read."""
-    if transform.reads_param:
-        return _joined(params)
-    shape = as_matrices(params[0].detach().unsqueeze(0)).shape[1:]
-    return torch.empty((len(params), *shape), dtype=working_type(params[0].dtype), device="meta")
 
 
 def _stacked_values(*values: Tensor) -> Tensor:
