@@ -3,9 +3,20 @@
 import runpy
 from pathlib import Path
 
+import pytest
+import torch
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def test_adapt():
     before, after = runpy.run_path(str(EXAMPLES / "adapt.py"))["main"](smoke=True, steps=12, rank=4)
     assert after < 0.95 * before
+
+
+def test_pretrain(capsys: pytest.CaptureFixture[str]):
+    whole, again = runpy.run_path(str(EXAMPLES / "pretrain.py"))["main"](smoke=True, steps=10, rank=4)
+    assert all(torch.equal(one, two) for one, two in zip(whole.parameters(), again.parameters(), strict=True))
+    printed = capsys.readouterr().out
+    assert "files: ['training.safetensors']" in printed
+    assert "the same bits: True" in printed

@@ -29,7 +29,8 @@ LAYERS = [
     {"api"},
     {"adapting", "narrowing", "quickstart", "streaming", "training"},
     {"following"},
-    {"checking", "finetuning", "planning", "pretraining", "trainer"},
+    {"checking", "finetuning", "pretraining", "trainer"},
+    {"planning"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

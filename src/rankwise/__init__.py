@@ -27,6 +27,7 @@ from .following import finish, follow
 from .models import evaluate, load, load_adapter, save
 from .models.quantizer import register_when_ready
 from .narrowing import narrow
+from .planning import plan
 from .pretraining import parameter_groups, train
 from .streaming import compress_folder
 from .trainer import trainer_callback
@@ -65,6 +66,7 @@ __all__ = [
     "narrow",
     "optimizers",
     "parameter_groups",
+    "plan",
     "projectors",
     "rank_rules",
     "save",

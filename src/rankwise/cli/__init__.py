@@ -8,6 +8,7 @@ from .export import export
 from .inspect import inspect
 from .listing import methods
 from .narrow import narrow
+from .plan import plan
 from .start import quickstart
 from .train import train
 
@@ -21,6 +22,7 @@ __all__ = [
     "main",
     "methods",
     "narrow",
+    "plan",
     "quickstart",
     "train",
 ]

@@ -140,4 +140,4 @@ def _watching(note: Callable[[Tensor], object]) -> Iterator[None]:
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.numel()
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.numel()

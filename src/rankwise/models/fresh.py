@@ -75,7 +75,12 @@ def read_config(source: str | Path) -> Any:
 
 
 def fresh(
-    config: Any, *, dtype: torch.dtype = torch.float32, seed: int = 0, device: torch.device | str = "cpu"
+    config: Any,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    attention: str | None = None,
 ) -> Any:
     """Make a causal language model with random numbers, as its family draws them.
 
@@ -84,6 +89,7 @@ def fresh(
         dtype: of the weights.
         seed: of the numbers.
         device: "meta" makes a model without numbers.
+        attention: its name in transformers; None means the usual one.
 
     Raises:
         ValueError: if there is no such model, or its sizes do not fit each other.
@@ -98,9 +104,21 @@ def fresh(
     with torch.random.fork_rng(devices=[]), quiet(), torch.device(device):
         torch.manual_seed(seed)
         try:
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         except Exception as error:
             raise ValueError(f"no such model can be made: {' '.join(str(error).split())[:300]}") from error
+
+
+def causal_attention() -> str:
+    """Return the name of an attention that never makes a mask, which fused kernels do not need.
+
+    The usual one leaves the mask out where it sees that none is needed, which it cannot without numbers.
+    """
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register("rankwise_causal", sdpa_attention_forward)
+    return "rankwise_causal"
 
 
 def byte_tokenizer() -> Any:

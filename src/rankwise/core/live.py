@@ -1,0 +1,92 @@
+"""How many bytes a forward and backward pass holds at its worst moment, counted, also without any numbers."""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the memory of tensors that are made inside, as long as they live.
+
+    What kernels take for a moment inside themselves is not seen. Tensors on the meta device take nothing.
+
+    Args:
+        own: tensors that were there before and do not count.
+
+    >>> with LiveBytes([]) as live:
+    ...     kept = torch.ones(10) + torch.ones(10)
+    >>> live.now, live.peak
+    (40, 120)
+    """
+
+    def __init__(self, own: list[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._own = own  # alive, so that no other storage gets their places
+        self._known = {_storage(tensor)._cdata for tensor in own}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, Tensor) and leaf.device.type != "meta":
+                self._note(_storage(leaf))
+        return made
+
+    def _note(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def pass_bytes(model: nn.Module, loss: Callable[[], Tensor], *, layerwise: bool = False) -> int:
+    """Count the most that a forward and backward pass holds at once beside the model.
+
+    Activations, gradients and what stands between them, each as long as it lives. The model and the inputs of the
+    loss may be fake (:func:`without_numbers`); gradients are gone afterwards.
+
+    Args:
+        model: in the mode in which it trains.
+        loss: computes what is lowered.
+        layerwise: gradients are freed as soon as they are complete.
+    """
+    own = [*model.parameters(), *model.buffers()]
+    hooks = [p.register_post_accumulate_grad_hook(_free) for p in own if layerwise and p.requires_grad]
+    try:
+        with LiveBytes(own) as live, torch.enable_grad():
+            loss().backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.zero_grad()
+    return live.peak
+
+
+@contextlib.contextmanager
+def without_numbers() -> Iterator[None]:
+    """Let tensors that are made inside have shapes, types and devices, but no values and no memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        yield
+
+
+def _free(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _storage(tensor: Tensor) -> Any:
+    return tensor.untyped_storage()
