@@ -13,15 +13,17 @@ import torch
 import rankwise
 from rankwise.optimizers import galore
 
+SMALL = "llama:hidden=32,layers=2,heads=4,intermediate=64"
+LARGER = "llama:hidden=256,layers=4,heads=8,intermediate=688"
+
 
 class Stop(Exception):
     """What stands for a power cut."""
 
 
-def new_run(smoke: bool, rank: int) -> tuple[Any, rankwise.Optimizer]:
+def new_run(words: str, rank: int) -> tuple[Any, rankwise.Optimizer]:
     """Make a new model, the same each time, and its optimiser."""
-    sizes = "hidden=32,layers=2,heads=4,intermediate=64" if smoke else "hidden=256,layers=4,heads=8"
-    model = rankwise.models.fresh(f"llama:{sizes}", seed=0)  # its tokens are bytes
+    model = rankwise.models.fresh(words, seed=0)  # its tokens are bytes
     # GaLore for attention and MLP matrices, Adam for embeddings, the head and norms.
     groups = rankwise.parameter_groups(model, galore(rank=rank, every=20), lr=0.02, other_lr=0.005)
     return model, rankwise.Optimizer(groups, lr=0.02)
@@ -29,20 +31,18 @@ def new_run(smoke: bool, rank: int) -> tuple[Any, rankwise.Optimizer]:
 
 def main(smoke: bool, steps: int, rank: int) -> tuple[Any, Any]:
     """Train once without a stop and once with one; returns both models."""
+    words, window, length = (SMALL, 64, 20_000) if smoke else (LARGER, 256, 400_000)
     tokenizer = rankwise.models.byte_tokenizer()
-    text = rankwise.models.embedded_texts()["topics"]
-    ids = rankwise.models.tokens(tokenizer, text[: 20_000 if smoke else None])
-    window = 64 if smoke else 256
-
+    ids = rankwise.models.tokens(tokenizer, rankwise.models.embedded_texts()["topics"][:length])
     if not smoke:  # what would fit into how much memory?
-        print(rankwise.plan("llama:hidden=256,layers=4,heads=8", 2**30, window=window).table())
+        print(rankwise.plan(words, 2**30, window=window).table())
 
     def train(folder: str | None, stop_at: int | None = None) -> Any:
         def observe(step: int, figures: Any) -> None:
             if step == stop_at:
                 raise Stop
 
-        model, optimizer = new_run(smoke, rank)
+        model, optimizer = new_run(words, rank)
         report = rankwise.train(
             model,
             ids,
@@ -75,5 +75,5 @@ if __name__ == "__main__":
     parser.add_argument("--smoke", action="store_true", help="a tiny model")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rank", type=int, default=8)
-    words = parser.parse_args()
-    main(words.smoke, words.steps, words.rank)
+    given = parser.parse_args()
+    main(given.smoke, given.steps, given.rank)

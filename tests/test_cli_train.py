@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +17,8 @@ from test_cli import text as text
 
 import rankwise
 from rankwise.core import running
+from rankwise.core.checkpoint import load_tree
+from rankwise.core.supervision import CHECKPOINT
 from rankwise.models import byte_tokenizer, fresh, read_config, trained_tokenizer
 
 WORDS = "llama:hidden=32,layers=2,heads=4,intermediate=48"
@@ -92,6 +96,25 @@ def test_a_killed_run_goes_on(text: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert "training a tokenizer" not in result.stderr
     assert same(tmp_path / "whole", out)
     assert len(rankwise.load(out)[1]) == 280
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_goes_on(text: Path, tmp_path: Path):
+    """By a signal that nothing can catch, at a moment that nothing chose."""
+    words = ["train", WORDS, "--data", text, "--rank", 4, "--every", 1, "--steps", 300, "--window", 32]
+    start = [sys.executable, "-c", "from rankwise.cli import main; main()", *map(str, words)]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    subprocess.run([*start, "--out", str(whole)], check=True, capture_output=True)
+    file = tmp_path / "out.partial" / CHECKPOINT
+    with subprocess.Popen([*start, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while not file.exists() or load_tree(file)["progress"]["step"] < 20:
+            time.sleep(0.05)
+        process.kill()
+    assert not out.exists()
+    assert 20 <= load_tree(file)["progress"]["step"] < 300
+    subprocess.run([*start, "--out", str(out), "--resume"], check=True, capture_output=True)
+    assert same(whole, out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
 def test_a_config_is_a_model_without_numbers(text: Path, folder: Path, tmp_path: Path):

@@ -13,7 +13,7 @@ from contracts.examples import draw
 from torch import Tensor, nn
 
 import rankwise
-from rankwise import Optimizer, optimizers, projectors
+from rankwise import Layerwise, Optimizer, optimizers, projectors
 from rankwise.core.memory import optimizer_bytes
 from rankwise.core.states import described, leaves, map_state
 from rankwise.core.transforms import Transform, by_shape, chain, wide
@@ -154,6 +154,26 @@ def test_a_hook_may_step_each_parameter_when_its_gradient_is_there(transform: Tr
             single.step_one(p)
             p.grad = None
     same(one, two, rtol=1e-9, atol=1e-9)
+
+
+def test_gradients_may_be_added_up_in_reduced_form(transform: Transform):
+    """As layer-wise steps add them up, in the middle and at the turn of periods of refreshes."""
+    one, two = parameters(), parameters()
+    whole, single = (Optimizer([(p, transform)], lr=0.05, weight_decay=0.1) for p in (one, two))
+    with Layerwise(single, accumulate=3):
+        for step in range(9):
+            sums = [torch.zeros_like(p) for p in one]
+            for part in range(3):
+                give_gradients(one, 3 * step + part)
+                grads = [p.grad for p in one if p.grad is not None]
+                for total, grad in zip(sums, grads, strict=True):
+                    total += grad
+                torch.autograd.backward([(p * grad).sum() for p, grad in zip(two, grads, strict=True)])
+            for p, total in zip(one, sums, strict=True):
+                p.grad = total
+            whole.step()
+            single.step()
+    same(one, two, rtol=1e-8, atol=1e-9)
 
 
 def test_a_missing_gradient_leaves_parameter_and_state(transform: Transform):

@@ -99,6 +99,8 @@ def train(
 
     check_causal(network, window, "only such models learn texts")
     network.to(place)
+    if network.dtype != torch.float32:
+        say(f"weights in {network.dtype} lose small steps; --dtype float32 --autocast keeps them")
     ids = _ids(data, words_of)
     judges: Any = 0.05
     if eval_:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .load import find, quiet
+from .load import find, is_hub_id, quiet
 
 SHORT = {
     "hidden": "hidden_size",
@@ -61,17 +61,18 @@ def read_config(source: str | Path) -> Any:
     if ":" in text and not path.exists():
         family, _, words = text.partition(":")
         return _from_words(family, words)
-    if path.suffix != ".json":
+    remote = not path.exists() and is_hub_id(text) and path.suffix != ".json"  # the config alone is fetched
+    if path.suffix != ".json" and not remote:
         path = find(source)
         if path.is_file():
             raise ValueError(f"{source} is one GGUF file; give a folder, a config.json or a preset.")
         path = path / "config.json"
-    if not path.is_file():
+    if not remote and not path.is_file():
         raise ValueError(f"{path} does not exist; give a config.json, or one of {', '.join(PRESETS)}.")
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(text if remote else path)
     except Exception as error:  # what transformers raises is of any kind and many lines
-        raise ValueError(f"{path} is no config of transformers: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(f"{source} has no config to be read: {' '.join(str(error).split())[:300]}") from error
 
 
 def fresh(

@@ -74,9 +74,18 @@ def find(source: str | Path, trust: bool = False) -> Path:
     accepted = f"give a folder, a .gguf file, a hub id (organisation/name), or one of {', '.join(EMBEDDED)}"
     if path.is_file():
         raise ValueError(f"{name} is a file that cannot be read as a model; {accepted}.")
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) or path.suffix == ".gguf":
+    if not is_hub_id(name):
         raise ValueError(f"{name} does not exist; {accepted}.")
     return _from_hub(name, trust)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form organisation/name.
+
+    >>> is_hub_id("organisation/name"), is_hub_id("./folder/name"), is_hub_id("some/model.gguf")
+    (True, False, False)
+    """
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and Path(name).suffix != ".gguf"
 
 
 def _from_hub(name: str, trust: bool) -> Path:
