@@ -115,6 +115,10 @@ class Rows:
         """Print a row and write all of them."""
         self.rows.append(row)
         print(json.dumps(row), flush=True)
+        self.write()
+
+    def write(self) -> None:
+        """Write all rows, such as after one was changed."""
         temporary = self.path.with_suffix(".tmp")
         content = {"command": self.command, "environment": environment(), "rows": self.rows}
         temporary.write_text(json.dumps(content, indent=1) + "\n")
