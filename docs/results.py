@@ -276,6 +276,83 @@ def streaming() -> list[str]:
     ]
 
 
+def adapter_quality() -> list[str]:
+    """What adapters learn with equal numbers to train."""
+    found = load("adapter_quality")
+    if found is None:
+        return []
+    lines = _head("Adapters: what they learn with equal numbers to train", found)
+    lines += [
+        "Mean and range over three seeds at the method's own best learning rate; see the script for the search.",
+        "The loss early is that of texts kept aside after a quarter of the steps; bytes are those of gradients,",
+        "optimiser and activations; seconds are of a busy machine and say little.",
+        "",
+    ]
+    chosen = [row for row in found["rows"] if row.get("chosen")]
+    for task in dict.fromkeys(row["task"] for row in chosen):
+        cells = []
+        for method in dict.fromkeys(row["method"] for row in chosen if row["task"] == task):
+            rows = [row for row in chosen if (row["task"], row["method"]) == (task, method)]
+            cells.append([method, *_learned(rows)])
+        head = ["method", "numbers", "learning rate", SCORES[task], "loss early", "loss aside", "MB", "seconds"]
+        lines += [f"### {task}", "", *table(head, cells)]
+    return lines
+
+
+SCORES = {
+    "SST-2": "accuracy",
+    "CoLA": "Matthews",
+    "MRPC": "accuracy",
+    "GSM8K": "nats a label",
+    "Shakespeare": "nats a token",
+}
+
+
+def _learned(rows: list[dict]) -> list[str]:
+    failed = [row for row in rows if "failed" in row]
+    if failed:
+        return ["", f"{failed[0]['lr']:g}", f"{len(failed)} of {len(rows)} failed", *[""] * 4]
+    scores = [row["score"] for row in rows]
+    mean = {key: sum(row[key] for row in rows) / len(rows) for key in ("select", "training_bytes", "seconds")}
+    early = sum(row["looks"][1] for row in rows) / len(rows)
+    spread = f"{sum(scores) / len(scores):.3f} ({min(scores):.3f} ... {max(scores):.3f})"
+    numbers = [f"{rows[0]['trained']:,}", f"{rows[0]['lr']:g}", spread]
+    megabytes = f"{mean['training_bytes'] / 1e6:.0f}"
+    return [*numbers, f"{early:.3f}", f"{mean['select']:.3f}", megabytes, f"{mean['seconds']:.0f}"]
+
+
+def adapter_cost() -> list[str]:
+    """Bytes and seconds of adapters beside peft's."""
+    lines = []
+    memory, steps = load("adapter_memory"), load("adapter_speed")
+    if memory is not None:
+        lines += _head("Adapters: bytes beside peft's", memory)
+        lines += [
+            "Bytes kept for the backward pass; and the most that one layer of a width needs for a moment.",
+            "",
+        ]
+        keys = ("saved", "temporary_512", "temporary_1024")
+        cells = []
+        for row in memory["rows"]:
+            pairs = [[row[_of(key, maker)] for maker in ("rankwise", "peft")] for key in keys]
+            cells.append([row["method"], *(f"{a:,} / {b:,} = {a / b:.2f}" for a, b in pairs)])
+        lines += table(["method", "saved", "temporary, width 512", "temporary, width 1024"], cells)
+    if steps is not None:
+        lines += _head("Adapters: seconds of a training step beside peft's", steps)
+        cells = []
+        for row in steps["rows"]:
+            low, _, high = row["quartiles"]
+            seconds = [f"{row['median_seconds'][maker]:.2f}" for maker in ("rankwise", "peft")]
+            cells.append([row["method"], *seconds, f"{row['ratio']:.2f} ({low:.2f} ... {high:.2f})"])
+        lines += table(["method", "rankwise", "peft", "ratio: median (quartiles)"], cells)
+    return lines
+
+
+def _of(key: str, maker: str) -> str:
+    first, *rest = key.split("_")
+    return "_".join([first, maker, *rest])
+
+
 def _head(title: str, found: dict) -> list[str]:
     about = found["environment"]
     made = f"torch {about['torch']}, {about['threads']} threads, commit {about['commit']}"
@@ -285,7 +362,7 @@ def _head(title: str, found: dict) -> list[str]:
 def page() -> str:
     """Return the whole page."""
     lines = ["# Results", "", "Generated from `benchmarks/results/*.json` by `python docs/results.py`.", ""]
-    parts = (quality, narrow, low_bit, damping, prediction, speed, cost, streaming)
+    parts = (quality, narrow, low_bit, damping, prediction, speed, cost, streaming, adapter_quality, adapter_cost)
     return "\n".join([*lines, *(line for part in parts for line in part())]).rstrip() + "\n"
 
 
