@@ -1,4 +1,4 @@
-"""Seconds of a training step with adapters beside peft's, on a real model.
+"""Seconds of a training step with adapters beside peft's, and bytes kept for the backward pass, on a real model.
 
 Usage: python benchmarks/adapter_speed.py [--pairs 12]
 Writes results/adapter_speed.json. The model is `smollm2-135m` with rank 16 on all its linear layers, 512 tokens
@@ -7,6 +7,7 @@ the next; the ratio is the median over the pairs, which a busy machine disturbs 
 """
 
 import argparse
+import functools
 import gc
 import json
 import statistics
@@ -15,7 +16,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from common import RESULTS, command, environment
+from common import RESULTS, command, environment, saved_bytes
 from torch import nn
 
 import rankwise
@@ -45,12 +46,14 @@ class Trainer:
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4)
 
+    def loss(self, ids: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.model(input_ids=ids, labels=ids, use_cache=False).loss
+
     def step(self, ids: torch.Tensor) -> float:
         start = time.perf_counter()
         self.optimizer.zero_grad()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
+        self.loss(ids).backward()
         self.optimizer.step()
         return time.perf_counter() - start
 
@@ -72,6 +75,9 @@ def compare(dora: bool, pairs: int) -> dict[str, Any]:
     return {
         "method": "DoRA" if dora else "LoRA",
         "trained": {name: sum(p.numel() for p in each.trained) for name, each in trainers.items()},
+        "saved_bytes": {
+            name: saved_bytes(t.model, functools.partial(t.loss, ids[0]))[0] for name, t in trainers.items()
+        },
         "median_seconds": {name: statistics.median(each[1:]) for name, each in seconds.items()},
         "ratio": statistics.median(ratios),
         "quartiles": statistics.quantiles(ratios, n=4),

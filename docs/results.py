@@ -342,9 +342,11 @@ def adapter_cost() -> list[str]:
         cells = []
         for row in steps["rows"]:
             low, _, high = row["quartiles"]
+            ours, theirs = row["saved_bytes"]["rankwise"], row["saved_bytes"]["peft"]
+            saved = f"{ours / 1e6:.0f} / {theirs / 1e6:.0f} = {ours / theirs:.2f}"
             seconds = [f"{row['median_seconds'][maker]:.2f}" for maker in ("rankwise", "peft")]
-            cells.append([row["method"], *seconds, f"{row['ratio']:.2f} ({low:.2f} ... {high:.2f})"])
-        lines += table(["method", "rankwise", "peft", "ratio: median (quartiles)"], cells)
+            cells.append([row["method"], *seconds, f"{row['ratio']:.2f} ({low:.2f} ... {high:.2f})", saved])
+        lines += table(["method", "rankwise", "peft", "ratio: median (quartiles)", "MB kept"], cells)
     return lines
 
 
