@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ..matrices import Base, Dense, StructuredMatrix
+from ..matrices import Base, Dense, Several, StructuredMatrix
 from .extended import refuse_extended
 from .stacks import ChoosesExperts, Stack, one_by_one, stack_at, stacks, stacks_of
 from .views import VIEWS, EmbeddingView, LinearView, SliceView, View, parameter_of, view_of
@@ -93,6 +93,12 @@ class Site:
     def matrix(self) -> StructuredMatrix:
         """The matrix as it is kept."""
         return self.layer.matrix if isinstance(self.layer, StructuredLinear) else Dense(self.weight)
+
+    @property
+    def under(self) -> StructuredMatrix:
+        """The matrix without adapters that have names."""
+        matrix = self.matrix
+        return matrix.base.matrix if isinstance(matrix, Several) else matrix
 
     @property
     def weight(self) -> Tensor:
@@ -229,9 +235,13 @@ def fold(model: nn.Module) -> nn.Module:
         the same model; a layer given as the model itself is returned as a new one.
 
     Raises:
-        ValueError: if something that is no matrix stands behind a layer, such as a bottleneck.
+        ValueError: if something that is no matrix stands behind a layer, such as a bottleneck, or each row of a
+            batch has its own adapter.
     """
     refuse_extended(model, "cannot be folded; train an adapter of matrices instead, such as Lora")
+    for layer in structured(model).values():
+        if isinstance(layer.matrix, Several):
+            layer.matrix.check_one()
     if isinstance(model, StructuredLinear):
         return model.dense()
     weights: dict[int, Any] = {}

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..core.adapted import adapted, whole_parameters
+from ..core.adapted import adapted, in_use, whole_parameters
 from ..core.files import write_text
 from ..core.stacks import stacks
 from ..core.views import SliceView, TransposedView, View
 from ..matrices import Base, StructuredMatrix
-from .adapter_folder import AdapterFolder
+from .adapter_folder import NONE, AdapterFolder
 from .model_files import verify
 from .peft_kinds import KINDS, PeftKind, Piece, Settings
 
@@ -44,15 +44,16 @@ def write_peft(model: nn.Module, folder: Path) -> None:
     Raises:
         ValueError: if PEFT cannot compute an adapter, or what was written does not read back the same.
     """
-    layers = adapted(model)
-    if not layers:
-        raise ValueError("the model has no adapter; make one with rankwise.adapt, or save it as a model.")
+    matrices, layers = in_use(model), adapted(model)
+    if not matrices:
+        raise ValueError(NONE)
+    views = {name: layers[name].view for name in matrices}
     inside = tuple(f"{path}." for path, _ in stacks(model))
-    for name, layer in layers.items():
-        if isinstance(layer.view, SliceView) or name.startswith(inside):
+    for name, view in views.items():
+        if isinstance(view, SliceView) or name.startswith(inside):
             raise ValueError(f"layer {name} is a slice of a 3-D parameter, which is not written; {_OTHERS}.")
-    kind, pieces, fields = chosen({name: (layer.matrix, layer.view) for name, layer in layers.items()})
-    write_pieces(model, {name: layer.view for name, layer in layers.items()}, kind, pieces, fields, folder)
+    kind, pieces, fields = chosen({name: (matrix, views[name]) for name, matrix in matrices.items()})
+    write_pieces(model, views, kind, pieces, fields, folder)
 
 
 def write_pieces(
