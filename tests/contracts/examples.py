@@ -73,7 +73,9 @@ def _several() -> StructuredMatrix:
     base = Base(Dense(draw(5, 4)))
     low = Sum(base, Branch(LowRank(draw(5, 2, seed=1), draw(2, 4, seed=2)), 0.5))
     rotated = Product(base, Reflections(draw(2, 4, seed=3)))
-    return Several(base, {"low": low, "rotated": rotated, "idle": _row_normalised()}, {"low": 0.7, "rotated": -0.2})
+    return Several(
+        base, {"low": low, "rotated": rotated, "idle": _row_normalised()}, {"low": 0.7, "rotated": -0.2}
+    )
 
 
 EXAMPLES: dict[str, Callable[[], StructuredMatrix]] = {

@@ -43,15 +43,15 @@ class Rows:
 
     def check(self, shape: torch.Size, axes: int) -> None:
         """Raise ValueError unless inputs with so many axes before the last can be these rows."""
+        if axes == 1 and not self.flat:
+            raise ValueError(
+                "this layer may be an expert, whose inputs are tokens of any row: no row can choose an adapter."
+            )
         if axes < 1 or shape[0] != len(self.rows):
             raise ValueError(
                 f"inputs of shape {tuple(shape)} reach a layer, but adapters are chosen for {len(self.rows)} "
                 "rows, which must be their first axis: give one for each row of the batch; a search with k beams "
                 "makes k of each."
-            )
-        if axes == 1 and not self.flat:
-            raise ValueError(
-                "this layer may be an expert, whose inputs are tokens of any row: no row can choose an adapter."
             )
 
 
@@ -135,6 +135,8 @@ class Several(StructuredMatrix):
         """Have other adapters in use; names that are not here count nothing."""
         self.choice = choice
         used = self.used
+        if not used:
+            self.choice = {}
         for name, expression in self.adapters.items():
             for key, parameter in expression.named_parameters():
                 parameter.requires_grad_(name in used and key in self._trained[name])
