@@ -181,6 +181,75 @@ def from_peft(rows: Rows, work: Path) -> None:
             )
 
 
+def pair(name: str) -> tuple[Any, Any]:
+    """Two of PEFT's descriptions for one model: of two ranks and scales, and on other layers."""
+    half, other = HALF[name], OTHER[name]
+    poet = peft.LoraConfig(r=4, lora_alpha=6, target_modules=[half, other])
+    return poet, peft.LoraConfig(r=2, lora_alpha=5, use_rslora=True, target_modules=[half])
+
+
+CHOICES: dict[str, Any] = {  # what is in use here, and how PEFT comes to compute the same
+    "several, the first": "poet",
+    "several, the second": "coder",
+    "several, none": None,
+    "several, weighted sum as by cat": {"poet": 0.7, "coder": 0.3},
+    "several, one for each row": ["poet", "coder", None, "poet"],
+}
+
+
+def chosen(model: Any, choice: Any) -> torch.Tensor:
+    """The logits of PEFT's model with adapters as :func:`rankwise.use` chooses them."""
+    with torch.no_grad():
+        if choice is None:
+            with model.disable_adapter():
+                return model(ids()).logits
+        if isinstance(choice, list):
+            return model(ids(), adapter_names=["__base__" if each is None else each for each in choice]).logits
+        if isinstance(choice, dict):
+            model.base_model.add_weighted_adapter(list(choice), list(choice.values()), "sum", "cat")
+        model.set_adapter("sum" if isinstance(choice, dict) else choice)
+        return model(ids()).logits
+
+
+def several(rows: Rows, work: Path) -> None:
+    """Two of PEFT's adapters in one model on each side; what is in use here is written, and read by PEFT."""
+    for name in ("llama", "gpt2"):
+        if all(rows.has(direction="peft to rankwise", case=case, model=name) for case in CHOICES):
+            continue
+        poet, coder = pair(name)
+        theirs = peft.get_peft_model(build(name), poet, "poet")
+        theirs.add_adapter("coder", coder)
+        for each in ("poet", "coder"):
+            theirs.set_adapter(each)
+            moved(theirs)
+        theirs.eval().save_pretrained(work / f"{name} of two")
+        model = build(name)
+        folders = [(each, work / f"{name} of two" / each) for each in ("poet", "coder")]
+        totals = [rankwise.load_adapter(model, folder, name=each).totals for each, folder in folders]
+        for case, choice in CHOICES.items():
+            rankwise.use(model, choice)
+            wanted = chosen(theirs, choice)
+            with torch.no_grad():
+                found = model.eval()(ids()).logits
+            again = None
+            if choice is not None and not isinstance(choice, list):
+                folder = rankwise.save(model, work / f"{name} {case}", format="peft")
+                read = peft.PeftModel.from_pretrained(build(name), folder)
+                with torch.no_grad():
+                    again = float((wanted - read.eval()(ids()).logits).abs().max())
+            rows.add(
+                direction="peft to rankwise",
+                case=case,
+                model=name,
+                kind="LORA",
+                layers=len(rankwise.core.adapted.adapted(model)),
+                difference=float((wanted - found).abs().max()),
+                missing=[key for total in totals for key in total["missing"]],
+                unexpected=[key for total in totals for key in total["unexpected"]],
+                read_again=again,
+            )
+
+
 def main() -> None:
     """Run all that is not in the result yet."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -192,6 +261,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         to_peft(rows, Path(work))
         from_peft(rows, Path(work))
+        several(rows, Path(work))
     wrong = [row for row in rows.rows if row["missing"] or row["unexpected"] or row["difference"] > 1e-5]
     print(f"{len(rows.rows)} cases, {len(wrong)} wrong, peft {peft.__version__}")
 
