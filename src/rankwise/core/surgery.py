@@ -198,7 +198,9 @@ def unstack(model: nn.Module, name: str) -> Stack | None:
     weight = owner.get_parameter(last)
     if not number.isdecimal() or int(number) >= len(weight):
         return None
+    before = [part.order for part in owner.children() if isinstance(part, Stack)]
     stack = Stack(weight, transposed).detached().train(owner.training)
+    stack.order = before[0] if before else tuple(owner._parameters)
     set_module(model, path, stack)
     one_by_one(model)
     return stack

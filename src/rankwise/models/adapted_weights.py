@@ -45,6 +45,7 @@ class AdaptedWeights(Mapping[str, Tensor]):
         self.folder, self.config = base.folder, base.config
         self.model = _without_values(base.config)
         self._sites: Mapping[str, Site] = sites_of(self.model)
+        adapter.prepare(self.model)
         layers = list(dict.fromkeys([*adapter.layers, *adapter.wanted(self._sites, head_of(self.model))]))
         for name in layers:
             if name not in self._sites:

@@ -40,6 +40,9 @@ class AdapterFolder(abc.ABC):
         self.others: list[str] = []
         self._used: set[str] = set()
 
+    def prepare(self, model: nn.Module) -> None:  # noqa: B027 (most need not)
+        """Look at the model that the adapters are for, before all else."""
+
     @property
     @abc.abstractmethod
     def layers(self) -> list[str]:
@@ -91,6 +94,7 @@ class AdapterFolder(abc.ABC):
             ValueError: if something does not fit.
         """
         sites, made = sites_of(model), {}
+        self.prepare(model)
         for name in dict.fromkeys([*self.layers, *self.wanted(sites, head_of(model))]):
             if name in sites:
                 site = sites[name]
