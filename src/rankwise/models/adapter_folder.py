@@ -27,6 +27,7 @@ class AdapterFolder(abc.ABC):
         tensors: the file that holds their numbers.
 
     Attributes:
+        title: what messages call it.
         missing: names of tensors that were asked for in vain.
         others: layers whose matrix had other values than the one that was adapted.
 
@@ -35,7 +36,8 @@ class AdapterFolder(abc.ABC):
     """
 
     def __init__(self, config: Path, tensors: Path) -> None:
-        self.folder, self.config, self.tensors = config.parent, read_json(config), read_tensors(tensors)
+        self.folder, self.title = config.parent, str(config.parent)
+        self.config, self.tensors = read_json(config), read_tensors(tensors)
         self.missing: list[str] = []
         self.others: list[str] = []
         self._used: set[str] = set()
