@@ -13,10 +13,11 @@ from torch import nn
 import rankwise
 from rankwise import adapters
 from rankwise.adapters import AdaLora, Bat, Lamda, Lora
-from rankwise.compressors import PlainSvd
+from rankwise.compressors import KroneckerFactoredRounding, PlainSvd
 from rankwise.core.adapted import adapted, own_tensors
 from rankwise.core.surgery import structured
 from rankwise.matrices import Base, Several
+from rankwise.models.evaluate import sizes
 
 
 def attention(name: str, layer: nn.Module) -> bool:
@@ -217,6 +218,28 @@ def test_a_with_puts_back_what_was_in_use():
         rankwise.adapt(model, Lora(rank=500), name="wide")
     assert torch.equal(logits(model), before)
     assert list(rankwise.adapters_of(model)) == ["poet", "coder"]
+
+
+def test_a_new_one_is_in_the_mode_of_the_model():
+    model = put(llama(), Lora(rank=2), name="poet")
+    put(model, Lora(rank=2, dropout=0.9), name="coder")
+    assert not any(part.training for part in model.modules())
+    assert torch.equal(logits(model), logits(model))
+
+
+def test_sizes_count_the_base_once():
+    model = llama()
+    rankwise.compress(model, KroneckerFactoredRounding(bits=4), keep=0.2, of="bytes", data=list(ids().split(6)))
+    before = sizes(model)
+    for name, rank in (("poet", 2), ("coder", 3)):
+        rankwise.adapt(model, Lora(rank=rank), name=name)
+    more = sum(t.numel() for layer in adapted(model).values() for t in own_tensors(layer.matrix).values())
+    for choice in ("poet", None, ["poet", {"poet": 0.5, "coder": 0.5}]):
+        rankwise.use(model, choice)
+        after = sizes(model)
+        assert after["params"] == before["params"] + more
+        assert after["bytes"] == before["bytes"] + 4 * more
+        assert (after["macs_per_token"] > before["macs_per_token"]) == (choice is not None)
 
 
 def test_layers_that_share_a_weight_share_their_adapters():
@@ -421,3 +444,35 @@ def test_names_are_for_adapters_that_have_one(tmp_path: Path):
     rankwise.adapt(extended, adapters.Compacter(count=2, reduction=4))
     with pytest.raises(ValueError, match="cannot be switched off"):
         rankwise.adapt(extended, Lora(rank=2), name="poet")
+
+
+def test_a_state_holds_the_bases_once():
+    model, again = both(), both()
+    state = model.state_dict()
+    places = [t.data_ptr() for t in state.values() if t.numel()]
+    assert len(places) == len(set(places)) + 1  # the head is tied to the embeddings
+    with torch.no_grad():
+        for tensor in state.values():
+            tensor.add_(0.01) if tensor.is_floating_point() else None
+    again.load_state_dict(state)
+    for choice in ("poet", {"poet": 0.5, "coder": 1.0}, ["poet", None, "coder", "poet"]):
+        for each in (model, again):
+            rankwise.use(each, choice)
+        assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.slow
+def test_a_trainer_trains_what_is_in_use_and_keeps_checkpoints(tmp_path: Path):
+    from test_following import trainer_of
+
+    model = both()
+    rankwise.adapt(model, Lamda(rank=2), name="second")
+    idle = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    trainer_of(model, tmp_path, callbacks=[rankwise.trainer_callback()]).train()
+    assert all(torch.equal(p, idle[n]) for n, p in model.named_parameters() if n in idle)
+    again = both()
+    rankwise.adapt(again, Lamda(rank=2), name="second")
+    trainer_of(again, tmp_path, callbacks=[rankwise.trainer_callback()]).train(resume_from_checkpoint=True)
+    rankwise.use(again, "poet")
+    rankwise.use(model, "poet")
+    assert torch.equal(logits(again), logits(model))

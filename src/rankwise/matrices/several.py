@@ -89,6 +89,8 @@ class Several(StructuredMatrix):
         for name, expression in adapters.items():
             self.add(name, expression)
         self.use(choice or {})
+        self.register_state_dict_post_hook(_only_once)
+        self.register_load_state_dict_pre_hook(_everywhere)
 
     def add(self, name: str, expression: StructuredMatrix) -> None:
         """Take up another adapter, which is not in use yet."""
@@ -102,7 +104,7 @@ class Several(StructuredMatrix):
         self.names.append(name)
         self.members.append(expression)
         self._trained[name] = _training(expression)
-        expression.requires_grad_(False)
+        expression.requires_grad_(False).train(self.training)
 
     def remove(self, name: str) -> None:
         """Forget an adapter that is not in use."""
@@ -161,31 +163,25 @@ class Several(StructuredMatrix):
             return known[next(iter(held))]
         return Sum(self.base, *(term for name, w in held.items() for term in _terms(known[name], self.base, w)))
 
+    def _in_turn(self) -> list[StructuredMatrix]:
+        """What is in use, or what each row goes through."""
+        rows = self.choice.rows if isinstance(self.choice, Rows) else [self.choice]
+        return [self._expression(weights) for weights in rows]
+
     @property
     def rank(self) -> int:
         """That of what is in use, or the largest of all rows'."""
-        rows = self.choice.rows if isinstance(self.choice, Rows) else [self.choice]
-        return max((self._expression(weights).rank for weights in rows), default=self.base.rank)
+        return max(expression.rank for expression in self._in_turn())
+
+    @property
+    def macs(self) -> int:
+        """Those of what is in use written as a sum, at most, or the largest of all rows'."""
+        return max(expression.macs for expression in self._in_turn())
 
     @property
     def params(self) -> int:
         """Those of the base, once, and of all adapters."""
-        return self.base.params + sum(tensor.numel() for tensor in self._own())
-
-    @property
-    def nbytes(self) -> int:
-        """Those of the base, once, and of all adapters."""
-        return self.base.nbytes + sum(tensor.numel() * tensor.element_size() for tensor in self._own())
-
-    def _own(self) -> Iterator[Tensor]:
-        under = {id(tensor) for tensor in self.base.state_dict(keep_vars=True).values()}
-        for expression in self.adapters.values():
-            yield from (t for t in expression.state_dict(keep_vars=True).values() if id(t) not in under)
-
-    @property
-    def macs(self) -> int:
-        """Those of what is in use written as a sum, at most; products with the base that it shares count once."""
-        return self.expression.macs
+        return super().params + self.base.params - sum(t.numel() for t in self.base.state_dict().values())
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) -> (..., m); with rows the first axis is theirs."""
@@ -258,6 +254,27 @@ class Several(StructuredMatrix):
         """Show the adapters, and what is in use."""
         choice = f"{len(self.choice.rows)} rows" if isinstance(self.choice, Rows) else dict(self.choice)
         return f"shape={self.shape}, adapters={self.names}, use={choice}"
+
+
+def _bases(several: nn.Module, prefix: str) -> list[str]:
+    """Return where the bases inside the adapters stand."""
+    assert isinstance(several, Several)
+    inside = several.members.named_modules(prefix=f"{prefix}members", remove_duplicate=False)
+    return [f"{path}." for path, part in inside if isinstance(part, Base)]
+
+
+def _only_once(several: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Leave the base in a state under its own name alone."""
+    bases = tuple(_bases(several, prefix))
+    for key in [key for key in state if bases and key.startswith(bases)]:
+        del state[key]
+
+
+def _everywhere(several: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Have a state hold the base for all that stand around it."""
+    own = {key.removeprefix(f"{prefix}base."): state[key] for key in state if key.startswith(f"{prefix}base.")}
+    for path in _bases(several, prefix):
+        state.update({f"{path}{key}": value for key, value in own.items()})
 
 
 def is_weights(value: object) -> bool:
