@@ -289,6 +289,23 @@ def test_experts_switch_and_sum_but_have_no_rows():
     torch.testing.assert_close(logits(model)[1:], before[1:], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_without_adapters_are_one_parameter_again(family: str, tmp_path: Path):
+    model, plain = MIXTURES[family](), MIXTURES[family]()
+    way = model.get_experts_implementation()
+    for name in ("poet", "coder"):
+        put(model, Lora(rank=2), name=name, where=lambda name, layer: ".experts." in name)
+    rankwise.remove_adapter(model, "poet")
+    assert "eager" in str(model.get_experts_implementation())
+    rankwise.remove_adapter(model, "coder")
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    assert model.get_experts_implementation() == way
+    assert torch.equal(logits(model), logits(plain))
+    rankwise.adapt(model, AdaLora(rank=2, target=1), where=lambda name, layer: ".experts." in name)
+    rankwise.finish(model)  # of which nothing is left
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
+
+
 class Mixture(nn.Module):
     """Experts as layers of a list, each with the tokens that are sent to it."""
 

@@ -10,7 +10,7 @@ from ..matrices import Scheduled, Several
 from .methods import Course, Schedule, State
 from .report import Report
 from .several import take_off
-from .surgery import base_of, set_module, structured
+from .surgery import base_of, restack, set_module, structured
 
 Group = tuple[Schedule, Mapping[str, Scheduled]]
 
@@ -141,6 +141,7 @@ def finished(model: nn.Module, groups: Sequence[Group]) -> Report:
                 _take_off(model, each, plain)
             else:
                 set_module(model, name, rest.train(each.training))
+    restack(model)
     return Report(f"{len(rows)} matrices are finished", rows, "matrices", {"rank": sum(r["rank"] for r in rows)})
 
 

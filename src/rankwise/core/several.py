@@ -8,7 +8,7 @@ from torch import nn
 from ..matrices import Base, Dense, Several, StructuredMatrix
 from ..matrices.several import Rows, Weights, is_weights
 from .extended import refuse_extended
-from .surgery import Site, StructuredLinear, base_of, replace, set_module, structured
+from .surgery import Site, StructuredLinear, base_of, replace, restack, set_module, structured
 from .views import SliceView
 
 Chosen = str | Weights | None
@@ -65,6 +65,7 @@ def drop(model: nn.Module, name: str) -> None:
             several.remove(name)
         if not several.names:
             take_off(model, path, several.base, plain)
+    restack(model)
 
 
 def take_off(model: nn.Module, path: str, base: Base, plain: dict[int, nn.Module]) -> None:

@@ -253,14 +253,22 @@ def fold(model: nn.Module) -> nn.Module:
             plain.biased = layer.biased
             plain.weight = weights.setdefault(id(layer.matrix), plain.weight)
             set_module(model, name, plain)
+    restack(model)
+    return model
+
+
+def restack(model: nn.Module) -> None:
+    """Make stacks 3-D parameters again where all their matrices are what they were, or have been folded."""
     wholes: dict[int, Any] = {}
     for path, stack in list(stacks(model)):
         whole = wholes.setdefault(id(stack), stack.parameter())
         if whole is not None:
             set_module(model, path, whole)
+            held = model.get_submodule(path.rpartition(".")[0])._parameters
+            for name in [name for name in stack.order if name in held]:  # in the order that they had
+                held[name] = held.pop(name)
     if wholes and isinstance(model, ChoosesExperts) and not any(True for _ in stacks(model)):
         model.set_experts_implementation(None)  # the model's own choice
-    return model
 
 
 def structured(model: nn.Module) -> Mapping[str, StructuredLinear]:
