@@ -26,6 +26,7 @@ from .narrowing import narrow
 from .streaming import compress_folder
 from .trainer import trainer_callback
 from .training import heal, initialise, trainable_low_rank
+from .using import adapters_of, remove_adapter, use
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "StructuredLinear",
     "adapt",
     "adapters",
+    "adapters_of",
     "allocators",
     "calibrate",
     "check_adapters",
@@ -57,11 +59,13 @@ __all__ = [
     "measures",
     "narrow",
     "rank_rules",
+    "remove_adapter",
     "save",
     "schedules",
     "starts",
     "trainable_low_rank",
     "trainer_callback",
+    "use",
 ]
 
 register_when_ready()

@@ -1,6 +1,7 @@
 """The verb that prepares a model for training few numbers."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -17,8 +18,9 @@ from .core.labels import Labels
 from .core.methods import Adapter, BlockAdapter
 from .core.progress import track
 from .core.report import Report
+from .core.several import check_name, choose, join, used
 from .core.statistics import Batch, Statistics, Stats
-from .core.surgery import Site, StructuredLinear, Where, base_of, replace, select
+from .core.surgery import Site, Where, base_of, replace, select
 from .core.views import EmbeddingView
 from .matrices import Base, StructuredMatrix
 from .matrices.base import check_rank
@@ -28,6 +30,7 @@ def adapt(
     model: nn.Module,
     method: Adapter | BlockAdapter,
     *,
+    name: str | None = None,
     where: Where | None = None,
     embeddings: bool = False,
     data: Literal["self"] | Tensor | Iterable[Batch] | Statistics | None = None,
@@ -46,6 +49,9 @@ def adapt(
     Args:
         model: any module; see :func:`rankwise.core.surgery.select` for the layers that count.
         method: from :mod:`rankwise.adapters`.
+        name: under which the adapter stands beside others around the same matrices, which may be on other layers
+            and of other kinds. It is made for the model without them, and is then in use, alone: see
+            :func:`rankwise.use`.
         where: which layers; None selects all weight matrices but output heads, or, for modules that stand behind
             layers, those that write into the streams of blocks.
         embeddings: also adapt the embeddings that ``where`` accepts and that share their weight with no other
@@ -72,6 +78,35 @@ def adapt(
     >>> [row["trained"] for row in report.rows], report.totals["params"]
     ([128, 80], 1528)
     """
+    if name is not None and (also is not None or isinstance(method, BlockAdapter)):
+        raise ValueError(
+            "an adapter with a name can be switched off, which parameters that train whole and modules behind "
+            "layers cannot; leave 'also' out, or the name."
+        )
+    check_name(model, name)
+    with used(model, None):
+        report = _adapted(model, method, name, where, embeddings, data, also, labels, tokens, window, seed)
+    if name is None:
+        return report
+    choose(model, name)
+    trained = {**report.totals, "trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+    return dataclasses.replace(report, totals=trained)
+
+
+def _adapted(
+    model: nn.Module,
+    method: Adapter | BlockAdapter,
+    name: str | None,
+    where: Where | None,
+    embeddings: bool,
+    data: Any,
+    also: Callable[[str], bool] | None,
+    labels: Labels | None,
+    tokens: int,
+    window: int,
+    seed: int,
+) -> Report:
+    """Adapt a model of which no adapter with a name is in use."""
     if isinstance(method, BlockAdapter):
         if embeddings or data is not None or labels is not None:
             raise ValueError(f"{type(method).__name__} reads no data and stands behind no embeddings.")
@@ -86,32 +121,35 @@ def adapt(
         raise ValueError(
             "no embedding was selected: each shares its weight with another layer, or 'where' refuses."
         )
-    for name, site in sites.items():
-        if isinstance(site.layer, StructuredLinear) and base_of(site.layer.matrix) is not None:
-            raise ValueError(f"layer {name} has an adapter already; fold or remove that first, or leave it out.")
+    for path, site in sites.items():
+        if base_of(site.under) is not None:
+            raise ValueError(f"layer {path} has an adapter already; fold or remove that first, or leave it out.")
     check_weights(sites)
-    whole = _whole(model, also, [name for site in sites.values() for name in site.names])
+    whole = _whole(model, also, [path for site in sites.values() for path in site.names])
     stats = _statistics(model, method, sites, where, data, labels, tokens, window, seed)
     generator = Generator().manual_seed(seed)
-    bases = {name: site.matrix for name, site in sites.items()}
+    bases = {path: site.under for path, site in sites.items()}
     ranks = _ranks(method, bases, stats)
     made = {}
-    for name, base in track(bases.items(), "adapters"):
-        if ranks.get(name) != 0:
-            own = method.with_rank(ranks[name]) if name in ranks else method
-            with _about(name):
-                made[name] = own.attach(Base(base), stats[name], generator)
-            for tensor in own_tensors(made[name]).values():
+    for path, base in track(bases.items(), "adapters"):
+        if ranks.get(path) != 0:
+            own = method.with_rank(ranks[path]) if path in ranks else method
+            with _about(path):
+                made[path] = own.attach(Base(base), stats[path], generator)
+            for tensor in own_tensors(made[path]).values():
                 tensor.data = tensor.data.contiguous()  # as files have it: the order of sums depends on it
     model.requires_grad_(False)
     rows = []
-    for name, site in sites.items():
+    for path, site in sites.items():
         trained = 0
-        if name in made:
-            replace(model, site, made[name])
-            trained = sum(p.numel() for p in made[name].parameters() if p.requires_grad)
-        rank = ranks.get(name, getattr(method, "rank", None))
-        rows.append({"name": name, "shape": list(bases[name].shape), "rank": rank, "trained": trained})
+        if path in made:
+            trained = sum(p.numel() for p in made[path].parameters() if p.requires_grad)
+            if name is None:
+                replace(model, site, made[path])
+            else:
+                join(model, site, name, made[path])
+        rank = ranks.get(path, getattr(method, "rank", None))
+        rows.append({"name": path, "shape": list(bases[path].shape), "rank": rank, "trained": trained})
     return _report(model, method, rows, len(made), whole)
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .core.adapted import adapted
+from .core.adapted import in_use
 from .core.following import Follower
 from .core.report import Report
-from .core.surgery import StructuredLinear, base_of
-from .matrices import Scheduled
+from .core.surgery import base_of
+from .matrices import Scheduled, StructuredMatrix
 
 UNCHANGED = 1e-12  # relative, in float64: what trained factors and their frozen copies differ by is zero
 
@@ -29,7 +29,7 @@ def check_adapters(
     parameter in none of the optimisers, numbers that are not finite, one whose gradient was zero in all steps
     that a follower saw (two at least), and a schedule that did not act: each is named in the title and in
     ``totals["problems"]``. That factors start at zero, so that others have no gradient at the first step, is
-    none. Each weight is written out once, in float64.
+    none. Each weight is written out once, in float64. Of adapters with names only those in use are looked at.
 
     Args:
         model: has adapters.
@@ -54,11 +54,11 @@ def check_adapters(
     >>> print(check_adapters(net, optimizer).title)
     1 of 2 adapted layers have a problem: 2: in no optimiser: matrix.members.1.matrix.left, ...
     """
-    layers = adapted(model)
+    layers = in_use(model)
     if not layers:
         raise ValueError(
-            "no layer of the model has an adapter; rankwise.adapt puts them in, fold takes them out. Modules "
-            "behind layers, such as Compacter's, are not looked at."
+            "no layer of the model has an adapter in use; rankwise.adapt puts them in, fold takes them out. "
+            "Modules behind layers, such as Compacter's, are not looked at."
         )
     if isinstance(optimizers, torch.optim.Optimizer):
         optimizers = [optimizers]
@@ -66,10 +66,10 @@ def check_adapters(
     silent = set()
     if follower is not None and follower.done >= 2:
         silent = {id(p) for p in follower.silent.values()}
-    rows = [_row(name, layer, owned, silent) for name, layer in layers.items()]
+    rows = [_row(name, matrix, owned, silent) for name, matrix in layers.items()]
     problems = {row["name"]: row["problem"] for row in rows if row["problem"]}
     if owned is not None:
-        inside = {id(p) for layer in layers.values() for p in layer.matrix.parameters()}
+        inside = {id(p) for matrix in layers.values() for p in matrix.parameters()}
         others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in owned | inside]
         problems |= {name: "in no optimiser" for name in others}
     totals = {
@@ -80,12 +80,12 @@ def check_adapters(
     return Report(_title(rows, problems), rows, "layers", totals)
 
 
-def _row(name: str, layer: StructuredLinear, owned: set[int] | None, silent: set[int]) -> dict[str, Any]:
-    trained = {f"matrix.{key}": p for key, p in layer.matrix.named_parameters() if p.requires_grad}
+def _row(name: str, matrix: StructuredMatrix, owned: set[int] | None, silent: set[int]) -> dict[str, Any]:
+    trained = {f"matrix.{key}": p for key, p in matrix.named_parameters() if p.requires_grad}
     gradients = [p.grad.detach().double().norm().cpu() for p in trained.values() if p.grad is not None]
     gradient = float(torch.stack(gradients).norm()) if gradients else None
-    parts = [part for part in layer.matrix.modules() if isinstance(part, Scheduled)]
-    change = _change(layer)
+    parts = [part for part in matrix.modules() if isinstance(part, Scheduled)]
+    change = _change(matrix)
     found = []
     outside = [key for key, p in trained.items() if owned is not None and id(p) not in owned]
     if not trained:
@@ -116,10 +116,10 @@ def _number(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _change(layer: StructuredLinear) -> float:
+def _change(matrix: StructuredMatrix) -> float:
     """How far the weight is from what it was, relative to that."""
     with torch.no_grad():
-        matrix = copy.deepcopy(layer.matrix).double()
+        matrix = copy.deepcopy(matrix).double()
         base = base_of(matrix)
         assert base is not None
         before = base.dense()

@@ -11,6 +11,7 @@ from .core.extended import Extended
 from .core.following import Follower, Group, finished
 from .core.methods import Schedule
 from .core.report import Report
+from .core.several import layers_with
 from .matrices import Base, Scheduled
 
 
@@ -94,10 +95,11 @@ def finish(model: nn.Module) -> Report:
 
 
 def _groups(model: nn.Module) -> list[Group]:
-    """Collect the matrices that share a schedule."""
+    """Collect the matrices that share a schedule, but for adapters that are not in use."""
     groups: list[tuple[Schedule, dict[str, Scheduled]]] = []
+    idle = {id(part) for several in layers_with(model).values() for part in several.idle()}
     for name, part in model.named_modules():
-        if isinstance(part, Scheduled):
+        if isinstance(part, Scheduled) and id(part) not in idle:
             schedule = _schedule_of(name, part)
             known = next((matrices for other, matrices in groups if other == schedule), None)
             if known is None:

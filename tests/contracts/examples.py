@@ -29,6 +29,7 @@ from rankwise.matrices import (
     Scheduled,
     Seeded,
     SemiSparse,
+    Several,
     Sparse,
     Spectral,
     StructuredMatrix,
@@ -68,6 +69,15 @@ def _kernelled() -> StructuredMatrix:
     return Kernelled(*points, (0.4, -0.3), kernel=distance, shrink=soft, density=0.5, mixing=mixing)
 
 
+def _several() -> StructuredMatrix:
+    base = Base(Dense(draw(5, 4)))
+    low = Sum(base, Branch(LowRank(draw(5, 2, seed=1), draw(2, 4, seed=2)), 0.5))
+    rotated = Product(base, Reflections(draw(2, 4, seed=3)))
+    return Several(
+        base, {"low": low, "rotated": rotated, "idle": _row_normalised()}, {"low": 0.7, "rotated": -0.2}
+    )
+
+
 EXAMPLES: dict[str, Callable[[], StructuredMatrix]] = {
     "Base": lambda: Base(_sum()),
     "BlockAffine": lambda: BlockAffine(Base(Dense(draw(6, 4))), draw(3, 2, 2, seed=1)),
@@ -91,6 +101,7 @@ EXAMPLES: dict[str, Callable[[], StructuredMatrix]] = {
     "Scheduled": lambda: Scheduled(_sum(), {"kind": "FreezeColumns", "until": 0.3}).eval(),
     "Seeded": lambda: Seeded(5, 4, seed=3),
     "SemiSparse": lambda: SemiSparse.from_dense(draw(5, 6), kept=2, group=3),
+    "Several": _several,
     "Sparse": lambda: Sparse.from_dense(draw(5, 4) * (draw(5, 4, seed=1) > 0)),
     "Spectral": lambda: Spectral(draw(5, 3), draw(3), draw(3, 4, seed=1), torch.tensor([2, 0])).eval(),
     "Sum": _sum,

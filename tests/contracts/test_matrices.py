@@ -146,6 +146,7 @@ def test_macs_are_the_multiplications_of_forward():
         "Scheduled": 20 + 18,
         "Seeded": 20,
         "SemiSparse": 5 * 4,
+        "Several": 20 + (18 + 5 + 5) + (20 + 2 * 2 * 4 + 2 * 2 + 5) + (20 + 5),
         "Sparse": EXAMPLES["Sparse"]().params - 3,
         "Spectral": (3 + 2) * (5 + 1 + 4),
         "Sum": 20 + 18,

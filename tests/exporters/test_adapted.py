@@ -316,3 +316,75 @@ def test_several_terms_and_branches(tmp_path: Path):
     adapter = written(tmp_path, model)
     out = rankwise.export(adapter, Merged(base=str(tmp_path / "base")), tmp_path / "out")
     torch.testing.assert_close(logits(rankwise.load(out)[0]), logits(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> tuple[Path, nn.Module]:
+    """A base, two adapters in files of both formats, and the model with both."""
+    model = seeded(llama)
+    model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    methods = {"poet": LoraAdapter(rank=2, alpha=3.0), "coder": LoraAdapter(rank=3)}
+    ends = {"poet": ("q_proj", "up_proj"), "coder": ("q_proj", "down_proj")}
+    for (name, method), format in zip(methods.items(), ("rankwise", "peft"), strict=True):
+        rankwise.adapt(model, method, name=name, where=lambda path, _, name=name: path.endswith(ends[name]))
+        rankwise.save(moved(model), tmp_path / name, format=format, name=name)  # pyright: ignore[reportArgumentType]
+    rankwise.use(model, {"poet": 0.7, "coder": -0.4})
+    return tmp_path, model
+
+
+def test_a_weighted_sum_is_merged_cut_and_subtracted(two: tuple[Path, nn.Module]):
+    folder, model = two
+    wanted, base = logits(model), str(folder / "base")
+    sources = {folder / "poet": 0.7, str(folder / "coder"): -0.4}
+    for source, name in ((sources, "files"), (model, "memory")):
+        merged = rankwise.export(source, Merged(base=base), folder / f"merged {name}")
+        torch.testing.assert_close(logits(rankwise.load(merged)[0]), wanted, rtol=1e-4, atol=1e-5)
+        lora = rankwise.export(source, Lora(base=base), folder / f"lora {name}")
+        again = seeded(llama)
+        rankwise.load_adapter(again, lora)
+        torch.testing.assert_close(logits(again), wanted, rtol=1e-4, atol=1e-5)
+        ranks = {path: layer.matrix.parts[1].rank for path, layer in rankwise.core.adapted.adapted(again).items()}
+        assert sorted(set(ranks.values())) == [2, 3, 5]
+        assert json.loads((lora / "rankwise_errors.json").read_text()).keys() == ranks.keys()
+        assert not any(json.loads((lora / "rankwise_errors.json").read_text()).values())
+    delta = rankwise.export(sources, Delta(base=base), folder / "delta")
+    plain, folded = seeded(llama).state_dict(), rankwise.fold(model).state_dict()
+    found = {name: t for file in delta.glob("*.safetensors") for name, t in load_file(file).items()}
+    assert len(found) == 6
+    for name, change in found.items():
+        torch.testing.assert_close(change, folded[name] - plain[name], rtol=1e-4, atol=1e-5)
+
+
+def test_the_command_line_takes_weights(two: tuple[Path, nn.Module]):
+    folder, model = two
+    words = (folder / "poet", folder / "coder", "--base", folder / "base", "--to", "merged")
+    code, output = run(*words, "--out", folder / "out", "--weights", "0.7,-0.4")
+    assert code == 0, output
+    torch.testing.assert_close(logits(rankwise.load(folder / "out")[0]), logits(model), rtol=1e-4, atol=1e-5)
+    for weights in ([], ["--weights", "1"], ["--weights", "1,x"], ["--weights", "1,nan"]):
+        code, output = run(*words, "--out", folder / "x", *weights)
+        assert (code, "--weights takes" in output or "finite weights" in output) == (2, True)
+    code, output = run(
+        folder / "base", folder / "poet", "--to", "dense", "--out", folder / "x", "--weights", "1,1"
+    )
+    assert (code, "a format that takes adapters" in output) == (2, True)
+
+
+def test_there_is_no_sum_of_what_is_replaced(two: tuple[Path, nn.Module]):
+    folder, _ = two
+    model = seeded(llama)
+    rankwise.adapt(model, LoraAdapter(rank=2), also=lambda name: "norm" in name)
+    rankwise.save(model, folder / "norms", format="rankwise")
+    with pytest.raises(ValueError, match="norms replaces parameters"):
+        rankwise.export(
+            {folder / "norms": 1.0, folder / "poet": 1.0}, Merged(base=str(folder / "base")), folder / "x"
+        )
+
+
+def test_a_part_for_another_model_is_named(two: tuple[Path, nn.Module]):
+    folder, _ = two
+    llama(initializer_range=0.5).save_pretrained(folder / "other")
+    with pytest.raises(ValueError, match=r"poet \+ .*coder was made for other values of"):
+        rankwise.export(
+            {folder / "poet": 1.0, folder / "coder": 1.0}, Merged(base=str(folder / "other")), folder / "x"
+        )

@@ -6,14 +6,30 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..matrices import Base, StructuredMatrix
+from ..matrices import Base, Several, StructuredMatrix
 from .report import Report
+from .several import choose, join, used
 from .surgery import Site, StructuredLinear, base_of, replace, structured
 
 
 def adapted(model: nn.Module) -> Mapping[str, StructuredLinear]:
     """Return the layers of a model that have an adapter, by name."""
     return {name: layer for name, layer in structured(model).items() if base_of(layer.matrix) is not None}
+
+
+def in_use(model: nn.Module) -> dict[str, StructuredMatrix]:
+    """Return the adapted matrices of a model by layer; of adapters with names what is in use, where something is.
+
+    Raises:
+        ValueError: if each row of a batch has its own.
+    """
+    made: dict[int, StructuredMatrix] = {}
+    for layer in adapted(model).values():
+        matrix = layer.matrix
+        if id(matrix) not in made:
+            made[id(matrix)] = matrix.expression if isinstance(matrix, Several) else matrix
+    found = {name: made[id(layer.matrix)] for name, layer in adapted(model).items()}
+    return {name: matrix for name, matrix in found.items() if not isinstance(matrix, Base)}
 
 
 def refuse_adapted(model: nn.Module) -> None:
@@ -81,17 +97,26 @@ class Adaptation:
         if not self.matrices:
             raise ValueError(f"{source} holds no adapter of a layer of this model.")
 
-    def apply(self, model: nn.Module, title: str) -> Report:
-        """Put the matrices into the model, and let the same train as when they were written."""
-        model.requires_grad_(False)
+    def apply(self, model: nn.Module, title: str, name: str | None = None) -> Report:
+        """Put the matrices into the model, and let the same train as when they were written.
+
+        With a name they stand beside others, and are then in use.
+        """
         rows = []
-        for site, matrix in self.matrices:
-            for part in matrix.modules():
-                if isinstance(part, Base):
-                    part.requires_grad_(False)
-            trained = sum(p.numel() for p in matrix.parameters() if p.requires_grad)
-            rows.append({"name": site.name, "shape": list(matrix.shape), "trained": trained})
-            replace(model, site, matrix)
+        with used(model, None):
+            model.requires_grad_(False)
+            for site, matrix in self.matrices:
+                for part in matrix.modules():
+                    if isinstance(part, Base):
+                        part.requires_grad_(False)
+                trained = sum(p.numel() for p in matrix.parameters() if p.requires_grad)
+                rows.append({"name": site.name, "shape": list(matrix.shape), "trained": trained})
+                if name is None:
+                    replace(model, site, matrix)
+                else:
+                    join(model, site, name, matrix)
+        if name is not None:
+            choose(model, name)
         for parameter, value in self.whole:
             with torch.no_grad():
                 parameter.copy_(value)

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ..matrices import Base, Dense, StructuredMatrix
+from ..matrices import Base, Dense, Several, StructuredMatrix
 from .extended import refuse_extended
 from .stacks import ChoosesExperts, Stack, one_by_one, stack_at, stacks, stacks_of
 from .views import VIEWS, EmbeddingView, LinearView, SliceView, View, parameter_of, view_of
@@ -93,6 +93,12 @@ class Site:
     def matrix(self) -> StructuredMatrix:
         """The matrix as it is kept."""
         return self.layer.matrix if isinstance(self.layer, StructuredLinear) else Dense(self.weight)
+
+    @property
+    def under(self) -> StructuredMatrix:
+        """The matrix without adapters that have names."""
+        matrix = self.matrix
+        return matrix.base.matrix if isinstance(matrix, Several) else matrix
 
     @property
     def weight(self) -> Tensor:
@@ -192,7 +198,9 @@ def unstack(model: nn.Module, name: str) -> Stack | None:
     weight = owner.get_parameter(last)
     if not number.isdecimal() or int(number) >= len(weight):
         return None
+    before = [part.order for part in owner.children() if isinstance(part, Stack)]
     stack = Stack(weight, transposed).detached().train(owner.training)
+    stack.order = before[0] if before else tuple(owner._parameters)
     set_module(model, path, stack)
     one_by_one(model)
     return stack
@@ -229,9 +237,13 @@ def fold(model: nn.Module) -> nn.Module:
         the same model; a layer given as the model itself is returned as a new one.
 
     Raises:
-        ValueError: if something that is no matrix stands behind a layer, such as a bottleneck.
+        ValueError: if something that is no matrix stands behind a layer, such as a bottleneck, or each row of a
+            batch has its own adapter.
     """
     refuse_extended(model, "cannot be folded; train an adapter of matrices instead, such as Lora")
+    for layer in structured(model).values():
+        if isinstance(layer.matrix, Several):
+            layer.matrix.check_one()
     if isinstance(model, StructuredLinear):
         return model.dense()
     weights: dict[int, Any] = {}
@@ -241,14 +253,22 @@ def fold(model: nn.Module) -> nn.Module:
             plain.biased = layer.biased
             plain.weight = weights.setdefault(id(layer.matrix), plain.weight)
             set_module(model, name, plain)
+    restack(model)
+    return model
+
+
+def restack(model: nn.Module) -> None:
+    """Make stacks 3-D parameters again where all their matrices are what they were, or have been folded."""
     wholes: dict[int, Any] = {}
     for path, stack in list(stacks(model)):
         whole = wholes.setdefault(id(stack), stack.parameter())
         if whole is not None:
             set_module(model, path, whole)
+            held = model.get_submodule(path.rpartition(".")[0])._parameters
+            for name in [name for name in stack.order if name in held]:  # in the order that they had
+                held[name] = held.pop(name)
     if wholes and isinstance(model, ChoosesExperts) and not any(True for _ in stacks(model)):
         model.set_experts_implementation(None)  # the model's own choice
-    return model
 
 
 def structured(model: nn.Module) -> Mapping[str, StructuredLinear]:

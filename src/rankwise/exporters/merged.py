@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Generator
 
-from ..models import load, load_adapter
+from ..models import load
 from ..models.adapted_weights import AdaptedWeights
+from ..models.adapter_folder import AdapterFolder
 from ..models.exchange import outputs_of
 from .adapted import AdaptedExporter, bytes_of
 from .base import Source
@@ -56,13 +57,13 @@ class Merged(AdaptedExporter):
         copy_beside(weights.folder, weights.config, out)
         stored = sum(file.stat().st_size for file in out.glob("*.safetensors"))
         if stored <= self.compare * 10**6 and "vocab_size" in weights.config:
-            _compare(self.base, weights, out)
+            _compare(self.base, self.adapter(source), weights, out)
 
 
-def _compare(base: str, weights: AdaptedWeights, out: Path) -> None:
+def _compare(base: str, adapter: AdapterFolder, weights: AdaptedWeights, out: Path) -> None:
     """Raise unless a merged model computes what the adapted one does, up to the rounding of its weights."""
     adapted: Any = load(base, dtype=torch.float32)[0]
-    load_adapter(adapted, weights.adapter.folder)
+    adapter.adaptation(adapted).apply(adapted, adapter.title)
     merged: Any = load(out, dtype=torch.float32)[0]
     if adapted.main_input_name != "input_ids":
         return

@@ -26,6 +26,7 @@ from .row_normalised import RowNormalised
 from .scheduled import Scheduled
 from .seeded import Seeded
 from .semi_sparse import SemiSparse
+from .several import Several
 from .sparse import Sparse
 from .spectral import Spectral
 from .tiled import Tiled
@@ -53,6 +54,7 @@ __all__ = [
     "Scheduled",
     "Seeded",
     "SemiSparse",
+    "Several",
     "Sparse",
     "Spectral",
     "StructuredMatrix",

@@ -80,6 +80,10 @@ class StructuredMatrix(nn.Module, abc.ABC):
         """Apply the transpose: (..., m) -> (..., n), equal to ``y @ self.dense()``."""
         return y @ self.dense()
 
+    def added(self, x: Tensor, product: Tensor) -> Tensor:
+        """Return what an adapter adds to its base's product with x: (..., n), (..., m) -> (..., m)."""
+        return self(x) - product
+
     def lookup(self, index: Tensor) -> Tensor:
         """Return columns: (...) integers -> (..., m), what forward makes of rows that are zero but for a one.
 

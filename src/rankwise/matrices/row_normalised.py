@@ -86,6 +86,11 @@ class RowNormalised(StructuredMatrix):
         """(..., n) -> (..., m)."""
         return self._rescaled(self.base(x) + self.update(x))
 
+    def added(self, x: Tensor, product: Tensor) -> Tensor:
+        """(..., n), (..., m) -> (..., m)."""
+        moved = self.update(x)
+        return moved + (self._factors() - 1).to(product.dtype) * (product + moved)
+
     def adjoint(self, y: Tensor) -> Tensor:
         """(..., m) -> (..., n)."""
         y = self._rescaled(y)

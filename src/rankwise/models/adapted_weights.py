@@ -45,10 +45,11 @@ class AdaptedWeights(Mapping[str, Tensor]):
         self.folder, self.config = base.folder, base.config
         self.model = _without_values(base.config)
         self._sites: Mapping[str, Site] = sites_of(self.model)
+        adapter.prepare(self.model)
         layers = list(dict.fromkeys([*adapter.layers, *adapter.wanted(self._sites, head_of(self.model))]))
         for name in layers:
             if name not in self._sites:
-                raise ValueError(f"{adapter.folder} adapts {name}, which {base.folder} does not have.")
+                raise ValueError(f"{adapter.title} adapts {name}, which {base.folder} does not have.")
             if isinstance(self._sites[name].view, SliceView):
                 raise ValueError(
                     f"{name} is a slice of a 3-D parameter; use load_adapter, fold and save instead."
@@ -140,7 +141,7 @@ class AdaptedWeights(Mapping[str, Tensor]):
         """
         repeated = {key for key in self.adapter.unexpected if self._repeats(key)}
         if rest := [key for key in self.adapter.unexpected if key not in repeated]:
-            raise ValueError(f"{self.adapter.folder} holds tensors that nothing reads: {', '.join(rest)}.")
+            raise ValueError(f"{self.adapter.title} holds tensors that nothing reads: {', '.join(rest)}.")
 
     def _repeats(self, key: str) -> bool:
         """Whether a tensor says again what the model or the adapter says, as those of tied embeddings do."""
@@ -157,7 +158,7 @@ class AdaptedWeights(Mapping[str, Tensor]):
         ):
             if names:
                 raise ValueError(
-                    f"{self.adapter.folder} {words} {', '.join(names)}; give the model that was adapted."
+                    f"{self.adapter.title} {words} {', '.join(names)}; give the model that was adapted."
                 )
 
     def _rows(self, name: str, matrix: StructuredMatrix, out: Tensor) -> int:

@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..core.adapted import adapted, own_tensors, whole_parameters
+from ..core.adapted import in_use, own_tensors, whole_parameters
 from ..core.files import write_text
 from ..core.fingerprint import values_digest
 from ..core.surgery import base_of
 from ..core.views import View
 from ..matrices import Base, StructuredMatrix, from_spec
-from .adapter_folder import AdapterFolder, check_shape, put_base
+from ..matrices.frozen import put_base
+from .adapter_folder import NONE, AdapterFolder, check_shape
 from .model_files import verify
 
 NAME = "rankwise_adapter.json"
@@ -49,7 +50,7 @@ def write_adapter(model: nn.Module, folder: Path) -> None:
             if tensor.requires_grad != usual[key].requires_grad:
                 turned[name] = tensor.requires_grad
     if not layers:
-        raise ValueError("the model has no adapter; make one with rankwise.adapt, or save it as a model.")
+        raise ValueError(NONE)
     whole = {name: parameter.detach().contiguous() for name, parameter in whole_parameters(model).items()}
     content = {
         "version": VERSION,
@@ -134,10 +135,10 @@ class OwnFolder(AdapterFolder):
 
 
 def groups(model: nn.Module) -> Iterator[tuple[list[str], StructuredMatrix]]:
-    """Yield the adapted matrices of a model, each with the names of all layers that hold it."""
+    """Yield the adapted matrices in use, each with the names of all layers that hold it."""
     found: dict[int, tuple[list[str], StructuredMatrix]] = {}
-    for name, layer in adapted(model).items():
-        found.setdefault(id(layer.matrix), ([], layer.matrix))[0].append(name)
+    for name, matrix in in_use(model).items():
+        found.setdefault(id(matrix), ([], matrix))[0].append(name)
     yield from found.values()
 
 

@@ -10,11 +10,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..core.adapted import Adaptation, adapted, own_tensors
+from ..core.adapted import Adaptation, own_tensors
 from ..core.surgery import Site, select
 from ..core.views import View
-from ..matrices import Base, StructuredMatrix
+from ..matrices import StructuredMatrix
 
+NONE = "the model has no adapter in use; make one with rankwise.adapt, or save it as a model."
 _UNTIE = "give each of them a parameter of its own first"
 
 
@@ -26,6 +27,7 @@ class AdapterFolder(abc.ABC):
         tensors: the file that holds their numbers.
 
     Attributes:
+        title: what messages call it.
         missing: names of tensors that were asked for in vain.
         others: layers whose matrix had other values than the one that was adapted.
 
@@ -34,10 +36,14 @@ class AdapterFolder(abc.ABC):
     """
 
     def __init__(self, config: Path, tensors: Path) -> None:
-        self.folder, self.config, self.tensors = config.parent, read_json(config), read_tensors(tensors)
+        self.folder, self.title = config.parent, str(config.parent)
+        self.config, self.tensors = read_json(config), read_tensors(tensors)
         self.missing: list[str] = []
         self.others: list[str] = []
         self._used: set[str] = set()
+
+    def prepare(self, model: nn.Module) -> None:  # noqa: B027 (most need not)
+        """Look at the model that the adapters are for, before all else."""
 
     @property
     @abc.abstractmethod
@@ -87,13 +93,14 @@ class AdapterFolder(abc.ABC):
         """Make all adapters for a model, which stays as it is.
 
         Raises:
-            ValueError: if a layer has an adapter already, or something does not fit.
+            ValueError: if something does not fit.
         """
         sites, made = sites_of(model), {}
+        self.prepare(model)
         for name in dict.fromkeys([*self.layers, *self.wanted(sites, head_of(model))]):
             if name in sites:
                 site = sites[name]
-                matrix = self.matrix(name, site.matrix, site.view)
+                matrix = self.matrix(name, site.under, site.view)
                 if matrix is not None:
                     _, first = made.setdefault(site.name, (site, matrix.train(site.layer.training)))
                     _check_same(name, site, own_tensors(first), own_tensors(matrix))
@@ -127,22 +134,9 @@ class AdapterFolder(abc.ABC):
 
 
 def sites_of(model: nn.Module) -> dict[str, Site]:
-    """Return the layers of a model that can hold an adapter, by each of their names.
-
-    Raises:
-        ValueError: if one has an adapter already.
-    """
-    if busy := next(iter(adapted(model)), None):
-        raise ValueError(f"layer {busy} has an adapter already; fold it first, or load the model anew.")
+    """Return the layers of a model that can hold an adapter, by each of their names."""
     found = select(model, lambda name, layer: True, compressed=True, tables=True)
     return {name: site for site in found.values() for name in site.names}
-
-
-def put_base(matrix: StructuredMatrix, base: StructuredMatrix) -> None:
-    """Have all bases in an expression stand around one matrix."""
-    for part in list(matrix.modules()):
-        if isinstance(part, Base):
-            part.matrix = base
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -105,7 +105,10 @@ class LoraKind(PeftKind):
     name = "LORA"
     ends = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
     optional = ("lora_magnitude_vector",)
-    fields = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+    fields = (
+        *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
+        "target_parameters",
+    )
 
     def piece(self, matrix: StructuredMatrix, view: View, most: int | None = None) -> Piece | None:
         """Take the factors, or find some, of at most a rank."""
