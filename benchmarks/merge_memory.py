@@ -1,9 +1,9 @@
 """How much memory it takes to merge an adapter into a sharded checkpoint, beside peft's merge_and_unload.
 
-A random Llama of about 1 GB in several files, and a LoRA of rank 16 on all linear layers, in PEFT's files, which both
-tools read. The largest tensor is the tied embedding, which has no adapter, or a matrix that has one. Each merge is a
-process of its own, ours the command line; counted is the most that it holds over the most that the same process
-holds for a tiny model. All files are removed afterwards.
+A random Llama of about 1 GB in several files, and a LoRA of rank 16 on all linear layers, in PEFT's files, which
+both tools read. The largest tensor is the tied embedding, which has no adapter, or a matrix that has one. Each merge
+is a process of its own, ours the command line; counted is the most that it holds over the most that the same
+process holds for a tiny model. All files are removed afterwards.
 
     python benchmarks/merge_memory.py --json benchmarks/results/merge_memory.json
 """
@@ -61,11 +61,11 @@ def make(folder: Path, fields: dict[str, Any], dtype: str) -> None:
 
 
 def compare(folder: Path) -> None:
-    """Print how much tensors of the two merged models differ at most, relative to their sizes, and from the base."""
+    """Print how much tensors of the two merged models differ at most, of their sizes, and from the base."""
     from safetensors import safe_open
 
     files = {
-        tool: {name: file for file in (folder / tool).glob("*.safetensors") for name in safe_open(file, "pt").keys()}
+        tool: {name: file for file in (folder / tool).glob("*.safetensors") for name in _names(file)}
         for tool in ("base", "rankwise", "peft")
     }
     assert files["base"].keys() == files["rankwise"].keys() == files["peft"].keys()
@@ -77,12 +77,31 @@ def compare(folder: Path) -> None:
     print(json.dumps(most))
 
 
+def _names(file: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
+
+
 def merge(tool: str, folder: Path) -> tuple[int, float]:
     """Merge in a process; return the most memory that it held, in bytes, and its seconds."""
     base, adapter, out = (str(folder / name) for name in ("base", "adapter", tool))
     cli = "from rankwise.cli import main; main()"
     words = {
-        "rankwise": [cli, "export", adapter, "--base", base, "--to", "merged", "--out", out, "--set", "compare=0"],
+        "rankwise": [
+            cli,
+            "export",
+            adapter,
+            "--base",
+            base,
+            "--to",
+            "merged",
+            "--out",
+            out,
+            "--set",
+            "compare=0",
+        ],
         "peft": [PEFT, base, adapter, out],
     }
     start = time.perf_counter()

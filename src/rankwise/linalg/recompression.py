@@ -11,9 +11,9 @@ def recompressed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the factors of the best rank-r matrix in the metric tr(S D C D') of its difference D from L R.
 
-    With S = T' T, C = K K' and the triangles A of the QR decomposition of T L and B of that of (R K)', the singular
-    values of T L R K are those of A B', which is small: (m + n) p^2 multiplications for p columns of L. As in
-    :func:`rankwise.linalg.truncated_factors`, no inverse of K is needed.
+    With S = T' T, C = K K', and A and B the triangles of the QR decompositions of T L and of (R K)', the singular
+    values of T L R K are those of A B', which is small: (m + n) p^2 multiplications for p columns of L, after the
+    metrics. As in :func:`rankwise.linalg.truncated_factors`, no inverse of K is needed.
 
     Args:
         left: L, (m, p).

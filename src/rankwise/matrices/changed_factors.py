@@ -15,9 +15,9 @@ from .frozen import Base
 class ChangedFactors(StructuredMatrix):
     """(U + X) (V + Y) for W = U V, and the same for all structures: each stored factor with its own change.
 
-    The changed matrix has the structure of W, so that :meth:`merged` takes the changes in without a number more. The
-    changed factors are written out for every product, in the type of the changes; what is larger, their product,
-    never is.
+    The changed matrix has the structure of W, so that :meth:`merged` takes the changes in without a number more.
+    The changed factors are written out for every product, in the type of the changes; what is larger, their
+    product, never is.
 
     Args:
         base: W, of any kind.
@@ -111,8 +111,8 @@ class ChangedFactors(StructuredMatrix):
         return {name: self.base.matrix.get_parameter(name) + change.dense() for name, change in pairs}
 
     def _use(self, use: Callable[[StructuredMatrix], Tensor]) -> Tensor:
-        """Compute something with the changed matrix; what does not change of it is converted to the wider type."""
-        state = {name: t for name, t in self.base.matrix.state_dict(keep_vars=True).items()}
+        """Compute something with the changed matrix; the rest of it is converted to the wider type."""
+        state = self.base.matrix.state_dict(keep_vars=True)
         state = {name: t.to(self._wide) if t.is_floating_point() else t for name, t in state.items()}
         values = {f"base.matrix.{name}": tensor for name, tensor in (state | self._factors()).items()}
         return functional_call(self.applied, values, (use,))

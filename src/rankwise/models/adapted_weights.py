@@ -165,7 +165,9 @@ class AdaptedWeights:
             return step
         beside, empty = takes_any_type(matrix), self.empty(name)
         free = self.memory - empty.numel() * empty.element_size() - (0 if beside else 4 * m * n)
-        each = 4 * 4 * (length if beside else m + n)  # a line of the base, of the change, their sum, and that rounded
+        each = (
+            4 * 4 * (length if beside else m + n)
+        )  # a line of the base, of the change, their sum, and that rounded
         if free < each:
             needed = self.memory - free + each
             raise ValueError(f"{name} takes {needed} bytes of memory at least; give more, or no limit.")

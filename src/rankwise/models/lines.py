@@ -3,7 +3,18 @@
 import torch
 from torch import Tensor
 
-from ..matrices import Base, Branch, Dense, Frozen, LowRank, RowNormalised, Scaled, Scheduled, StructuredMatrix, Sum
+from ..matrices import (
+    Base,
+    Branch,
+    Dense,
+    Frozen,
+    LowRank,
+    RowNormalised,
+    Scaled,
+    Scheduled,
+    StructuredMatrix,
+    Sum,
+)
 
 
 def lines_of(matrix: StructuredMatrix, axis: int, start: int, stop: int) -> Tensor:
