@@ -1,9 +1,9 @@
 """How much memory it takes to merge an adapter into a sharded checkpoint, beside peft's merge_and_unload.
 
 A random Llama of about 1 GB in several files, and a LoRA of rank 16 on all linear layers, in PEFT's files, which
-both tools read. The largest tensor is the tied embedding, which has no adapter, or a matrix that has one. Each merge
-is a process of its own, ours the command line; counted is the most that it holds over the most that the same
-process holds for a tiny model. All files are removed afterwards.
+both tools read. The largest tensor is the tied embedding, which has no adapter, or a matrix that has one. Each
+merge is a process of its own, ours the command line; counted is the most that it holds over the most that the
+same process holds for a tiny model. All files are removed afterwards.
 
     python benchmarks/merge_memory.py --json benchmarks/results/merge_memory.json
 """

@@ -17,7 +17,7 @@ from .core.progress import track
 from .core.report import Report
 from .core.statistics import Batch, Statistics, Stats
 from .core.surgery import base_of, fold, replace, select
-from .linalg import recompressed
+from .linalg import Metric, recompressed
 from .matrices import ChangedFactors, Dense, LowRank, PivotedLowRank, StructuredMatrix, Sum
 from .models.low_rank_change import bare, change_of
 
@@ -34,11 +34,12 @@ def absorb(
 ) -> Report:
     """Put adapters into the stored numbers of the matrices under them, in place, without a number more.
 
-    Where :func:`fold` gives ordinary layers, this leaves a compressed model as small as it was. Changes of factors,
-    by :class:`rankwise.adapters.FactorLora`, go into them exactly, and every change of an ordinary weight into that.
-    What stands beside a low-rank matrix raises its rank: then the best matrix of the old rank takes the place of
-    both, in the metric of ``method``, and the report says how much is lost. In a sum with a low-rank term, as
-    low-bit numbers may have, that term takes the change. Nothing changes before all new matrices are made.
+    Where :func:`fold` gives ordinary layers, this leaves a compressed model as small as it was. Changes of
+    factors, by :class:`rankwise.adapters.FactorLora`, go into them exactly, and every change of an ordinary
+    weight into that. What stands beside a low-rank matrix raises its rank: then the best matrix of the old rank
+    takes the place of both, in the metric of ``method``, and the report says how much is lost. In a sum with a
+    low-rank term, as low-bit numbers may have, that term takes the change. Nothing changes before all new
+    matrices are made.
 
     Args:
         model: has adapters.
@@ -76,28 +77,26 @@ def absorb(
     sites = {name: site for name, site in sites.items() if base_of(site.matrix) is not None}
     if not sites:
         raise ValueError("the model has no adapter to absorb; make one with rankwise.adapt.")
-    if method.needs and data is None:
-        raise CalibrationError(f"{type(method).__name__} reads statistics; give data.")
-    if method.needs and not isinstance(data, Statistics):
+    statistics = Statistics({}, 0.0, 0)
+    if isinstance(data, Statistics):
+        statistics = data
+    elif method.needs:
+        if data is None:
+            raise CalibrationError(f"{type(method).__name__} reads statistics; give data.")
         about: dict[str, Any] = {"labels": labels, "tokens": tokens, "window": window, "seed": seed}
-        data = calibrate(
-            model,
-            method.needs,
-            data=data or "self",
-            where=lambda name, _: name in sites,
-            compressed=True,
-            **about,
+        statistics = calibrate(
+            model, method.needs, data=data, where=lambda name, _: name in sites, compressed=True, **about
         )
     made: dict[str, StructuredMatrix] = {}
     rows = []
     for name, site in track(sites.items(), "new matrices"):
-        stats = data.of(name, method.needs) if isinstance(data, Statistics) else {}
-        try:
-            made[name], lost = _absorbed(site.matrix, method, stats)
-        except ValueError as error:
-            raise ValueError(f"layer {name}: {error}") from error
+        stats: Stats = statistics.of(name, method.needs) if method.needs else {}
         base = base_of(site.matrix)
         assert base is not None
+        try:
+            made[name], lost = _absorbed(site.matrix, base.matrix, method.metrics(stats))
+        except ValueError as error:
+            raise ValueError(f"layer {name}: {error}") from error
         about = {"kind": type(made[name]).__name__, "rank": made[name].rank}
         counts = {"params_before": base.params, "params_after": made[name].params}
         rows.append({"name": name, **about, **counts, **lost})
@@ -110,39 +109,34 @@ def absorb(
     return Report(title, rows, "layers", totals)
 
 
+@torch.no_grad()
 def _absorbed(
-    matrix: StructuredMatrix, method: QuadraticError, stats: Stats
+    matrix: StructuredMatrix, base: StructuredMatrix, metrics: tuple[Metric, Metric]
 ) -> tuple[StructuredMatrix, Mapping[str, float]]:
-    """Return a matrix in place of an adapted one, of the form of its base, and what is lost."""
+    """Return a matrix of the form of the base in place of an adapted one, and what is lost."""
     matrix, none = bare(matrix), {"lost": 0.0, "error": 0.0}
-    base = base_of(matrix)
-    assert base is not None
     if isinstance(matrix, ChangedFactors):
         return matrix.merged(), none
-    if isinstance(base.matrix, Dense):
+    if isinstance(base, Dense):
         return Dense(matrix.dense().detach()), none
-    made = copy.deepcopy(base.matrix)
+    made, change = copy.deepcopy(base), change_of(matrix)
     part = _low_rank_in(made)
-    change = change_of(matrix)
     if part is None or change is None:
         what = "its base has no low-rank part" if part is None else "its change is of no low rank"
         raise ValueError(
             f"{what} and cannot take the change in; write it out with rankwise.fold, keep the adapter beside it, "
             "adapt its factors with FactorLora where it has some, or train what is stored with rankwise.heal."
         )
-    metrics = method.metrics(stats)
-    first, second = part.factors()
-    left, right = change.scale * change.left.double(), change.right
-    of_change = recompressed(left, right, 1, *metrics)[2].norm()
-    if not float(of_change):
+    left, right = change.scale * change.left.double(), change.right.double()
+    size = recompressed(left, right, 1, *metrics)[2].norm()
+    if not float(size):
         return made, none
-    left = torch.cat([first.double(), left], dim=1)
-    right = torch.cat([second.double(), right.double()])
-    left, right, values = recompressed(left, right, part.rank, *metrics)
+    first, second = part.factors()
+    both = torch.cat([first.double(), left], dim=1), torch.cat([second.double(), right])
+    left, right, values = recompressed(*both, part.rank, *metrics)
+    part.load_state_dict(part.refitted(left, right).state_dict())
     missing = values[part.rank :].norm()
-    refitted = part.refitted(left, right)
-    part.load_state_dict(refitted.state_dict())
-    return made, {"lost": float(missing / of_change), "error": float(missing / values.norm())}
+    return made, {"lost": float(missing / size), "error": float(missing / values.norm())}
 
 
 def _low_rank_in(matrix: StructuredMatrix) -> LowRank | PivotedLowRank | None:

@@ -26,18 +26,18 @@ FACTORED = (Dense, LowRank, PivotedLowRank)
 class FactorLora(Adapter):
     """Train (U + s B_1 A_1) (V + s B_2 A_2) for a weight W = U V that is kept in factors, with U and V frozen.
 
-    The result has the rank of W whatever is trained, so that :func:`rankwise.absorb` puts it into U and V exactly,
-    with as many numbers as before; of :class:`Lora` beside W that cuts a part away. To first order the change is
-    B_1 A_1 V + U B_2 A_2, which is tangent to the matrices of W's rank. In a pivoted matrix the kept lines and the
-    combinations of the others are the factors, in a sum or a product those of its low-rank and dense parts. On an
-    ordinary weight it is :class:`Lora`.
+    The result has the rank of W whatever is trained, so that :func:`rankwise.absorb` puts it into U and V
+    exactly, with as many numbers as before; of :class:`Lora` beside W that cuts a part away. To first order the
+    change is B_1 A_1 V + U B_2 A_2, which is tangent to the matrices of W's rank. In a pivoted matrix the kept
+    lines and the combinations of the others are the factors, in a sum or a product those of its low-rank and
+    dense parts. On an ordinary weight it is :class:`Lora`.
 
     Args:
         rank: of each change; of a factor with a shorter side that is less, it is that.
         alpha: s = alpha / rank; None means s = 1.
 
-    References: for the tangent space, Vandereycken, "Low-rank matrix completion by Riemannian optimization", 2013,
-        arXiv 1209.3834. We know of no paper that trains LoRA on factors.
+    References: for the tangent space, Vandereycken, "Low-rank matrix completion by Riemannian optimization",
+        2013, arXiv 1209.3834. We know of no paper that trains LoRA on factors.
 
     >>> import torch
     >>> from rankwise.matrices import Base, LowRank

@@ -6,14 +6,12 @@ of a low-rank matrix, each part holds whole.
 
 import math
 from functools import singledispatch
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..linalg import unpack
 from ..matrices import Dense, LowRank, PivotedLowRank, Product, Quantized, Scaled, Sparse, StructuredMatrix, Sum
-from ..matrices.low_rank import Side
 
 
 def span(whole: int, part: int, rank: int, world: int) -> tuple[int, int]:
@@ -155,7 +153,7 @@ def _shorter_lines(matrix: PivotedLowRank, start: int, stop: int) -> StructuredM
     """Cut every line to a part of its length; the combinations stay."""
     if matrix.rank <= stop - start:  # never more numbers than written out
         kept = matrix.kept.detach()[:, start:stop].clone()
-        return PivotedLowRank(kept, matrix.mix.detach().clone(), matrix.order.clone(), cast(Side, matrix.side))
+        return PivotedLowRank(kept, matrix.mix.detach().clone(), matrix.order.clone(), matrix.side)
     left, right = matrix.factors()
     cut = left @ right[:, start:stop] if matrix.side == "rows" else left[start:stop] @ right
     return Dense(cut.detach().contiguous())

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ class ChangedFactors(StructuredMatrix):
 
     def spec(self) -> dict[str, Any]:
         """Kind, the spec of the base, and those of the changes by the names of factors."""
-        changes = {name: change.spec() for name, change in zip(self.names, self.changes, strict=True)}
+        changes = {name: change.spec() for name, change in self._changes.items()}
         return {"kind": "ChangedFactors", "base": self.base.spec(), "changes": changes}
 
     @classmethod
@@ -102,13 +102,17 @@ class ChangedFactors(StructuredMatrix):
         return cls(base, {name: from_spec(change, **where) for name, change in changes.items()})
 
     @property
+    def _changes(self) -> dict[str, StructuredMatrix]:
+        return dict(zip(self.names, cast(list[StructuredMatrix], list(self.changes)), strict=True))
+
+    @property
     def _wide(self) -> torch.dtype:
-        return torch.promote_types(self.base.dtype, self.changes[0].dtype)
+        return torch.promote_types(self.base.dtype, self._changes[self.names[0]].dtype)
 
     def _factors(self) -> dict[str, Tensor]:
         """The changed factors, in the wider type."""
-        pairs = zip(self.names, self.changes, strict=True)
-        return {name: self.base.matrix.get_parameter(name) + change.dense() for name, change in pairs}
+        stored = self.base.matrix
+        return {name: stored.get_parameter(name) + change.dense() for name, change in self._changes.items()}
 
     def _use(self, use: Callable[[StructuredMatrix], Tensor]) -> Tensor:
         """Compute something with the changed matrix; the rest of it is converted to the wider type."""

@@ -117,6 +117,7 @@ class PivotedLowRank(StructuredMatrix):
     """
 
     order: Tensor
+    side: Side
 
     def __init__(self, kept: Tensor, mix: Tensor, order: Tensor, side: Side = "rows") -> None:
         super().__init__()
