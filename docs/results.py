@@ -292,8 +292,8 @@ def merge_memory() -> list[str]:
         *_head("Memory of merging a LoRA into a sharded checkpoint, as a multiple of the largest tensor", found),
         f"Rank {found['rank']} on all linear layers, peft {found['environment']['peft']}. The memory is the most",
         "that the process holds over the most that it holds for a tiny model, the adapter's own included. The",
-        "seconds were taken on a busy machine. The last columns are the largest difference of a tensor between the",
-        "two results, and the largest change by the merge, relative to the tensor.",
+        "seconds were taken on a busy machine. The last columns are the largest difference of a tensor between",
+        "the two results, and the largest change by the merge, relative to the tensor.",
         "",
         *table([*head, "difference", "change"], cells),
     ]

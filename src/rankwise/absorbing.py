@@ -1,25 +1,18 @@
 """The verb that puts adapters into the numbers of the matrices under them."""
 
-import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from .api import calibrate
 from .compressors import PlainSvd
 from .compressors.quadratic import QuadraticError
 from .core.errors import CalibrationError
-from .core.extended import refuse_extended
 from .core.labels import Labels
-from .core.progress import track
 from .core.report import Report
-from .core.statistics import Batch, Statistics, Stats
-from .core.surgery import base_of, fold, replace, select
-from .linalg import Metric, recompressed
-from .matrices import ChangedFactors, Dense, LowRank, PivotedLowRank, StructuredMatrix, Sum
-from .models.low_rank_change import bare, change_of
+from .core.statistics import Batch, Statistics
+from .models.absorption import absorb_adapters, adapted_sites
 
 
 def absorb(
@@ -72,12 +65,7 @@ def absorb(
     method = method or PlainSvd()
     if not isinstance(method, QuadraticError):
         raise TypeError(f"method must measure changes, such as KroneckerFactoredSvd(), got {method!r}.")
-    refuse_extended(model, "cannot go into stored numbers; train an adapter of matrices instead, such as Lora")
-    sites = select(model, lambda name, layer: True, compressed=True, tables=True)
-    sites = {name: site for name, site in sites.items() if base_of(site.matrix) is not None}
-    if not sites:
-        raise ValueError("the model has no adapter to absorb; make one with rankwise.adapt.")
-    statistics = Statistics({}, 0.0, 0)
+    sites, statistics = adapted_sites(model), Statistics({}, 0.0, 0)
     if isinstance(data, Statistics):
         statistics = data
     elif method.needs:
@@ -87,60 +75,12 @@ def absorb(
         statistics = calibrate(
             model, method.needs, data=data, where=lambda name, _: name in sites, compressed=True, **about
         )
-    made: dict[str, StructuredMatrix] = {}
-    rows = []
-    for name, site in track(sites.items(), "new matrices"):
-        stats: Stats = statistics.of(name, method.needs) if method.needs else {}
-        base = base_of(site.matrix)
-        assert base is not None
-        try:
-            made[name], lost = _absorbed(site.matrix, base.matrix, method.metrics(stats))
-        except ValueError as error:
-            raise ValueError(f"layer {name}: {error}") from error
-        about = {"kind": type(made[name]).__name__, "rank": made[name].rank}
-        counts = {"params_before": base.params, "params_after": made[name].params}
-        rows.append({"name": name, **about, **counts, **lost})
-    for name, site in sites.items():
-        replace(model, site, made[name].requires_grad_(True))
-    fold(model, lambda layer: isinstance(layer.matrix, Dense))
+    rows = absorb_adapters(
+        model,
+        sites,
+        lambda name: method.metrics(statistics.of(name, method.needs) if method.needs else {}),
+    )
     totals = {key: sum(row[key] for row in rows) for key in ("params_before", "params_after")}
     totals["lost"] = max(row["lost"] for row in rows)
     title = f"{len(rows)} adapters absorbed; at most {totals['lost']:.2g} of a layer's change is lost"
     return Report(title, rows, "layers", totals)
-
-
-@torch.no_grad()
-def _absorbed(
-    matrix: StructuredMatrix, base: StructuredMatrix, metrics: tuple[Metric, Metric]
-) -> tuple[StructuredMatrix, Mapping[str, float]]:
-    """Return a matrix of the form of the base in place of an adapted one, and what is lost."""
-    matrix, none = bare(matrix), {"lost": 0.0, "error": 0.0}
-    if isinstance(matrix, ChangedFactors):
-        return matrix.merged(), none
-    if isinstance(base, Dense):
-        return Dense(matrix.dense().detach()), none
-    made, change = copy.deepcopy(base), change_of(matrix)
-    part = _low_rank_in(made)
-    if part is None or change is None:
-        what = "its base has no low-rank part" if part is None else "its change is of no low rank"
-        raise ValueError(
-            f"{what} and cannot take the change in; write it out with rankwise.fold, keep the adapter beside it, "
-            "adapt its factors with FactorLora where it has some, or train what is stored with rankwise.heal."
-        )
-    left, right = change.scale * change.left.double(), change.right.double()
-    size = recompressed(left, right, 1, *metrics)[2].norm()
-    if not float(size):
-        return made, none
-    first, second = part.factors()
-    both = torch.cat([first.double(), left], dim=1), torch.cat([second.double(), right])
-    left, right, values = recompressed(*both, part.rank, *metrics)
-    part.load_state_dict(part.refitted(left, right).state_dict())
-    missing = values[part.rank :].norm()
-    return made, {"lost": float(missing / size), "error": float(missing / values.norm())}
-
-
-def _low_rank_in(matrix: StructuredMatrix) -> LowRank | PivotedLowRank | None:
-    """Return the matrix itself, or the term of a sum, that a low-rank change can go into."""
-    parts = matrix.parts if isinstance(matrix, Sum) else [matrix]
-    found = [part for part in parts if isinstance(part, (LowRank, PivotedLowRank))]
-    return max(found, key=lambda part: part.rank, default=None)

@@ -16,11 +16,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 import rankwise
+from rankwise.adapters import FactorLora
 from rankwise.adapters import Lora as LoraAdapter
 from rankwise.cli import app
 from rankwise.compressors import PlainSvd
 from rankwise.core.surgery import replace, select
-from rankwise.exporters import Delta, Lora, Merged
+from rankwise.exporters import Absorbed, Delta, Lora, Merged
 from rankwise.matrices import Base, Branch, Dense, Diagonal, LowRank, Product, StructuredMatrix, Sum
 from rankwise.models import adapted_weights
 from rankwise.models.adapted_weights import AdaptedWeights
@@ -160,14 +161,30 @@ def test_a_change_of_full_rank_is_cut_to_a_rank_and_the_error_is_told(tmp_path: 
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_compressed_base_is_written_out(tmp_path: Path):
+@pytest.mark.parametrize("method", [LoraAdapter(rank=2), FactorLora(rank=2)])
+def test_a_compressed_base_is_written_out(method: LoraAdapter | FactorLora, tmp_path: Path):
     model = seeded(llama)
     rankwise.compress(model, PlainSvd(), keep=0.7)
     rankwise.save(model, tmp_path / "base")
-    rankwise.adapt(model, LoraAdapter(rank=2))
+    rankwise.adapt(model, method)
     adapter = written(tmp_path, moved(model))
     out = rankwise.export(adapter, Merged(base=str(tmp_path / "base")), tmp_path / "out")
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    torch.testing.assert_close(logits(rankwise.load(out)[0]), logits(model))
+
+
+@pytest.mark.parametrize("method", [LoraAdapter(rank=2), FactorLora(rank=2)])
+def test_a_compressed_base_takes_an_adapter_in(method: LoraAdapter | FactorLora, tmp_path: Path):
+    model = seeded(llama)
+    rankwise.compress(model, PlainSvd(), keep=0.7)
+    rankwise.save(model, tmp_path / "base")
+    rankwise.adapt(model, method)
+    adapter, base = written(tmp_path, moved(model)), str(tmp_path / "base")
+    out = rankwise.export(adapter, Absorbed(base=base), tmp_path / "out")
+    one, other = (load_file(folder / "model.safetensors") for folder in (Path(base), out))
+    assert {name: tensor.shape for name, tensor in one.items()} == {name: x.shape for name, x in other.items()}
+    report = rankwise.absorb(model)
+    assert json.loads((out / "rankwise_absorbed.json").read_text()) == report.rows
     torch.testing.assert_close(logits(rankwise.load(out)[0]), logits(model))
 
 

@@ -32,17 +32,22 @@ class AdaptedExporter(Exporter):
         Raises:
             ValueError: if one is no such folder, or they do not belong together.
         """
-        given = source.given
-        if isinstance(given, nn.Module):
-            given = save(given, source.scratch / "adapter", format="rankwise")
         base = find(self.base)
         if base.is_file():
             raise ValueError(f"{self.base} is one file; give the folder of a model.")
-        return open_weights(base, open_adapter(Path(given)), bytes_of(memory))
+        return open_weights(base, open_adapter(adapter_of(source)), bytes_of(memory))
 
     @abc.abstractmethod
     def write(self, source: Source, out: Path) -> None:
         """Fill the empty folder ``out``."""
+
+
+def adapter_of(source: Source) -> Path:
+    """Return the folder of an adapter; that of a model in memory is saved first."""
+    given = source.given
+    if isinstance(given, nn.Module):
+        given = save(given, source.scratch / "adapter", format="rankwise")
+    return Path(given)
 
 
 def bytes_of(text: str | None) -> int | None:
