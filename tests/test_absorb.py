@@ -244,7 +244,7 @@ def test_adapters_heal(method):
     rankwise.adapt(model, method)
     own = {name for name, p in model.named_parameters() if p.requires_grad}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    options = {"window": 20, "rows": 80, "steps": 24, "every": 6, "lr": 3e-3}
+    options = {"window": 20, "rows": 80, "steps": 12, "every": 6, "lr": 3e-3}
     report = rankwise.heal(model, reference, data=ids().flatten(), **options)
     assert report.totals["improved"]
     assert {name for name, p in model.named_parameters() if p.requires_grad} == own

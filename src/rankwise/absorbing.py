@@ -46,7 +46,8 @@ def absorb(
 
     Returns:
         a row for each layer: kind, rank, numbers before and after, ``lost``, the size of what is lost relative to
-        that of the change, and ``error``, relative to that of the changed low-rank matrix.
+        that of the change, and ``error``, relative to that of the changed low-rank matrix; rounding to the types
+        in which a model is stored does not count.
 
     Raises:
         TypeError: if ``method`` measures no changes.

@@ -112,6 +112,8 @@ def heal(
     specs = {name: matrix.spec() for name, matrix in matrices.items()}
     identity = [lr, dataclasses.asdict(plan), specs, list(chosen), held_out, digest_of_batches(batches)]
     numbers = trained | chosen
+    if not numbers:
+        raise ValueError("all numbers of the adapters are frozen; let some ask for gradients.")
     with in_float32(list(model.parameters())):
         healing = Run(
             model,

@@ -322,7 +322,7 @@ def test_the_command_line(tmp_path: Path):
     code, output = run(adapter, "--base", base, "--to", "merged", "--out", tmp_path / "out", "--memory", "1MiB")
     assert code == 0, output
     torch.testing.assert_close(logits(rankwise.load(tmp_path / "out")[0]), logits(model))
-    for kind in ("lora", "delta"):
+    for kind in ("lora", "delta", "absorbed"):
         assert run(adapter, "--base", base, "--to", kind, "--out", tmp_path / kind)[0] == 0
     code, output = run(adapter, "--to", "lora", "--out", tmp_path / "x")
     assert (code, "needs --base" in output) == (2, True)

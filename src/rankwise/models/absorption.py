@@ -89,8 +89,8 @@ def _absorbed(
     both = torch.cat([first.double(), left], dim=1), torch.cat([second.double(), right])
     left, right, values = recompressed(*both, part.rank, *metrics)
     part.load_state_dict(part.refitted(left, right).state_dict())
-    missing = values[part.rank :].norm()
-    return made, {"lost": float(missing / size), "error": float(missing / values.norm())}
+    missing, whole = values[part.rank :].norm(), values.norm().clamp_min(torch.finfo(values.dtype).tiny)
+    return made, {"lost": float(missing / size), "error": float(missing / whole)}
 
 
 def _low_rank_in(matrix: StructuredMatrix) -> LowRank | PivotedLowRank | None:
