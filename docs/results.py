@@ -355,6 +355,50 @@ def _of(key: str, maker: str) -> str:
     return "_".join([first, maker, *rest])
 
 
+def merge_memory() -> list[str]:
+    """Memory of merging an adapter into a checkpoint."""
+    found = load("merge_memory")
+    if found is None:
+        return []
+    cells = []
+    for row in found["rows"]:
+        about = [row["largest_is"], row["dtype"], f"{row['bytes'] / 1e9:.2f}", f"{row['largest'] / 1e6:.0f}"]
+        for tool in ("rankwise", "peft"):
+            about += [f"{row[tool]['times_largest']:.2f}", f"{row[tool]['seconds']:.0f}"]
+        cells.append([*about, f"{row['difference']:.1g}", f"{row['change']:.2g}"])
+    head = ["largest tensor", "type", "GB in all", "MB of it", "rankwise / it", "s", "peft / it", "s"]
+    return [
+        *_head("Memory of merging a LoRA into a sharded checkpoint, as a multiple of the largest tensor", found),
+        f"Rank {found['rank']} on all linear layers, peft {found['environment']['peft']}. The memory is the most",
+        "that the process holds over the most that it holds for a tiny model, the adapter's own included. The",
+        "seconds were taken on a busy machine. The last columns are the largest difference of a tensor between",
+        "the two results, and the largest change by the merge, relative to the tensor.",
+        "",
+        *table([*head, "difference", "change"], cells),
+    ]
+
+
+def heal_adapter() -> list[str]:
+    """An adapter on a compressed model, put into its factors."""
+    found = load("heal_adapter")
+    if found is None:
+        return []
+    dense, *rows = found["rows"]
+    names = list(dense["perplexity"])
+    cells = [
+        ["dense", "", f"{dense['params'] / 1e6:.1f}", "", "", *(f"{dense['perplexity'][n]:.2f}" for n in names)]
+    ]
+    for row in rows:
+        way = row["way"] + (", absorbed" if row.get("absorbed") else "")
+        trained = f"{row['healing']['trained'] / 1e6:.1f}" if "healing" in row else ""
+        steps = str(row["healing"]["steps"]) if "healing" in row else ""
+        lost = f"{row['lost']['mean']:.3f}" if "lost" in row else ""
+        scores = [f"{row['perplexity'][n]:.2f} ({row['gap'][n]:+.3f})" for n in names]
+        cells.append([way, trained, f"{row['params'] / 1e6:.1f}", steps, lost, *scores])
+    head = ["", "million trained", "million stored", "steps", "lost by absorbing", *(f"{n} (gap)" for n in names)]
+    return [*_head("Healing by an adapter that goes into the factors", found), *table(head, cells)]
+
+
 def _head(title: str, found: dict) -> list[str]:
     about = found["environment"]
     made = f"torch {about['torch']}, {about['threads']} threads, commit {about['commit']}"
@@ -364,7 +408,8 @@ def _head(title: str, found: dict) -> list[str]:
 def page() -> str:
     """Return the whole page."""
     lines = ["# Results", "", "Generated from `benchmarks/results/*.json` by `python docs/results.py`.", ""]
-    parts = (quality, narrow, low_bit, damping, prediction, speed, cost, streaming, adapter_quality, adapter_cost)
+    parts = (quality, narrow, low_bit, damping, prediction, speed, cost, streaming)
+    parts += (adapter_quality, adapter_cost, heal_adapter, merge_memory)
     return "\n".join([*lines, *(line for part in parts for line in part())]).rstrip() + "\n"
 
 

@@ -26,7 +26,7 @@ LAYERS = [
     {"exporters", "serving"},
     {"compression"},
     {"api"},
-    {"adapting", "narrowing", "quickstart", "streaming", "training"},
+    {"absorbing", "adapting", "narrowing", "quickstart", "streaming", "training"},
     {"following"},
     {"checking", "finetuning", "trainer"},
     {"cli"},

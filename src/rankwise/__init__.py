@@ -12,6 +12,7 @@ from . import (
     schedules,
     starts,
 )
+from .absorbing import absorb
 from .adapting import adapt
 from .api import calibrate, compress, export, fold, inspect
 from .checking import check_adapters
@@ -33,6 +34,7 @@ __all__ = [
     "CalibrationError",
     "Report",
     "StructuredLinear",
+    "absorb",
     "adapt",
     "adapters",
     "adapters_of",

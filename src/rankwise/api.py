@@ -272,6 +272,8 @@ def inspect(model: nn.Module, measures: Sequence[Measure] | None = None, *, wher
 def fold(model: nn.Module) -> nn.Module:
     """Turn every structured layer of a model back into an ordinary one, in place; returns the model.
 
+    To leave a compressed model compressed and put adapters into it, use :func:`rankwise.absorb`.
+
     Raises:
         ValueError: if there is none, or a layer has a module behind it that is no part of a weight.
     """

@@ -10,6 +10,7 @@ from rankwise.matrices import (
     Base,
     BlockAffine,
     Branch,
+    ChangedFactors,
     Dense,
     Diagonal,
     Frozen,
@@ -58,6 +59,11 @@ def _row_normalised() -> StructuredMatrix:
     return matrix
 
 
+def _changed_factors() -> StructuredMatrix:
+    base = Sum(Dense(draw(5, 4)), PivotedLowRank.from_factors(draw(5, 2), draw(2, 4)))
+    return ChangedFactors(Base(base), {"members.1.mix": LowRank(draw(2, 1, seed=1), draw(1, 2, seed=2))})
+
+
 def _quantized() -> StructuredMatrix:
     codes = torch.arange(20).view(5, 4) % 8
     return Quantized.from_codes(codes, draw(5, 2), draw(5, 2, seed=1), bits=3, group=3)
@@ -82,6 +88,7 @@ EXAMPLES: dict[str, Callable[[], StructuredMatrix]] = {
     "Base": lambda: Base(_sum()),
     "BlockAffine": lambda: BlockAffine(Base(Dense(draw(6, 4))), draw(3, 2, 2, seed=1)),
     "Branch": lambda: Branch(_sum(), 0.7),
+    "ChangedFactors": _changed_factors,
     "Dense": lambda: Dense(draw(5, 4)),
     "Diagonal": lambda: Diagonal(draw(5)),
     "Frozen": lambda: Frozen(_sum()),

@@ -21,6 +21,7 @@ from rankwise.matrices import Base, Dense, LowRank, StructuredMatrix, from_spec
 SETTINGS: dict[str, list[Adapter]] = {
     "AdaLora": [adapters.AdaLora(rank=3, target=2), adapters.AdaLora(rank=2, target=1, alpha=3.0, tail=0.0)],
     "Eva": [adapters.Eva(rank=2), adapters.Eva(rank=2, alpha=3.0, whiten=True, centred=False)],
+    "FactorLora": [adapters.FactorLora(rank=2), adapters.FactorLora(rank=3, alpha=6.0)],
     "Lamda": [adapters.Lamda(rank=2), adapters.Lamda(rank=8, alpha=3.0, until=1.0)],
     "Bat": [adapters.Bat(block=4), adapters.Bat(block=2)],
     "Loldu": [adapters.Loldu(rank=3), adapters.Loldu(rank=8, alpha=None)],

@@ -127,6 +127,7 @@ def test_macs_are_the_multiplications_of_forward():
         "Base": 20 + 18,
         "BlockAffine": 24 + 24,
         "Branch": 20 + 18 + 5,
+        "ChangedFactors": 20 + 14,
         "Dense": 20,
         "Diagonal": 5,
         "Frozen": 20 + 18,
@@ -224,6 +225,15 @@ def test_nested_expressions_round_trip():
                 "base": {"kind": "Base", "matrix": {"kind": "Diagonal", "size": 3}},
             },
             "fit",
+        ),
+        ({"kind": "ChangedFactors", "base": {"kind": "Diagonal", "size": 1}, "changes": {}}, "needs 'base'"),
+        (
+            {
+                "kind": "ChangedFactors",
+                "base": {"kind": "Base", "matrix": {"kind": "Diagonal", "size": 3}},
+                "changes": {"left": {"kind": "Dense", "shape": [3, 1]}},
+            },
+            "no factor 'left'",
         ),
         ({"kind": "IndexedSparse", "shape": [3, 2], "kept": 7}, "kept must be <="),
         ({"kind": "Scaled", "matrix": {"kind": "Diagonal", "size": 1}}, "scale"),

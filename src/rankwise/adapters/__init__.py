@@ -4,6 +4,7 @@ from .ada_lora import AdaLora
 from .bat import Bat
 from .compacter import Compacter
 from .eva import Eva
+from .factor_lora import FactorLora
 from .householder import Householder
 from .kron_lora import KronLora
 from .lamda import Lamda
@@ -21,6 +22,7 @@ __all__ = [
     "Bat",
     "Compacter",
     "Eva",
+    "FactorLora",
     "Householder",
     "KronLora",
     "Lamda",

@@ -18,7 +18,7 @@ def export(
         list[str],
         typer.Argument(help="A folder, compressed or not, a hub id, an embedded model, or folders of adapters."),
     ],
-    to: Annotated[str, typer.Option(help="dense, gguf or onnx; of an adapter lora, merged or delta.")],
+    to: Annotated[str, typer.Option(help="dense, gguf or onnx; of an adapter lora, merged, absorbed or delta.")],
     out: Annotated[Path, typer.Option(help="New folder for the files.")],
     base: Annotated[str | None, typer.Option(help="The model that an adapter was made for.")] = None,
     weights: Annotated[

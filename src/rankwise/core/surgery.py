@@ -227,8 +227,8 @@ def unstacked(model: nn.Module, sites: Iterable[Site]) -> Iterator[None]:
         back()
 
 
-def fold(model: nn.Module) -> nn.Module:
-    """Turn every :class:`StructuredLinear` of a model back into an ordinary layer, in place.
+def fold(model: nn.Module, where: Callable[[StructuredLinear], bool] = lambda layer: True) -> nn.Module:
+    """Turn every :class:`StructuredLinear` of a model that ``where`` accepts into an ordinary layer, in place.
 
     Layers that share a matrix share the weight again, and the slices of a 3-D parameter are one again, unless one
     got a bias. A transformers model then computes its experts in its default way again.
@@ -248,7 +248,7 @@ def fold(model: nn.Module) -> nn.Module:
         return model.dense()
     weights: dict[int, Any] = {}
     for name, layer in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(layer, StructuredLinear):
+        if isinstance(layer, StructuredLinear) and where(layer):
             plain: Any = layer.dense().train(layer.training)
             plain.biased = layer.biased
             plain.weight = weights.setdefault(id(layer.matrix), plain.weight)

@@ -17,7 +17,7 @@ from .shards import check_shard, write_shards
 class Delta(AdaptedExporter):
     """Files of safetensors with new minus old of each changed weight, in float32, under the weights' own names.
 
-    This is what rules for merging take. One tensor is made at a time; beside the new one there is the stored one.
+    This is what rules for merging take. Some lines of a tensor are made at a time.
 
     Args:
         base: the model that was adapted, compressed or not: a folder, a hub id, or an embedded model.
@@ -52,12 +52,11 @@ class _Changes:
     def __iter__(self) -> Iterator[str]:
         yield from (*self.weights.names, *self.weights.whole)
 
-    def __getitem__(self, name: str) -> Tensor:
-        if name in self.weights.names:
-            new = self.weights.merged(name, torch.float32)
-        else:
-            new = self.weights.replaced(name, torch.float32)
-        return new.sub_(self.weights.before(name))
+    def parts(self, name: str) -> Iterator[Tensor]:
+        old = self.weights.before(name).flatten()
+        for new in self.weights.parts(name, torch.float32):
+            yield new.flatten() - old[: new.numel()]
+            old = old[new.numel() :]
 
     def empty(self, name: str) -> Tensor:
         return self.weights.empty(name).float()

@@ -20,13 +20,14 @@ from .shards import check_shard, copy_beside, write_shards
 class Merged(AdaptedExporter):
     """A folder that plain transformers loads without rankwise, with the adapter put into the weights.
 
-    One tensor is made at a time, in float32, and rounded once to the type in which the model is stored. Matrices
-    of a compressed model are written out.
+    Some lines of a matrix are made at a time, in float32, and rounded once to the type in which the model is
+    stored. Matrices of a compressed model are written out.
 
     Args:
         base: the model that was adapted, compressed or not: a folder, a hub id, or an embedded model.
         memory: the most that making one tensor may take beside the adapter, such as 2GiB or 500MB; None needs
-            about twice the largest tensor, and more for adapters that do not just add something to a matrix.
+            little more than the largest tensor, and a float32 copy for adapters that do not just add something to
+            a matrix.
         shard: largest size of a file of weights, in megabytes; a larger tensor has its own.
         compare: the largest model, in megabytes as stored, of which outputs are compared at the end; that takes
             two copies in float32. 0 compares tensors alone.

@@ -12,6 +12,7 @@ from .metric import Metric, metric_norm, metric_svd, truncated_factors
 from .packing import pack, packed_bytes, unpack
 from .parabola import log_parabola
 from .principal import principal_components
+from .recompression import recompressed
 from .rounding import Rounded, choose_grids, nearest_codes, round_to_grid
 from .shrinking import hard, magnitude, smallest_kept, soft
 from .sparse_coding import matching_pursuit
@@ -45,6 +46,7 @@ __all__ = [
     "pack",
     "packed_bytes",
     "principal_components",
+    "recompressed",
     "refit_columns",
     "round_to_grid",
     "smallest_kept",

@@ -9,6 +9,7 @@ import torch
 from .base import StructuredMatrix
 from .block_affine import BlockAffine
 from .branch import Branch
+from .changed_factors import ChangedFactors
 from .dense import Dense
 from .diagonal import Diagonal
 from .expressions import Product, Scaled, Sum
@@ -35,6 +36,7 @@ __all__ = [
     "Base",
     "BlockAffine",
     "Branch",
+    "ChangedFactors",
     "Dense",
     "Diagonal",
     "Frozen",

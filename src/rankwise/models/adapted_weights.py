@@ -12,18 +12,18 @@ from ..core.views import SliceView
 from ..matrices import Dense, StructuredMatrix
 from .adapter_folder import AdapterFolder, head_of, sites_of
 from .folded import Folded, file_names
+from .lines import lines_of, takes_any_type
 from .load import kind_of, quiet
-from .rows import rows_of, takes_any_type
 
-PARTS = 16  # of a matrix that is made at a time, without a limit of memory
+BLOCK = 2**18  # numbers of a matrix that are made at a time
 
 
-class AdaptedWeights(Mapping[str, Tensor]):
+class AdaptedWeights:
     """The tensors of a model by the names that they have in its files, with an adapter put into them.
 
-    Each access makes one: in float32 or wider, some rows at a time, and rounded once. Beside the adapter that
-    takes the stored tensor, the new one and these rows; where the adapter does not just add something to the
-    matrix, also a copy of it in float32.
+    Each is made some lines at a time, in float32 or wider, and rounded once. Beside the adapter that takes the
+    stored tensor and these lines, never the new tensor; where the adapter does not just add something to the
+    matrix, a copy of it in float32.
 
     Args:
         base: the model, compressed or not.
@@ -67,13 +67,12 @@ class AdaptedWeights(Mapping[str, Tensor]):
     def __iter__(self) -> Iterator[str]:
         return iter(self._base)
 
-    def __len__(self) -> int:
-        return len(self._base)
-
-    def __getitem__(self, name: str) -> Tensor:
+    def parts(self, name: str, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
+        """Yield a tensor in parts, in the order of its file, in the type of the files or another one."""
         if name in self.names:
-            return self.merged(name)
-        return self.replaced(name) if name in self.whole else self._base[name]
+            yield from self._merged(name, dtype or self.empty(name).dtype)
+        else:
+            yield self._replaced(name, dtype) if name in self.whole else self._base[name]
 
     def empty(self, name: str) -> Tensor:
         """Return a tensor on the meta device of the shape and type that ``self[name]`` has."""
@@ -105,24 +104,22 @@ class AdaptedWeights(Mapping[str, Tensor]):
         wide = torch.promote_types(base.dtype, torch.float32)
         return matrix.eval().requires_grad_(False) if takes_any_type(matrix) else matrix.to(wide).eval()
 
-    def merged(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Write out an adapted matrix as its layer stores it, in the type of the files or another one."""
-        with torch.no_grad():
-            matrix, empty = self.matrix(name), self.empty(name)
-            out = torch.empty(empty.shape, dtype=dtype or empty.dtype)
-            rows = self.site(name).view.matrix(out)
-            step = self._rows(name, matrix, out)
-            for start in range(0, len(rows), step):
-                stop = min(start + step, len(rows))
-                rows[start:stop] = rows_of(matrix, start, stop)
-            return out
+    @torch.no_grad()
+    def _merged(self, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Write out an adapted matrix, some lines at a time as its layer stores them."""
+        matrix = self.matrix(name)
+        axis = 0 if self.site(name).view.matrix(self.empty(name)).is_contiguous() else 1
+        lines, step = matrix.shape[axis], self._step(name, matrix, axis)
+        for start in range(0, lines, step):
+            part = lines_of(matrix, axis, start, min(start + step, lines)).to(dtype)
+            yield part if axis == 0 else part.mT
 
     def parameter(self, name: str) -> Tensor:
         """Return a parameter by its name in the model, which no adapter changes but may replace."""
         (place,) = self._in_files({name: name})
-        return self[place]
+        return self._replaced(place) if place in self.whole else self._base[place]
 
-    def replaced(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def _replaced(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Return a parameter that the adapter holds whole, in the type of the files or another one."""
         value, empty = self.adapter.take(self.whole[name]), self.empty(name)
         self._check()
@@ -161,20 +158,21 @@ class AdaptedWeights(Mapping[str, Tensor]):
                     f"{self.adapter.title} {words} {', '.join(names)}; give the model that was adapted."
                 )
 
-    def _rows(self, name: str, matrix: StructuredMatrix, out: Tensor) -> int:
-        """How many rows to make at a time."""
-        m, n = matrix.shape
+    def _step(self, name: str, matrix: StructuredMatrix, axis: int) -> int:
+        """How many lines to make at a time."""
+        (m, n), length = matrix.shape, matrix.shape[1 - axis]
+        step = max(1, BLOCK // length)
         if self.memory is None:
-            return -(-m // PARTS)
-        wide = 0 if takes_any_type(matrix) else 4 * m * n
-        free = self.memory - 2 * out.numel() * out.element_size() - wide
+            return step
+        beside, empty = takes_any_type(matrix), self.empty(name)
+        free = self.memory - empty.numel() * empty.element_size() - (0 if beside else 4 * m * n)
         each = (
-            4 * 4 * (n if takes_any_type(matrix) else m + n)
-        )  # the row of the base, of the change, and their sum
+            4 * 4 * (length if beside else m + n)
+        )  # a line of the base, of the change, their sum, and that rounded
         if free < each:
             needed = self.memory - free + each
             raise ValueError(f"{name} takes {needed} bytes of memory at least; give more, or no limit.")
-        return min(m, free // each)
+        return min(step, free // each)
 
     def _in_files(self, wanted: Mapping[str, str], strict: bool = True) -> dict[str, str]:
         """Give the keys of a mapping, names in the model, the names that they have in the files."""

@@ -1,4 +1,4 @@
-"""Some rows of a structured matrix, for those who cannot have all of them at once."""
+"""Some rows or columns of a structured matrix, for those who cannot have all of them at once."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,6 @@ from ..matrices import (
     Dense,
     Frozen,
     LowRank,
-    Product,
     RowNormalised,
     Scaled,
     Scheduled,
@@ -18,40 +17,39 @@ from ..matrices import (
 )
 
 
-def rows_of(matrix: StructuredMatrix, start: int, stop: int) -> Tensor:
-    """Return rows ``start`` ... ``stop`` - 1 of a matrix, in the widest type of its parts."""
+def lines_of(matrix: StructuredMatrix, axis: int, start: int, stop: int) -> Tensor:
+    """Return rows (axis 0) or columns (axis 1) of a matrix in their places, in the widest type of its parts."""
     match matrix:
         case Dense():
-            return matrix.weight[start:stop]
+            return matrix.weight.narrow(axis, start, stop - start)
         case Base() | Frozen() | Scheduled():
-            return rows_of(matrix.matrix, start, stop)
-        case LowRank():
+            return lines_of(matrix.matrix, axis, start, stop)
+        case LowRank() if axis == 0:
             return matrix.left[start:stop] @ matrix.right
+        case LowRank():
+            return matrix.left @ matrix.right[:, start:stop]
         case Branch() | Scaled():
-            return matrix.scale * rows_of(matrix.matrix, start, stop)
+            return matrix.scale * lines_of(matrix.matrix, axis, start, stop)
         case Sum():
-            first, *others = (rows_of(part, start, stop) for part in matrix.parts)
+            first, *others = (lines_of(part, axis, start, stop) for part in matrix.parts)
             for part in others:
                 first = first + part
             return first
-        case Product():
-            rows = rows_of(matrix.parts[0], start, stop)
-            for part in matrix.parts[1:]:
-                rows = part.adjoint(rows)
-            return rows
         case RowNormalised():
-            sums = rows_of(matrix.base, start, stop) + rows_of(matrix.update, start, stop)
+            sums = lines_of(matrix.base, axis, start, stop) + lines_of(matrix.update, axis, start, stop)
             lengths = matrix.row_lengths()
             factors = matrix.lengths / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)
-            return factors[start:stop, None] * sums
-        case _:
+            return (factors[start:stop] if axis == 0 else factors)[:, None] * sums
+        case _ if axis == 0:
             units = torch.zeros(stop - start, matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
             units[:, start:stop].fill_diagonal_(1)
             return matrix.adjoint(units)
+        case _:
+            return matrix.lookup(torch.arange(start, stop, device=matrix.device)).mT
 
 
 def takes_any_type(matrix: StructuredMatrix) -> bool:
-    """Whether :func:`rows_of` computes in the wide type of an adapter around a base of a narrow one."""
+    """Whether :func:`lines_of` computes in the wide type of an adapter around a base of a narrow one."""
     if not all(isinstance(part.matrix, Dense) for part in matrix.modules() if isinstance(part, Base)):
         return False
     beside = isinstance(matrix, Sum) and all(
