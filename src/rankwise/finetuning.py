@@ -143,9 +143,9 @@ def finetune(
         identity = _identity(model, plan, optimizer, loss, [*trained, *buffers], batches, held)
     mode = functools.partial(_training, model)
     with (
+        _following(model, optimizer, steps) as followers,  # ends last: what it leaves is rounded already
         in_float32(list(trained.values())),
         _checkpointing(model, gradient_checkpointing),
-        _following(model, optimizer, steps) as followers,
     ):
         with _kept(model, buffers):
             memory = _memory(model, mode, optimizer, max(pieces, key=lambda piece: piece.size))
