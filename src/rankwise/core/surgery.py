@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ..matrices import Base, Dense, StructuredMatrix
+from ..matrices import Base, Dense, Scheduled, StructuredMatrix
 from .extended import refuse_extended
 from .stacks import ChoosesExperts, Stack, one_by_one, stack_at, stacks, stacks_of
 from .views import VIEWS, EmbeddingView, LinearView, SliceView, View, parameter_of, view_of
@@ -229,8 +229,10 @@ def fold(model: nn.Module) -> nn.Module:
         the same model; a layer given as the model itself is returned as a new one.
 
     Raises:
-        ValueError: if something that is no matrix stands behind a layer, such as a bottleneck.
+        ValueError: if something that is no matrix stands behind a layer, such as a bottleneck, or a matrix is
+            followed still; the model is then as before.
     """
+    refuse_followed(model)
     refuse_extended(model, "cannot be folded; train an adapter of matrices instead, such as Lora")
     if isinstance(model, StructuredLinear):
         return model.dense()
@@ -249,6 +251,13 @@ def fold(model: nn.Module) -> nn.Module:
     if wholes and isinstance(model, ChoosesExperts) and not any(True for _ in stacks(model)):
         model.set_experts_implementation(None)  # the model's own choice
     return model
+
+
+def refuse_followed(model: nn.Module) -> None:
+    """Raise ValueError if a schedule acts on a matrix while an optimiser takes steps."""
+    for name, part in model.named_modules():
+        if isinstance(part, Scheduled) and part.followed:
+            raise ValueError(f"layer {name} is followed still; call finish() of what rankwise.follow returned.")
 
 
 def structured(model: nn.Module) -> Mapping[str, StructuredLinear]:
