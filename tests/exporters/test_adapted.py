@@ -1,5 +1,6 @@
 """Adapters written into weights, as differences and as LoRA: right, refused where wrong, a tensor at a time."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -16,10 +17,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 import rankwise
+from rankwise.adapters import Householder
 from rankwise.adapters import Lora as LoraAdapter
 from rankwise.cli import app
-from rankwise.compressors import PlainSvd
-from rankwise.core.surgery import replace, select
+from rankwise.compressors import Gptq, PlainSvd
+from rankwise.core.surgery import base_of, replace, select
 from rankwise.exporters import Delta, Lora, Merged
 from rankwise.matrices import Base, Branch, Dense, Diagonal, LowRank, Product, StructuredMatrix, Sum
 from rankwise.models.adapted_weights import AdaptedWeights
@@ -113,6 +115,25 @@ def test_differences_add_up_to_the_adapted_model(case: tuple[Path, nn.Module]):
             assert bool(change.any())
             plain.get_parameter(name).add_(change)
     torch.testing.assert_close(logits(plain), logits(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "tolerance"), [(LoraAdapter(rank=2), 1e-6), (Householder(rank=2), 1e-3)], ids=["beside", "around"]
+)
+@pytest.mark.parametrize("compressor", [PlainSvd(), Gptq(bits=4, group=16)], ids=lambda each: type(each).__name__)
+def test_a_difference_is_the_adapters_whatever_is_under_it(method, tolerance, compressor, tmp_path: Path):
+    model = seeded(llama).bfloat16()
+    rankwise.compress(model, compressor, keep=0.9, of="bytes", data=[ids()])
+    rankwise.save(model, tmp_path / "base")
+    rankwise.adapt(model, method)
+    moved(model)
+    adapter = written(tmp_path, model)
+    out = rankwise.export(adapter, Delta(base=str(tmp_path / "base")), tmp_path / "out")
+    found = load_file(out / "delta.safetensors")
+    for name, layer in rankwise.core.adapted.adapted(model).items():
+        wide = copy.deepcopy(layer.matrix).double().requires_grad_(False)
+        change = wide.dense() - base_of(wide).dense()
+        assert float((found[f"{name}.weight"] - change).norm()) < tolerance * float(change.norm())
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if name != "full rank"], indirect=True)

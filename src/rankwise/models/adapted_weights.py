@@ -1,6 +1,6 @@
 """The weights of a model on disk with an adapter put into them, one tensor at a time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..matrices import Dense, StructuredMatrix
 from .adapter_folder import AdapterFolder, head_of, sites_of
 from .folded import Folded, file_names
 from .load import kind_of, quiet
-from .rows import rows_of, takes_any_type
+from .rows import rows_of, rows_of_change, takes_any_type
 
 PARTS = 16  # of a matrix that is made at a time, without a limit of memory
 
@@ -78,10 +78,6 @@ class AdaptedWeights(Mapping[str, Tensor]):
         """Return a tensor on the meta device of the shape and type that ``self[name]`` has."""
         return self._base.empty(name)
 
-    def before(self, name: str) -> Tensor:
-        """Return a tensor without the adapter."""
-        return self._base[name]
-
     def site(self, name: str) -> Site:
         """Return the layer whose weight has a name."""
         return self._sites[self.names[name]]
@@ -104,16 +100,29 @@ class AdaptedWeights(Mapping[str, Tensor]):
         wide = torch.promote_types(base.dtype, torch.float32)
         return matrix.eval().requires_grad_(False) if takes_any_type(matrix) else matrix.to(wide).eval()
 
-    def merged(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Write out an adapted matrix as its layer stores it, in the type of the files or another one."""
+    def merged(self, name: str) -> Tensor:
+        """Write out an adapted matrix as its layer stores it, in the type of the files."""
+        return self._made(name, rows_of, self.empty(name).dtype)
+
+    def change(self, name: str) -> Tensor:
+        """Write out in float32 what the adapter adds to a tensor of ``names`` or ``whole``.
+
+        To a matrix it adds to what its parts say, not to that as it is rounded when it is written out.
+        """
+        if name in self.names:
+            return self._made(name, rows_of_change, torch.float32)
+        return self.replaced(name, torch.float32).sub_(self._base[name])
+
+    def _made(self, name: str, rows_from: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
+        """Make a tensor of a layer from some rows of its adapted matrix at a time."""
         with torch.no_grad():
             matrix, empty = self.matrix(name), self.empty(name)
-            out = torch.empty(empty.shape, dtype=dtype or empty.dtype)
+            out = torch.empty(empty.shape, dtype=dtype)
             rows = self.site(name).view.matrix(out)
             step = self._rows(name, matrix, out)
             for start in range(0, len(rows), step):
                 stop = min(start + step, len(rows))
-                rows[start:stop] = rows_of(matrix, start, stop)
+                rows[start:stop] = rows_from(matrix, start, stop)
             return out
 
     def parameter(self, name: str) -> Tensor:

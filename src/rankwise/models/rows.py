@@ -50,12 +50,29 @@ def rows_of(matrix: StructuredMatrix, start: int, stop: int) -> Tensor:
             return matrix.adjoint(units)
 
 
+def rows_of_change(matrix: StructuredMatrix, start: int, stop: int) -> Tensor:
+    """Return rows ``start`` ... ``stop`` - 1 of what an adapter adds to its matrix, in the type of :func:`rows_of`.
+
+    Where it is a term of its own, nothing is subtracted.
+    """
+    if terms := terms_beside(matrix):
+        return rows_of(Sum(*terms), start, stop)
+    base = next((part for part in matrix.modules() if isinstance(part, Base)), None)
+    if base is None:  # an adapter of rank 0 is not there
+        return torch.zeros(stop - start, matrix.shape[1])
+    return rows_of(matrix, start, stop) - rows_of(base, start, stop)
+
+
+def terms_beside(matrix: StructuredMatrix) -> list[StructuredMatrix]:
+    """Return what is added to a base, or nothing if an expression is no sum of one base and other terms."""
+    parts = matrix.parts if isinstance(matrix, Sum) else []
+    others = [part for part in parts if not isinstance(part, Base)]
+    inside = any(isinstance(inner, Base) for part in others for inner in part.modules())
+    return others if len(others) == len(parts) - 1 and not inside else []
+
+
 def takes_any_type(matrix: StructuredMatrix) -> bool:
     """Whether :func:`rows_of` computes in the wide type of an adapter around a base of a narrow one."""
     if not all(isinstance(part.matrix, Dense) for part in matrix.modules() if isinstance(part, Base)):
         return False
-    beside = isinstance(matrix, Sum) and all(
-        isinstance(part, Base) or not any(isinstance(inner, Base) for inner in part.modules())
-        for part in matrix.parts
-    )
-    return beside or isinstance(matrix, RowNormalised)
+    return bool(terms_beside(matrix)) or isinstance(matrix, RowNormalised)
