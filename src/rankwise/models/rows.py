@@ -51,7 +51,7 @@ def rows_of(matrix: StructuredMatrix, start: int, stop: int) -> Tensor:
 
 
 def rows_of_change(matrix: StructuredMatrix, start: int, stop: int) -> Tensor:
-    """Return rows ``start`` ... ``stop`` - 1 of what an adapter adds to its matrix, in the type of :func:`rows_of`.
+    """Return rows ``start`` ... ``stop`` - 1 of what an adapter adds to its matrix, in the widest type.
 
     Where it is a term of its own, nothing is subtracted.
     """
