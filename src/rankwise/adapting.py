@@ -49,7 +49,8 @@ def adapt(
         where: which layers; None selects all weight matrices but output heads, or, for modules that stand behind
             layers, those that write into the streams of blocks.
         embeddings: also adapt the embeddings that ``where`` accepts and that share their weight with no other
-            layer. Only methods that need no data can.
+            layer. Only methods that need no data can. The vector of a padding token (``padding_idx``) stays as
+            it is, whatever the method does to the others: ``nn.Embedding`` does not train it either.
         data: for methods that read statistics: as in :func:`calibrate`, or what it returned.
         also: which other parameters train whole, by name, such as ``lambda name: "norm" in name``.
         labels: as in :func:`calibrate`.
@@ -100,7 +101,7 @@ def adapt(
         if ranks.get(name) != 0:
             own = method.with_rank(ranks[name]) if name in ranks else method
             with _about(name):
-                made[name] = own.attach(Base(base), stats[name], generator)
+                made[name] = sites[name].view.adapted(own.attach(Base(base), stats[name], generator))
             for tensor in own_tensors(made[name]).values():
                 tensor.data = tensor.data.contiguous()  # as files have it: the order of sums depends on it
     model.requires_grad_(False)

@@ -46,9 +46,14 @@ class Lora(AdaptedExporter):
         pieces, errors = {}, {}
         for name, layer in track(weights.names.items(), "layers"):
             matrix, view = weights.matrix(name), weights.site(name).view
+            if not kind.fits(view):
+                raise ValueError(
+                    f"layer {layer} is no linear layer or convolution, the only ones that are written as a LoRA; "
+                    "export to merged instead."
+                )
             pieces[layer] = piece = kind.piece(matrix, view, self.rank)
             if piece is None:
-                raise ValueError(f"layer {layer}: its change is of no low rank; give a rank to cut it to.")
+                raise ValueError(f"layer {layer}: its change is of no low rank: give a rank to cut it to.")
             errors[layer] = piece.error
         fields = kind.describe(pieces)
         if fields is None:

@@ -7,7 +7,9 @@ from ..matrices import (
     Base,
     Branch,
     Dense,
+    Diagonal,
     Frozen,
+    KeptColumn,
     LowRank,
     Product,
     RowNormalised,
@@ -25,6 +27,11 @@ def rows_of(matrix: StructuredMatrix, start: int, stop: int) -> Tensor:
             return matrix.weight[start:stop]
         case Base() | Frozen() | Scheduled():
             return rows_of(matrix.matrix, start, stop)
+        case KeptColumn():
+            rows, base = (rows_of(part, start, stop) for part in (matrix.matrix, matrix.base))
+            return torch.cat(
+                [rows[:, : matrix.column], base[:, [matrix.column]], rows[:, matrix.column + 1 :]], 1
+            )
         case LowRank():
             return matrix.left[start:stop] @ matrix.right
         case Branch() | Scaled():
@@ -65,6 +72,10 @@ def rows_of_change(matrix: StructuredMatrix, start: int, stop: int) -> Tensor:
 
 def terms_beside(matrix: StructuredMatrix) -> list[StructuredMatrix]:
     """Return what is added to a base, or nothing if an expression is no sum of one base and other terms."""
+    if isinstance(matrix, KeptColumn):
+        spared = torch.ones(matrix.shape[1]).index_fill(0, torch.tensor([matrix.column]), 0)
+        terms = terms_beside(matrix.matrix)
+        return [Product(term, Diagonal(spared.to(term.device, term.dtype))) for term in terms]
     parts = matrix.parts if isinstance(matrix, Sum) else []
     others = [part for part in parts if not isinstance(part, Base)]
     inside = any(isinstance(inner, Base) for part in others for inner in part.modules())
