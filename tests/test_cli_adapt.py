@@ -11,6 +11,7 @@ from test_cli import folder as folder
 from test_cli import refused, run
 from test_cli import text as text
 from tiny import WORDS
+from transformers import AutoModelForSequenceClassification
 
 import rankwise
 from rankwise.core import running
@@ -127,6 +128,11 @@ def test_a_classifier(folder, tmp_path):
     (head,) = [tensor for name, tensor in saved(tmp_path / "out").items() if "score.weight" in name]
     assert head.shape == (2, 32)
     assert json.loads((tmp_path / "out" / "labels.json").read_text()) == ["0", "1"]
+    words = ["--base", folder, "--to", "merged", "--out", tmp_path / "merged"]
+    assert run("export", tmp_path / "out", *words).exit_code == 0
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert torch.equal(merged.score.weight, head)
+    assert merged.config.id2label == {0: "0", 1: "1"}
     assert "score" not in {layer["name"] for layer in found["layers"]}
     other = lines(tmp_path / "other.jsonl", [{"text": "ban", "label": "new"}])
     refused(adapt(folder, data, "--eval", other), "label 'new' is none of 0, 1")

@@ -3,14 +3,12 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from ..core.files import write_text
 from ..core.methods import BlockAdapter
 from ..core.report import Report
 from ..core.surgery import Where
@@ -90,6 +88,7 @@ def adapt(
     network = task.network
 
     from .. import adapting, finetuning
+    from ..models import save
 
     def also_trained(name: str) -> bool:
         return name in task.whole or (beside is not None and beside(name, network))
@@ -133,7 +132,7 @@ def adapt(
     after = task.figures(network)
     if out is not None:
         say(f"saving to {out}")
-        _write(network, out, task.labels)
+        save(network, out, format="rankwise")
         if state is not None:
             shutil.rmtree(state)
     figures = {name: {"before": before[name], "after": after[name]} for name in before}
@@ -172,7 +171,6 @@ class Task:
         judges: batches to judge by.
         calibration: batches without labels, for statistics.
         whole: names of parameters that train whole: a classifier's head.
-        labels: of a classifier, in the order of its outputs.
     """
 
     network: Any
@@ -180,7 +178,6 @@ class Task:
     judges: Sequence[dict[str, Any]]
     calibration: Sequence[dict[str, Any]]
     whole: frozenset[str] = frozenset()
-    labels: tuple[str, ...] = ()
 
     @property
     def layers(self) -> Where | None:
@@ -242,8 +239,7 @@ def _classes(source: str, dtype: torch.dtype | None, data: Path, other: Path | N
     train = labelled_batches(learned, network, tokenizer, **sizes)
     judges = labelled_batches(held, network, tokenizer, **sizes)
     whole = frozenset(name for name, _ in network.named_parameters() if is_head(network, name))
-    order = tuple(str(network.config.id2label[i]) for i in range(network.config.num_labels))
-    return Task(network, train, judges, unlabelled(train, shape.calibration), whole, order)
+    return Task(network, train, judges, unlabelled(train, shape.calibration), whole)
 
 
 def _state(out: Path | None, resume: bool) -> Path | None:
@@ -273,12 +269,3 @@ def _both(one: Where | None, other: Where | None) -> Where | None:
 def _in_words(memory: Mapping[str, int | None]) -> str:
     sizes = {name: "unknown" if size is None else f"{size / 1e6:,.1f} MB" for name, size in memory.items()}
     return "  ".join(f"{name} {size}" for name, size in sizes.items())
-
-
-def _write(network: Any, out: Path, labels: Sequence[str]) -> None:
-    """Save the adapter; of a classifier also the labels, with which its model is loaded again."""
-    from .. import models
-
-    models.save(network, out, format="rankwise")
-    if labels:
-        write_text(out / "labels.json", dumps(labels) + "\n")

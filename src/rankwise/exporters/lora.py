@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..core.progress import track
 from ..models.adapted_weights import AdaptedWeights
+from ..models.classifier import write_labels
 from ..models.peft_files import biases_of, modules_of, tied_to, write_pieces
 from ..models.peft_kinds import LoraKind
 from .adapted import AdaptedExporter
@@ -61,6 +62,7 @@ class Lora(AdaptedExporter):
         views = {layer: weights.site(name).view for name, layer in weights.names.items()}
         _fill(weights, views)
         write_pieces(weights.model, views, kind, pieces, fields, out)
+        write_labels(weights.model, out)
         weights.finish()
         (out / ERRORS).write_text(json.dumps(errors, indent=1) + "\n", encoding="utf-8")
 

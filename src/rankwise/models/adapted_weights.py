@@ -11,10 +11,14 @@ from ..core.surgery import Site, StructuredLinear
 from ..core.views import SliceView
 from ..matrices import Dense, StructuredMatrix
 from .adapter_folder import AdapterFolder, head_of, sites_of
+from .classifier import load_classifier
+from .classifier_weights import ClassifierWeights
 from .folded import Folded, file_names
-from .load import kind_of, quiet
+from .load import kind_of, load, quiet
+from .load_adapter import load_adapter
 from .rows import rows_of, rows_of_change, takes_any_type
 
+Source = Folded | ClassifierWeights
 PARTS = 16  # of a matrix that is made at a time, without a limit of memory
 
 
@@ -40,7 +44,9 @@ class AdaptedWeights(Mapping[str, Tensor]):
         ValueError: if a layer does not exist, or is a slice of a 3-D parameter.
     """
 
-    def __init__(self, base: Folded, adapter: AdapterFolder, memory: int | None = None) -> None:
+    def __init__(
+        self, base: Folded | ClassifierWeights, adapter: AdapterFolder, memory: int | None = None
+    ) -> None:
         self.adapter, self.memory, self._base = adapter, memory, base
         self.folder, self.config = base.folder, base.config
         self.model = _without_values(base.config)
@@ -57,6 +63,18 @@ class AdaptedWeights(Mapping[str, Tensor]):
         shared = {other: own.get(other, name) for name in layers for other in self._sites[name].names}
         self.names = self._in_files({f"{other}.weight": name for other, name in shared.items()})
         self.whole = self._in_files(adapter.whole)
+
+    def load(self, dtype: torch.dtype) -> Any:
+        """Return the adapted model in memory."""
+        labels = self.adapter.labels
+        model, _ = load_classifier(self.folder, labels, dtype=dtype) if labels else load(self.folder, dtype=dtype)
+        load_adapter(model, self.adapter.folder)
+        return model
+
+    def save_tokenizer(self, out: Path) -> None:
+        """Write the tokenizer of a classifier, which can pad texts though that of the model may not."""
+        if isinstance(self._base, ClassifierWeights):
+            self._base.tokenizer.save_pretrained(out)
 
     @property
     def layers(self) -> Mapping[str, StructuredLinear]:
@@ -195,15 +213,18 @@ class AdaptedWeights(Mapping[str, Tensor]):
             (lost if place is None else found)[place or name] = value
         if lone := [name for name, value in lost.items() if strict and value not in found.values()]:
             raise ValueError(
-                f"{lone[0]} is adapted, but {self.folder} has no tensor of this name. If it is the head of a "
-                "classifier, use load_classifier, load_adapter, fold and save instead."
+                f"{lone[0]} is adapted, but {self.folder} has no tensor of this name; give the model that was "
+                "adapted."
             )
         return found
 
 
 def open_weights(base: str | Path, adapter: AdapterFolder, memory: int | None) -> AdaptedWeights:
-    """Open the folder of a model, and put an adapter around its weights."""
-    return AdaptedWeights(Folded(base), adapter, memory)
+    """Open the folder of a model, and put an adapter around its weights, or around those of its classifier."""
+    folded = Folded(base)
+    return AdaptedWeights(
+        ClassifierWeights(folded, adapter.labels) if adapter.labels else folded, adapter, memory
+    )
 
 
 def _without_values(config: Mapping[str, Any]) -> Any:

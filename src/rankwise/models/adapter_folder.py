@@ -14,6 +14,7 @@ from ..core.adapted import Adaptation, adapted, own_tensors
 from ..core.surgery import Site, select
 from ..core.views import View
 from ..matrices import Base, StructuredMatrix
+from .classifier import read_labels
 
 _UNTIE = "give each of them a parameter of its own first"
 
@@ -28,6 +29,7 @@ class AdapterFolder(abc.ABC):
     Attributes:
         missing: names of tensors that were asked for in vain.
         others: layers whose matrix had other values than the one that was adapted.
+        labels: of a classifier, the names of its classes.
 
     Raises:
         ValueError: if a file is damaged.
@@ -35,6 +37,7 @@ class AdapterFolder(abc.ABC):
 
     def __init__(self, config: Path, tensors: Path) -> None:
         self.folder, self.config, self.tensors = config.parent, read_json(config), read_tensors(tensors)
+        self.labels = read_labels(self.folder)
         self.missing: list[str] = []
         self.others: list[str] = []
         self._used: set[str] = set()

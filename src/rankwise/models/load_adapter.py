@@ -8,6 +8,7 @@ from torch import nn
 from ..core.report import Report
 from . import adapter_files, peft_files
 from .adapter_folder import AdapterFolder
+from .classifier import check_labels, put_labels
 
 READERS: dict[str, Callable[[Path], AdapterFolder]] = {
     adapter_files.NAME: adapter_files.OwnFolder,
@@ -17,6 +18,9 @@ READERS: dict[str, Callable[[Path], AdapterFolder]] = {
 
 def load_adapter(model: nn.Module, folder: str | Path, *, strict: bool = True) -> Report:
     """Put the adapters of a folder onto a model, in place; the same parameters train as when they were written.
+
+    A classifier that was made of another model is made so again: ``load_classifier(base, read_labels(folder))``
+    of :mod:`rankwise.models`. Its classes get the names of the folder.
 
     Args:
         model: that has none yet, dense or compressed as the one was that was adapted.
@@ -30,9 +34,13 @@ def load_adapter(model: nn.Module, folder: str | Path, *, strict: bool = True) -
     Raises:
         ValueError: if it is no such folder, a file is damaged, or something does not fit. The model is as before.
     """
-    adaptation = open_adapter(folder).adaptation(model)
+    adapter = open_adapter(folder)
+    if adapter.labels and strict:
+        check_labels(model, adapter.labels, str(folder))
+    adaptation = adapter.adaptation(model)
     if strict:
         adaptation.check(str(folder))
+    put_labels(model, adapter.labels)
     return adaptation.apply(model, Path(folder).name)
 
 

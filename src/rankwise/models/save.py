@@ -9,6 +9,7 @@ from torch import nn
 from ..core.extended import refuse_extended
 from ..core.files import new_folder
 from . import adapter_files, peft_files
+from .classifier import write_labels
 from .model_files import save_model
 
 WRITERS = {"rankwise": adapter_files.write_adapter, "peft": peft_files.write_peft}
@@ -29,7 +30,8 @@ def save(
         tokenizer: of transformers, saved beside the rest.
         format: "model" writes all, so that plain transformers loads it after ``import rankwise``. The others
             write adapters and parameters that train whole, but not the matrices under the adapters: "rankwise"
-            every kind, bit by bit; "peft" what Hugging Face PEFT can compute, in its files.
+            every kind, bit by bit; "peft" what Hugging Face PEFT can compute, in its files. Of a classifier of
+            transformers the names of the classes are written beside them.
 
     Returns:
         the folder.
@@ -48,6 +50,7 @@ def save(
         raise ValueError(f"format must be 'model', {', '.join(map(repr, WRITERS))}, got {format!r}.")
     with new_folder(folder) as temporary:
         WRITERS[format](model, temporary)
+        write_labels(model, temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
     return folder
