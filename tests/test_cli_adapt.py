@@ -140,6 +140,17 @@ def test_a_classifier(folder, tmp_path):
     refused(adapt(folder, one), "one label only, 'new'")
 
 
+def test_modules_between_layers_are_saved(folder, data, tmp_path):
+    out = tmp_path / "out"
+    words = ["--method", "compacter", "--set", "reduction=4", "--window", 32, "--steps", 2, "--out", out]
+    result = run("adapt", folder, "--data", data, *words)
+    assert result.exit_code == 0, result.output
+    report = rankwise.load_adapter(rankwise.load(str(folder))[0], out)
+    assert len(report.rows) == 4
+    words = ["--base", folder, "--to", "merged", "--out", tmp_path / "merged"]
+    refused(run("export", out, *words), "neither merged nor exported")
+
+
 def test_half_precision_runs_under_autocast(folder, data, tmp_path):
     result = adapt(folder, data, "--dtype", "bfloat16", "--also", "norm", "--gradient-checkpointing")
     assert result.exit_code == 0, result.output
@@ -152,7 +163,6 @@ def test_half_precision_runs_under_autocast(folder, data, tmp_path):
         (["--method", "lora", "--set", "start=svd"], ["--set start: must be one of", "singular-vectors"]),
         (["--rank", 0], ["rank must be an integer >= 1, got 0"]),
         (["--rank", 1000], ["rank", "1000"]),
-        (["--method", "compacter", "--out", "new"], ["--out: no file format holds"]),
         (["--set", "rank=3"], ["rank is given twice"]),
         (["--where", "nothing_like_it"], ["no layer was selected"]),
         (["--also", "("], ["--also is not a regular expression"]),

@@ -73,8 +73,6 @@ def adapt(
 
     words = [*(settings or []), *([] if rank is None else [f"rank={rank}"])]
     chosen = build(pick("--method", method, registry(adapters)), words)
-    if out is not None and isinstance(chosen, BlockAdapter):
-        raise ValueError(f"--out: no file format holds what {method} puts between layers; use it from Python.")
     layers, beside = where_option(where), where_option(also, "--also")
     precision = pick("--dtype", dtype, DTYPES)
     check_folder("--out", out)

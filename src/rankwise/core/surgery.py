@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..matrices import Base, Dense, Scheduled, StructuredMatrix
-from .extended import refuse_extended
+from .extended import Extended, refuse_extended
 from .stacks import ChoosesExperts, Stack, one_by_one, stack_at, stacks, stacks_of
 from .views import VIEWS, EmbeddingView, LinearView, SliceView, View, parameter_of, view_of
 
@@ -180,6 +180,18 @@ def replace(model: nn.Module, site: Site, matrix: StructuredMatrix, shift: Tenso
         new = StructuredLinear(matrix, bias, site.view).train(old.training)
         new.biased = shift is not None and old.bias is None
         set_module(model, name, new)
+
+
+def put_behind(model: nn.Module, site: Site, module: nn.Module) -> None:
+    """Have the outputs of a layer go through a module, in all places of a site."""
+    for path in site.names:
+        set_module(model, path, Extended(model.get_submodule(path), module).train(site.layer.training))
+
+
+def sizes_of(site: Site) -> tuple[int, int]:
+    """Return the (m, n) of a layer without writing its weight out."""
+    m, n = site.layer.matrix.shape if isinstance(site.layer, StructuredLinear) else site.weight.shape
+    return m, n
 
 
 def unstack(model: nn.Module, name: str) -> Stack | None:

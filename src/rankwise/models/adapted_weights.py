@@ -41,7 +41,7 @@ class AdaptedWeights(Mapping[str, Tensor]):
         config: of the model.
 
     Raises:
-        ValueError: if a layer does not exist, or is a slice of a 3-D parameter.
+        ValueError: if a layer does not exist, is a slice of a 3-D parameter, or has a module behind it.
     """
 
     def __init__(
@@ -49,6 +49,11 @@ class AdaptedWeights(Mapping[str, Tensor]):
     ) -> None:
         self.adapter, self.memory, self._base = adapter, memory, base
         self.folder, self.config = base.folder, base.config
+        for name in adapter.extended:
+            raise ValueError(
+                f"{adapter.folder} has a module behind {name}, which is no change of a weight: it can be neither "
+                "merged nor exported; use load_adapter."
+            )
         self.model = _without_values(base.config)
         self._sites: Mapping[str, Site] = sites_of(self.model)
         layers = list(dict.fromkeys([*adapter.layers, *adapter.wanted(self._sites, head_of(self.model))]))

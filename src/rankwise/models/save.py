@@ -30,8 +30,8 @@ def save(
         tokenizer: of transformers, saved beside the rest.
         format: "model" writes all, so that plain transformers loads it after ``import rankwise``. The others
             write adapters and parameters that train whole, but not the matrices under the adapters: "rankwise"
-            every kind, bit by bit; "peft" what Hugging Face PEFT can compute, in its files. Of a classifier of
-            transformers the names of the classes are written beside them.
+            every kind, bit by bit, also modules behind layers; "peft" what Hugging Face PEFT can compute, in its
+            files. Of a classifier of transformers the names of the classes are written beside them.
 
     Returns:
         the folder.
@@ -41,7 +41,8 @@ def save(
         ValueError: if the model does not fit the format, the folder holds something already, or what was written
             does not read back the same.
     """
-    refuse_extended(model, "has no place in this format; save its parameters that train")
+    if format != "rankwise":
+        refuse_extended(model, "has no place in this format; give format='rankwise'")
     folder = Path(os.path.abspath(folder))
     if format == "model":
         save_model(model, folder, tokenizer)
