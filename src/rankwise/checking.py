@@ -121,6 +121,8 @@ def _row(layer: _Layer, owned: set[int] | None, silent: set[int]) -> dict[str, A
     if outside:
         found.append(f"in no optimiser: {', '.join(outside)}")
     never = [key for key, p in trained.items() if id(p) in silent]
+    if any(part.acted for part in parts) and len(never) < len(trained):
+        never = []  # a schedule may set what they are multiplied with to zero
     if never:
         found.append(f"the gradient was always zero: {', '.join(never)}")
     if any(not part.acted for part in parts):

@@ -127,6 +127,8 @@ def adapt(
         raise
     measured = {name: trained.totals["memory"][name] for name in ("rise", "peak")}
     say(f"measured    {_in_words(measured)} of the whole process")
+    if trained.totals["adapters"] is not None:
+        say(f"checked     {trained.totals['adapters']['title']}")
     after = task.figures(network)
     if out is not None:
         say(f"saving to {out}")
