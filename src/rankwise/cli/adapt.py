@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from torch import nn
 
 from ..core.methods import BlockAdapter
 from ..core.report import Report
-from ..core.surgery import Where
 from .app import app, say
 from .arguments import Dtype, Json, Model, Settings, WherePattern
 from .files import check_file, check_folder, write_report
@@ -88,6 +88,10 @@ def adapt(
     from .. import adapting, finetuning
     from ..models import save
 
+    def adapted(name: str, module: nn.Module) -> bool:
+        assert layers is not None
+        return layers(name, module) and f"{name}.weight" not in task.whole
+
     def also_trained(name: str) -> bool:
         return name in task.whole or (beside is not None and beside(name, network))
 
@@ -95,7 +99,7 @@ def adapt(
     made = adapting.adapt(
         network,
         chosen,
-        where=layers if isinstance(chosen, BlockAdapter) else _both(task.layers, layers),
+        where=None if layers is None else adapted,
         data=None if isinstance(chosen, BlockAdapter) else task.calibration,
         also=also_trained if task.whole or beside is not None else None,
         seed=seed,
@@ -179,11 +183,6 @@ class Task:
     calibration: Sequence[dict[str, Any]]
     whole: frozenset[str] = frozenset()
 
-    @property
-    def layers(self) -> Where | None:
-        """Which layers may get an adapter: those that do not train whole."""
-        return (lambda name, _: f"{name}.weight" not in self.whole) if self.whole else None
-
     def figures(self, network: Any) -> dict[str, float]:
         """Measure what people want to know beside the loss."""
         from ..models.classifier import accuracy
@@ -258,12 +257,6 @@ def _state(out: Path | None, resume: bool) -> Path | None:
     if resume and not state.exists():
         say(f"{state} does not exist: there is nothing to go on from, so this run starts anew")
     return state
-
-
-def _both(one: Where | None, other: Where | None) -> Where | None:
-    if one is None or other is None:
-        return one or other
-    return lambda name, module: one(name, module) and other(name, module)
 
 
 def _in_words(memory: Mapping[str, int | None]) -> str:
