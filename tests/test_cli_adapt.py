@@ -11,6 +11,7 @@ from test_cli import folder as folder
 from test_cli import refused, run
 from test_cli import text as text
 from tiny import WORDS
+from transformers import AutoModelForSequenceClassification
 
 import rankwise
 from rankwise.core import running
@@ -127,11 +128,27 @@ def test_a_classifier(folder, tmp_path):
     (head,) = [tensor for name, tensor in saved(tmp_path / "out").items() if "score.weight" in name]
     assert head.shape == (2, 32)
     assert json.loads((tmp_path / "out" / "labels.json").read_text()) == ["0", "1"]
+    words = ["--base", folder, "--to", "merged", "--out", tmp_path / "merged"]
+    assert run("export", tmp_path / "out", *words).exit_code == 0
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert torch.equal(merged.score.weight, head)
+    assert merged.config.id2label == {0: "0", 1: "1"}
     assert "score" not in {layer["name"] for layer in found["layers"]}
     other = lines(tmp_path / "other.jsonl", [{"text": "ban", "label": "new"}])
     refused(adapt(folder, data, "--eval", other), "label 'new' is none of 0, 1")
     one = lines(tmp_path / "one.jsonl", [{"text": "ban", "label": "new"}] * 3)
     refused(adapt(folder, one), "one label only, 'new'")
+
+
+def test_modules_between_layers_are_saved(folder, data, tmp_path):
+    out = tmp_path / "out"
+    words = ["--method", "compacter", "--set", "reduction=4", "--window", 32, "--steps", 2, "--out", out]
+    result = run("adapt", folder, "--data", data, *words)
+    assert result.exit_code == 0, result.output
+    report = rankwise.load_adapter(rankwise.load(str(folder))[0], out)
+    assert len(report.rows) == 4
+    words = ["--base", folder, "--to", "merged", "--out", tmp_path / "merged"]
+    refused(run("export", out, *words), "neither merged nor exported")
 
 
 def test_half_precision_runs_under_autocast(folder, data, tmp_path):
@@ -146,7 +163,6 @@ def test_half_precision_runs_under_autocast(folder, data, tmp_path):
         (["--method", "lora", "--set", "start=svd"], ["--set start: must be one of", "singular-vectors"]),
         (["--rank", 0], ["rank must be an integer >= 1, got 0"]),
         (["--rank", 1000], ["rank", "1000"]),
-        (["--method", "compacter", "--out", "new"], ["--out: no file format holds"]),
         (["--set", "rank=3"], ["rank is given twice"]),
         (["--where", "nothing_like_it"], ["no layer was selected"]),
         (["--also", "("], ["--also is not a regular expression"]),

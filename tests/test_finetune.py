@@ -11,8 +11,9 @@ from tiny import llama
 from torch import Tensor, nn
 
 import rankwise
-from rankwise.adapters import Eva, Lora
+from rankwise.adapters import AdaLora, Compacter, Eva, Householder, Lora
 from rankwise.core import running
+from rankwise.core.extended import extended
 from rankwise.core.labels import given
 from rankwise.core.memory import held_bytes, optimizer_bytes, peak_memory_bytes, reset_peak_memory
 from rankwise.core.rates import Cosine, Linear
@@ -26,7 +27,8 @@ def batches(count: int = 10, seed: int = 1) -> list[dict[str, Tensor]]:
 
 def tiny(method=None, **changes) -> nn.Module:
     model = llama(**{"initializer_range": 0.1, **changes})
-    rankwise.adapt(model, method or Lora(rank=4), data=batches(2))
+    method = method or Lora(rank=4)
+    rankwise.adapt(model, method, data=batches(2) if getattr(method, "needs", ()) else None)
     return model
 
 
@@ -302,6 +304,55 @@ def test_frozen_batch_normalisations_stay_and_trained_ones_go_back_to_the_best()
     report = rankwise.finetune(net, data, lr=10.0, clip=None, steps=6)  # far too fast: the start is the best
     assert not report.totals["improved"]
     assert report.totals["best_step"] == 0
+
+
+@pytest.mark.parametrize(
+    "method", [Lora(rank=4), AdaLora(rank=4, target=1, every=1), Compacter(reduction=4), Householder(rank=2)]
+)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_adapters_are_looked_at_after_the_first_steps(method: object, steps: int):
+    model = tiny(method)
+    names = [*rankwise.core.adapted.adapted(model), *extended(model)]
+    found = rankwise.finetune(model, batches(), lr=1e-3, steps=steps, every=1).totals["adapters"]
+    assert found["title"] == f"{len(names)} adapted layers train"
+    assert [row["name"] for row in found["layers"]] == names
+    left = [row for row in found["layers"] if row["change"] > 0]  # AdaLoRA may leave nothing of a layer
+    assert left if isinstance(method, AdaLora) else left == found["layers"]
+    assert all(row["gradient"] > 0 for row in found["layers"])
+    assert found["steps"] == min(steps, 2)
+    assert found["problems"] == {}
+
+
+def test_a_layer_that_does_not_train_is_warned_of():
+    class Deaf(nn.Module):
+        """Two layers, of which one is heard."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.heard, self.unheard = nn.Linear(4, 8), nn.Linear(4, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.heard(x) + self.unheard(x).detach()
+
+    data = [(torch.randn(8, 4), torch.randint(8, (8,))) for _ in range(6)]
+    torch.manual_seed(0)
+    net = Deaf()
+    rankwise.adapt(net, Lora(rank=2))
+    with pytest.warns(RuntimeWarning, match="1 of 2 adapted layers have a problem: unheard: the gradient"):
+        report = rankwise.finetune(net, data, lr=0.01, steps=4)
+    assert list(report.totals["adapters"]["problems"]) == ["unheard"]
+    net = Deaf()
+    rankwise.adapt(net, Lora(rank=2), where=lambda name, _: name == "unheard", also=lambda n: n == "heard.bias")
+    before = numbers(net)
+    with pytest.raises(ValueError, match="no adapter trains: 1 of 1 adapted layers have a problem: unheard"):
+        rankwise.finetune(net, data, lr=0.01, steps=4)
+    assert changed(net, before) <= {"heard.bias"}
+
+
+def test_without_adapters_nothing_is_looked_at():
+    net = nn.Sequential(nn.Linear(4, 2))
+    data = [(torch.randn(8, 4), torch.randint(2, (8,))) for _ in range(4)]
+    assert rankwise.finetune(net, data, steps=2).totals["adapters"] is None
 
 
 def test_rates_go_up_and_down():

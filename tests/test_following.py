@@ -293,6 +293,18 @@ def test_bad_use():
         optimizer.step(_closure(model))
 
 
+def test_a_followed_model_is_not_folded(method: Adapter):
+    model, optimizer, follower = begin(method)
+    go(model, optimizer, range(2))
+    before = model.state_dict()
+    with pytest.raises(ValueError, match=r"layer 0\.matrix\..* is followed still; call finish\(\)"):
+        rankwise.fold(model)
+    assert model.state_dict().keys() == before.keys()
+    follower.stop()
+    expected = loss_of(model.eval(), 3)
+    torch.testing.assert_close(loss_of(rankwise.fold(model), 3), expected)
+
+
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [

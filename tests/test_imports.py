@@ -28,7 +28,9 @@ LAYERS = [
     {"api"},
     {"absorbing", "adapting", "narrowing", "quickstart", "streaming", "training"},
     {"following"},
-    {"checking", "finetuning", "trainer"},
+    {"checking", "trainer"},
+    {"guarding"},
+    {"finetuning"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -275,7 +275,8 @@ def fold(model: nn.Module) -> nn.Module:
     To leave a compressed model compressed and put adapters into it, use :func:`rankwise.absorb`.
 
     Raises:
-        ValueError: if there is none, or a layer has a module behind it that is no part of a weight.
+        ValueError: if there is none, a layer has a module behind it that is no part of a weight, or a schedule
+            acts on one still (:func:`rankwise.follow`).
     """
     if not isinstance(model, StructuredLinear) and not structured(model) and not extended(model):
         raise ValueError("the model has no structured layer to fold.")

@@ -12,6 +12,7 @@ from .core.following import Follower, Group, finished
 from .core.methods import Schedule
 from .core.report import Report
 from .core.several import layers_with
+from .core.surgery import refuse_followed
 from .matrices import Base, Scheduled
 
 
@@ -86,12 +87,8 @@ def finish(model: nn.Module) -> Report:
       (2): Linear(in_features=16, out_features=8, bias=True)
     ))
     """
-    groups = _groups(model)
-    for _, matrices in groups:
-        name = next((name for name, part in matrices.items() if part.followed), None)
-        if name is not None:
-            raise ValueError(f"layer {name} is followed still; call finish() of what rankwise.follow returned.")
-    return finished(model, groups)
+    refuse_followed(model)
+    return finished(model, _groups(model))
 
 
 def _groups(model: nn.Module) -> list[Group]:

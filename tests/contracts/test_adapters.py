@@ -187,6 +187,27 @@ def test_a_model_is_adapted_and_folded(method: Adapter):
     torch.testing.assert_close(model(x), after, rtol=1e-6, atol=1e-6)
 
 
+def squares(output: Tensor, batch: tuple[Tensor, Tensor], generator: Generator) -> Tensor:
+    """A loss for outputs that are no logits, of batches with labels."""
+    return output.float().square().sum()
+
+
+def test_a_model_cast_after_it_was_adapted_has_one_type(method: Adapter):
+    model, x = net().float(), draw(3, 8, seed=9).bfloat16()
+    rankwise.adapt(model, method, data=[batch.float() for batch in batches()], labels=toward_zero)
+    model.bfloat16()
+    data = [(draw(6, 8, seed=i).bfloat16(), torch.zeros(6, dtype=torch.long)) for i in range(4)]
+    for train in (False, True):
+        if train:
+            rankwise.finetune(model, data, loss=squares, steps=4, autocast=torch.bfloat16)
+        kinds = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
+        assert kinds == {torch.bfloat16}
+        y = model(x).detach()
+        folded = rankwise.fold(copy.deepcopy(model)) if rankwise.core.surgery.structured(model) else model
+        assert {p.dtype for p in folded.parameters()} == {y.dtype} == {torch.bfloat16}
+        torch.testing.assert_close(folded(x), y, rtol=0.05, atol=0.05)
+
+
 def test_a_written_adapter_is_the_same_again(method: Adapter, tmp_path: Path):
     model, x = net(), draw(3, 8, seed=9)
     rankwise.adapt(model, method, data=batches(), labels=toward_zero, also=lambda name: name == "2.bias")

@@ -1,5 +1,6 @@
 """Adapters written into weights, as differences and as LoRA: right, refused where wrong, a tensor at a time."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -16,11 +17,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 import rankwise
-from rankwise.adapters import FactorLora
+from rankwise.adapters import FactorLora, Householder
 from rankwise.adapters import Lora as LoraAdapter
 from rankwise.cli import app
-from rankwise.compressors import PlainSvd
-from rankwise.core.surgery import replace, select
+from rankwise.compressors import Gptq, PlainSvd
+from rankwise.core.surgery import base_of, replace, select
 from rankwise.exporters import Absorbed, Delta, Lora, Merged
 from rankwise.matrices import Base, Branch, Dense, Diagonal, LowRank, Product, StructuredMatrix, Sum
 from rankwise.models import adapted_weights
@@ -59,6 +60,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object]]] 
         llama,
         lambda model: rankwise.adapt(model, LoraAdapter(rank=2), also=lambda name: "embed" in name),
     ),
+    "tables": (
+        lambda: llama(tie_word_embeddings=False, pad_token_id=5),
+        lambda model: rankwise.adapt(
+            model, LoraAdapter(rank=2), where=lambda name, _: "embed" in name or "q_proj" in name, embeddings=True
+        ),
+    ),
     "transposed": (
         gpt2,
         lambda model: rankwise.adapt(model, LoraAdapter(rank=2), also=lambda n: "c_attn.bias" in n),
@@ -67,6 +74,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object]]] 
     "full rank": (llama, diagonal),
     "full rank transposed": (gpt2, diagonal),
 }
+LOW_RANK = [name for name in CASES if "full rank" not in name and name != "tables"]
 
 
 @pytest.fixture(params=CASES)
@@ -95,9 +103,8 @@ def test_merged_weights_compute_the_same(
     rankwise.export(adapter, Merged(base=base, memory="40KB", shard=1), small)
     torch.testing.assert_close(logits(rankwise.load(whole)[0]), logits(model))
     torch.testing.assert_close(logits(rankwise.load(small)[0]), logits(model))
-    assert load_file(whole / "model.safetensors").keys() == rankwise.load(base)[0].state_dict().keys() - {
-        "lm_head.weight"
-    }
+    names = {name for file in (folder / "base").glob("*.safetensors") for name in load_file(file)}
+    assert load_file(whole / "model.safetensors").keys() == names
     direct = rankwise.export(model, Merged(base=base), folder / "direct")
     one, other = load_file(whole / "model.safetensors"), load_file(direct / "model.safetensors")
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -123,7 +130,26 @@ def test_differences_add_up_to_the_adapted_model(case: tuple[Path, nn.Module]):
     torch.testing.assert_close(logits(plain), logits(model), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if "full rank" not in name], indirect=True)
+@pytest.mark.parametrize(
+    ("method", "tolerance"), [(LoraAdapter(rank=2), 1e-6), (Householder(rank=2), 1e-3)], ids=["beside", "around"]
+)
+@pytest.mark.parametrize("compressor", [PlainSvd(), Gptq(bits=4, group=16)], ids=lambda each: type(each).__name__)
+def test_a_difference_is_the_adapters_whatever_is_under_it(method, tolerance, compressor, tmp_path: Path):
+    model = seeded(llama).bfloat16()
+    rankwise.compress(model, compressor, keep=0.9, of="bytes", data=[ids()])
+    rankwise.save(model, tmp_path / "base")
+    rankwise.adapt(model, method)
+    moved(model)
+    adapter = written(tmp_path, model)
+    out = rankwise.export(adapter, Delta(base=str(tmp_path / "base")), tmp_path / "out")
+    found = load_file(out / "delta.safetensors")
+    for name, layer in rankwise.core.adapted.adapted(model).items():
+        wide = copy.deepcopy(layer.matrix).double().requires_grad_(False)
+        change = wide.dense() - base_of(wide).dense()
+        assert float((found[f"{name}.weight"] - change).norm()) < tolerance * float(change.norm())
+
+
+@pytest.mark.parametrize("case", LOW_RANK, indirect=True)
 def test_a_lora_computes_the_same(case: tuple[Path, nn.Module]):
     folder, model = case
     out = rankwise.export(written(folder, model), Lora(base=str(folder / "base")), folder / "out")
@@ -147,7 +173,7 @@ def test_a_change_of_full_rank_is_cut_to_a_rank_and_the_error_is_told(tmp_path: 
     model.save_pretrained(tmp_path / "base")
     diagonal(model)
     adapter, base = written(tmp_path, moved(model)), str(tmp_path / "base")
-    with pytest.raises(ValueError, match="no low rank; give a rank"):
+    with pytest.raises(ValueError, match="of no low rank: give a rank"):
         rankwise.export(adapter, Lora(base=base), tmp_path / "out")
     out = rankwise.export(adapter, Lora(base=base, rank=5), tmp_path / "out")
     name = "model.layers.0.mlp.up_proj"
@@ -203,6 +229,14 @@ def test_half_precision_is_rounded_once(tmp_path: Path):
             (merged[f"{name}.weight"] != wide.bfloat16()).float().mean()
         )  # float32 sums may fall on the other side
         assert ties < 0.01
+
+
+def test_a_lora_of_a_table_is_not_written(tmp_path: Path):
+    model = seeded(CASES["tables"][0])
+    model.save_pretrained(tmp_path / "base")
+    CASES["tables"][1](model)
+    with pytest.raises(ValueError, match=r"embed_tokens is no linear layer.*export to merged"):
+        rankwise.export(written(tmp_path, model), Lora(base=str(tmp_path / "base"), rank=2), tmp_path / "out")
 
 
 @pytest.mark.parametrize(

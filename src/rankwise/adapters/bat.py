@@ -9,6 +9,7 @@ from torch import Generator
 from ..core.methods import Adapter, check_count
 from ..core.statistics import Stats
 from ..matrices import Base, BlockAffine, StructuredMatrix
+from ..matrices.base import TooSmallError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,8 @@ class Bat(Adapter):
     def attach(self, base: Base, stats: Stats, generator: Generator) -> StructuredMatrix:
         """Return W' with T = 0."""
         m, n = base.shape
+        if self.block > min(m, n):
+            raise TooSmallError(f"block {self.block} is larger than a side of ({m}, {n}); give a smaller one.")
         if m % self.block or n % self.block:
             divisor = math.gcd(self.block, m, n)
             raise ValueError(

@@ -8,6 +8,7 @@ from torch import Generator
 from ..core.methods import Adapter
 from ..core.statistics import Stats
 from ..matrices import Base, Branch, Product, Reflections, StructuredMatrix
+from ..matrices.base import TooSmallError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class Householder(Adapter):
         """Return W H_1 ... H_r."""
         _, n = base.shape
         if self.rank > n:
-            raise ValueError(f"{n} reflections make every rotation of {n} inputs, not {self.rank}; lower rank.")
+            raise TooSmallError(f"{n} reflections make every rotation of {n} inputs; lower rank.")
         half = torch.randn(self.rank // 2, n, generator=generator)
         wide = torch.promote_types(base.dtype, torch.float32)
         pairs = half.repeat_interleave(2, dim=0).to(base.device, wide)

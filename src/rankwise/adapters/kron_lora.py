@@ -9,6 +9,7 @@ from torch import Generator
 from ..core.methods import Adapter
 from ..core.statistics import Stats
 from ..matrices import Base, Branch, Hypercomplex, StructuredMatrix, Sum
+from ..matrices.base import TooSmallError
 from ..matrices.hypercomplex import glorot
 
 
@@ -54,10 +55,12 @@ class KronLora(Adapter):
     def attach(self, base: Base, stats: Stats, generator: Generator) -> StructuredMatrix:
         """Return W + s sum_i A_i x (S_i T_i)."""
         (m, n), k, r = base.shape, self.count, self.rank
+        if k > min(m, n):
+            raise TooSmallError(f"count {k} is larger than a side of ({m}, {n}); give a smaller one.")
         if m % k or n % k:
             raise ValueError(f"count {k} must divide both sizes of ({m}, {n}); change count.")
         if r > min(m // k, n // k):
-            raise ValueError(f"blocks of ({m // k}, {n // k}) have a rank of at most that, got {r}; lower rank.")
+            raise TooSmallError(f"blocks of ({m // k}, {n // k}) have no rank {r}; lower rank.")
         mixers = torch.randn(k, k, k, generator=generator) / math.sqrt(k)
         right = glorot(k, r, n // k, generator=generator)
         kind = {"device": base.device, "dtype": torch.promote_types(base.dtype, torch.float32)}

@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 from ..core.methods import Adapter, check_count
 from ..core.statistics import Stats
 from ..matrices import Base, StructuredMatrix
+from ..matrices.base import TooSmallError
 from .diagonal_core import diagonal_core, written_out
 
 SMALL = 1e-6  # of the largest pivot, close to the rounding of float32; a row is not divided by a smaller one
@@ -55,7 +56,9 @@ class Loldu(Adapter):
     def attach(self, base: Base, stats: Stats, generator: Generator) -> StructuredMatrix:
         """Return W + s P L_r diag(d) U_r."""
         if self.rank > min(base.shape):
-            raise ValueError(f"rank {self.rank} is larger than the {min(base.shape)} pivots; give a smaller one.")
+            raise TooSmallError(
+                f"rank {self.rank} is larger than the {min(base.shape)} pivots; give a smaller one."
+            )
         lower, _, upper = lower_diagonal_upper(written_out(base))
         scale = 1.0 if self.alpha is None else self.alpha / self.rank
         return diagonal_core(base, lower[:, : self.rank], upper[: self.rank], scale, self.dropout)

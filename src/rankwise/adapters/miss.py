@@ -9,6 +9,7 @@ from torch import Generator
 from ..core.methods import Adapter, check_count
 from ..core.statistics import Stats
 from ..matrices import Base, Branch, StructuredMatrix, Sum, Tiled
+from ..matrices.base import TooSmallError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class Miss(Adapter):
         m, n = base.shape
         rows = m if self.mini is None else self.mini
         if self.rank > n:
-            raise ValueError(f"rank {self.rank} is larger than the {n} inputs; give a smaller one.")
+            raise TooSmallError(f"rank {self.rank} is larger than the {n} inputs; give a smaller one.")
         if m % rows:
             divisor = math.gcd(rows, m)
             raise ValueError(f"mini {rows} does not divide the {m} outputs; give a divisor, such as {divisor}.")

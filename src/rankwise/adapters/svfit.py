@@ -8,6 +8,7 @@ from torch import Generator, Tensor
 from ..core.methods import Adapter, check_count
 from ..core.statistics import Stats
 from ..matrices import Base, StructuredMatrix
+from ..matrices.base import TooSmallError
 from .diagonal_core import diagonal_core, written_out
 
 
@@ -67,5 +68,7 @@ class Svfit(Adapter):
             shares = s.double().square().cumsum(0)
             return 1 + int((shares < self.energy * shares[-1]).sum())
         if self.rank > len(s):
-            raise ValueError(f"rank {self.rank} is larger than the {len(s)} singular values; give a smaller one.")
+            raise TooSmallError(
+                f"rank {self.rank} is larger than the {len(s)} singular values; give a smaller one."
+            )
         return self.rank

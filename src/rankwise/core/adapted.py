@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from ..matrices import Base, Several, StructuredMatrix
+from .extended import extended, name_without
 from .report import Report
 from .several import choose, join, used
-from .surgery import Site, StructuredLinear, base_of, replace, structured
+from .surgery import Site, StructuredLinear, base_of, put_behind, replace, sizes_of, structured
 
 
 def adapted(model: nn.Module) -> Mapping[str, StructuredLinear]:
@@ -46,19 +47,21 @@ def own_tensors(matrix: StructuredMatrix) -> dict[str, Tensor]:
 
 
 def whole_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that train and are no adapter's, by their first names.
+    """Return the parameters that train and are no adapter's, by their first names, without what is in between.
 
     Raises:
         ValueError: if a matrix under an adapter trains.
     """
     layers = adapted(model).values()
     inside = {id(parameter) for layer in layers for parameter in layer.matrix.parameters()}
+    inside |= {id(parameter) for each in extended(model).values() for parameter in each.after.parameters()}
     for name, layer in adapted(model).items():
         for path, part in _parts(layer.matrix):
             if isinstance(part, Base) and any(p.requires_grad for p in part.parameters()):
                 raise ValueError(f"{name}.matrix.{path} trains, though it is under an adapter; freeze it.")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return {name: p for name, p in trained.items() if id(p) not in inside}
+    plain = name_without(model)
+    return {plain(name): p for name, p in trained.items() if id(p) not in inside}
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Adaptation:
 
     Args:
         matrices: the sites to adapt, each with its new matrix.
+        modules: the sites behind which a module goes, each with that.
         whole: parameters of the model that the file replaces, with their values.
         missing: names of tensors that ought to be in the file.
         unexpected: names of tensors in the file that nothing reads.
@@ -74,6 +78,7 @@ class Adaptation:
     """
 
     matrices: list[tuple[Site, StructuredMatrix]]
+    modules: list[tuple[Site, nn.Module]] = field(default_factory=list)
     whole: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -94,7 +99,7 @@ class Adaptation:
                 raise ValueError(
                     f"{source} {words}: {', '.join(names)}. Give the model that was adapted, or strict=False."
                 )
-        if not self.matrices:
+        if not self.matrices and not self.modules:
             raise ValueError(f"{source} holds no adapter of a layer of this model.")
 
     def apply(self, model: nn.Module, title: str, name: str | None = None) -> Report:
@@ -117,6 +122,12 @@ class Adaptation:
                     join(model, site, name, matrix)
         if name is not None:
             choose(model, name)
+        seen: set[int] = set()
+        for site, module in self.modules:
+            put_behind(model, site, module)
+            new = {id(p): p.numel() for p in module.parameters() if p.requires_grad and id(p) not in seen}
+            seen |= new.keys()
+            rows.append({"name": site.name, "shape": list(sizes_of(site)), "trained": sum(new.values())})
         for parameter, value in self.whole:
             with torch.no_grad():
                 parameter.copy_(value)

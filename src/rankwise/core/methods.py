@@ -56,7 +56,8 @@ class Adapter(abc.ABC):
         """Return an expression that contains ``base``; its parameters outside ``base`` and ``Frozen`` train.
 
         Raises:
-            ValueError: if the adapter does not fit the shape, or a statistic is not what it needs.
+            TooSmallError: if the shape is too small for the adapter.
+            ValueError: if the adapter does not fit the shape otherwise, or a statistic is not what it needs.
         """
 
 

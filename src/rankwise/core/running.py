@@ -116,6 +116,7 @@ class Run:
         followers: what else goes into a checkpoint, by name.
         identity: names the task; a checkpoint of another one is refused.
         file: where the checkpoint is kept, or None.
+        looking: is called before each look at what judges.
         started: ``time.perf_counter()`` when the budget began to run.
 
     Raises:
@@ -135,8 +136,10 @@ class Run:
         followers: Mapping[str, Follower] | None = None,
         identity: str = "",
         file: Path | None = None,
+        looking: Callable[[], None] | None = None,
         started: float | None = None,
     ) -> None:
+        self.looking = looking
         self.model, self.trained, self.optimizer, self.plan = model, dict(trained), optimizer, plan
         self.mode, self.word, self.identity, self.file = mode, word, identity, file
         self.buffers = tuple(buffers)
@@ -273,6 +276,8 @@ class Run:
 
     def _look(self, train: float | None) -> None:
         """Judge the model by the held-out data, and keep it if it is the best so far."""
+        if self.looking is not None:
+            self.looking()
         with frozen(self.model), torch.no_grad():
             total = sum(float(piece.loss(self.model)) for piece in self.held)
         p, held = self.progress, total / sum(piece.rows for piece in self.held)

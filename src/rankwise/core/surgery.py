@@ -8,8 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ..matrices import Base, Dense, Several, StructuredMatrix
-from .extended import refuse_extended
+from ..matrices import Base, Dense, Scheduled, Several, StructuredMatrix
+from .extended import Extended, refuse_extended
 from .stacks import ChoosesExperts, Stack, one_by_one, stack_at, stacks, stacks_of
 from .views import VIEWS, EmbeddingView, LinearView, SliceView, View, parameter_of, view_of
 
@@ -188,6 +188,18 @@ def replace(model: nn.Module, site: Site, matrix: StructuredMatrix, shift: Tenso
         set_module(model, name, new)
 
 
+def put_behind(model: nn.Module, site: Site, module: nn.Module) -> None:
+    """Have the outputs of a layer go through a module, in all places of a site."""
+    for path in site.names:
+        set_module(model, path, Extended(model.get_submodule(path), module).train(site.layer.training))
+
+
+def sizes_of(site: Site) -> tuple[int, int]:
+    """Return the (m, n) of a layer without writing its weight out."""
+    m, n = site.layer.matrix.shape if isinstance(site.layer, StructuredLinear) else site.weight.shape
+    return m, n
+
+
 def unstack(model: nn.Module, name: str) -> Stack | None:
     """Put a stack in place of the 3-D parameter that a dotted name is a slice of, if it is; return the stack."""
     path, _, number = name.rpartition(".")
@@ -237,9 +249,10 @@ def fold(model: nn.Module, where: Callable[[StructuredLinear], bool] = lambda la
         the same model; a layer given as the model itself is returned as a new one.
 
     Raises:
-        ValueError: if something that is no matrix stands behind a layer, such as a bottleneck, or each row of a
-            batch has its own adapter.
+        ValueError: if something that is no matrix stands behind a layer, such as a bottleneck, a matrix is
+            followed still, or each row of a batch has its own adapter; the model is then as before.
     """
+    refuse_followed(model)
     refuse_extended(model, "cannot be folded; train an adapter of matrices instead, such as Lora")
     for layer in structured(model).values():
         if isinstance(layer.matrix, Several):
@@ -269,6 +282,13 @@ def restack(model: nn.Module) -> None:
                 held[name] = held.pop(name)
     if wholes and isinstance(model, ChoosesExperts) and not any(True for _ in stacks(model)):
         model.set_experts_implementation(None)  # the model's own choice
+
+
+def refuse_followed(model: nn.Module) -> None:
+    """Raise ValueError if a schedule acts on a matrix while an optimiser takes steps."""
+    for name, part in model.named_modules():
+        if isinstance(part, Scheduled) and part.followed:
+            raise ValueError(f"layer {name} is followed still; call finish() of what rankwise.follow returned.")
 
 
 def structured(model: nn.Module) -> Mapping[str, StructuredLinear]:

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..models.adapted_weights import AdaptedWeights
@@ -17,7 +16,8 @@ from .shards import check_shard, write_shards
 class Delta(AdaptedExporter):
     """Files of safetensors with new minus old of each changed weight, in float32, under the weights' own names.
 
-    This is what rules for merging take. Some lines of a tensor are made at a time.
+    This is what rules for merging take. Old is what the model computes with: of a compressed or low-bit matrix
+    the value of its parts, not that rounded to the type of the files. Some lines of a tensor are made at a time.
 
     Args:
         base: the model that was adapted, compressed or not: a folder, a hub id, or an embedded model.
@@ -53,10 +53,7 @@ class _Changes:
         yield from (*self.weights.names, *self.weights.whole)
 
     def parts(self, name: str) -> Iterator[Tensor]:
-        old = self.weights.before(name).flatten()
-        for new in self.weights.parts(name, torch.float32):
-            yield new.flatten() - old[: new.numel()]
-            old = old[new.numel() :]
+        yield from self.weights.change(name)
 
     def empty(self, name: str) -> Tensor:
         return self.weights.empty(name).float()

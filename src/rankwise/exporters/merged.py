@@ -9,7 +9,6 @@ from torch import Generator
 
 from ..models import load
 from ..models.adapted_weights import AdaptedWeights
-from ..models.adapter_folder import AdapterFolder
 from ..models.exchange import outputs_of
 from .adapted import AdaptedExporter, bytes_of
 from .base import Source
@@ -20,6 +19,7 @@ from .shards import check_shard, copy_beside, write_shards
 class Merged(AdaptedExporter):
     """A folder that plain transformers loads without rankwise, with the adapter put into the weights.
 
+    Of a classifier's adapter it is the folder of the classifier, with its head and the names of its classes.
     Some lines of a matrix are made at a time, in float32, and rounded once to the type in which the model is
     stored. Matrices of a compressed model are written out.
 
@@ -56,15 +56,15 @@ class Merged(AdaptedExporter):
         write_shards(weights, weights, out, self.shard)
         weights.finish()
         copy_beside(weights.folder, weights.config, out)
+        weights.save_tokenizer(out)
         stored = sum(file.stat().st_size for file in out.glob("*.safetensors"))
         if stored <= self.compare * 10**6 and "vocab_size" in weights.config:
-            _compare(self.base, self.adapter(source), weights, out)
+            _compare(weights, out)
 
 
-def _compare(base: str, adapter: AdapterFolder, weights: AdaptedWeights, out: Path) -> None:
+def _compare(weights: AdaptedWeights, out: Path) -> None:
     """Raise unless a merged model computes what the adapted one does, up to the rounding of its weights."""
-    adapted: Any = load(base, dtype=torch.float32)[0]
-    adapter.adaptation(adapted).apply(adapted, adapter.title)
+    adapted = weights.load(torch.float32)
     merged: Any = load(out, dtype=torch.float32)[0]
     if adapted.main_input_name != "input_ids":
         return

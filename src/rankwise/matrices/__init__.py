@@ -16,6 +16,7 @@ from .expressions import Product, Scaled, Sum
 from .frozen import Base, Frozen
 from .hypercomplex import Hypercomplex
 from .indexed_sparse import IndexedSparse
+from .kept_column import KeptColumn
 from .kernelled import Kernelled
 from .kronecker import Kronecker
 from .low_rank import LowRank, PivotedLowRank
@@ -42,6 +43,7 @@ __all__ = [
     "Frozen",
     "Hypercomplex",
     "IndexedSparse",
+    "KeptColumn",
     "Kernelled",
     "Kronecker",
     "LowRank",

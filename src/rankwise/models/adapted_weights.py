@@ -1,6 +1,6 @@
 """The weights of a model on disk with an adapter put into them, one tensor at a time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,13 @@ from ..core.surgery import Site, StructuredLinear
 from ..core.views import SliceView
 from ..matrices import Dense, StructuredMatrix
 from .adapter_folder import AdapterFolder, head_of, sites_of
+from .classifier import load_classifier
+from .classifier_weights import ClassifierWeights
 from .folded import Folded, file_names
-from .lines import lines_of, takes_any_type
-from .load import kind_of, quiet
+from .lines import lines_of, lines_of_change, takes_any_type
+from .load import kind_of, load, quiet
 
+Source = Folded | ClassifierWeights
 BLOCK = 2**18  # numbers of a matrix that are made at a time
 
 
@@ -37,12 +40,19 @@ class AdaptedWeights:
         config: of the model.
 
     Raises:
-        ValueError: if a layer does not exist, or is a slice of a 3-D parameter.
+        ValueError: if a layer does not exist, is a slice of a 3-D parameter, or has a module behind it.
     """
 
-    def __init__(self, base: Folded, adapter: AdapterFolder, memory: int | None = None) -> None:
+    def __init__(
+        self, base: Folded | ClassifierWeights, adapter: AdapterFolder, memory: int | None = None
+    ) -> None:
         self.adapter, self.memory, self._base = adapter, memory, base
         self.folder, self.config = base.folder, base.config
+        for name in adapter.extended:
+            raise ValueError(
+                f"{adapter.folder} has a module behind {name}, which is no change of a weight: it can be neither "
+                "merged nor exported; use load_adapter."
+            )
         self.model = _without_values(base.config)
         self._sites: Mapping[str, Site] = sites_of(self.model)
         adapter.prepare(self.model)
@@ -59,6 +69,18 @@ class AdaptedWeights:
         self.names = self._in_files({f"{other}.weight": name for other, name in shared.items()})
         self.whole = self._in_files(adapter.whole)
 
+    def load(self, dtype: torch.dtype) -> Any:
+        """Return the adapted model in memory."""
+        labels = self.adapter.labels
+        model, _ = load_classifier(self.folder, labels, dtype=dtype) if labels else load(self.folder, dtype=dtype)
+        self.adapter.adaptation(model).apply(model, self.adapter.title)
+        return model
+
+    def save_tokenizer(self, out: Path) -> None:
+        """Write the tokenizer of a classifier, which can pad texts though that of the model may not."""
+        if isinstance(self._base, ClassifierWeights):
+            self._base.tokenizer.save_pretrained(out)
+
     @property
     def layers(self) -> Mapping[str, StructuredLinear]:
         """The layers that are compressed, by their names in the files, without values."""
@@ -67,20 +89,16 @@ class AdaptedWeights:
     def __iter__(self) -> Iterator[str]:
         return iter(self._base)
 
-    def parts(self, name: str, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
-        """Yield a tensor in parts, in the order of its file, in the type of the files or another one."""
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """Yield a tensor in parts, in the order of its file, in the type of the files."""
         if name in self.names:
-            yield from self._merged(name, dtype or self.empty(name).dtype)
+            yield from self._made(name, lines_of, self.empty(name).dtype)
         else:
-            yield self._replaced(name, dtype) if name in self.whole else self._base[name]
+            yield self._replaced(name) if name in self.whole else self._base[name]
 
     def empty(self, name: str) -> Tensor:
         """Return a tensor on the meta device of the shape and type that ``self[name]`` has."""
         return self._base.empty(name)
-
-    def before(self, name: str) -> Tensor:
-        """Return a tensor without the adapter."""
-        return self._base[name]
 
     def site(self, name: str) -> Site:
         """Return the layer whose weight has a name."""
@@ -104,14 +122,24 @@ class AdaptedWeights:
         wide = torch.promote_types(base.dtype, torch.float32)
         return matrix.eval().requires_grad_(False) if takes_any_type(matrix) else matrix.to(wide).eval()
 
+    def change(self, name: str) -> Iterator[Tensor]:
+        """Yield in parts, in float32, what the adapter adds to a tensor of ``names`` or ``whole``.
+
+        To a matrix it adds to what its parts say, not to that as it is rounded when it is written out.
+        """
+        if name in self.names:
+            yield from self._made(name, lines_of_change, torch.float32)
+        else:
+            yield self._replaced(name, torch.float32).sub_(self._base[name])
+
     @torch.no_grad()
-    def _merged(self, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Write out an adapted matrix, some lines at a time as its layer stores them."""
+    def _made(self, name: str, lines_from: Callable[..., Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+        """Make a tensor of a layer from an adapted matrix, some lines at a time as the layer stores them."""
         matrix = self.matrix(name)
         axis = 0 if self.site(name).view.matrix(self.empty(name)).is_contiguous() else 1
         lines, step = matrix.shape[axis], self._step(name, matrix, axis)
         for start in range(0, lines, step):
-            part = lines_of(matrix, axis, start, min(start + step, lines)).to(dtype)
+            part = lines_from(matrix, axis, start, min(start + step, lines)).to(dtype)
             yield part if axis == 0 else part.mT
 
     def parameter(self, name: str) -> Tensor:
@@ -166,9 +194,7 @@ class AdaptedWeights:
             return step
         beside, empty = takes_any_type(matrix), self.empty(name)
         free = self.memory - empty.numel() * empty.element_size() - (0 if beside else 4 * m * n)
-        each = (
-            4 * 4 * (length if beside else m + n)
-        )  # a line of the base, of the change, their sum, and that rounded
+        each = 4 * 4 * (length if beside else m + n)  # a line of the base, the change, their sum, that rounded
         if free < each:
             needed = self.memory - free + each
             raise ValueError(f"{name} takes {needed} bytes of memory at least; give more, or no limit.")
@@ -185,15 +211,18 @@ class AdaptedWeights:
             (lost if place is None else found)[place or name] = value
         if lone := [name for name, value in lost.items() if strict and value not in found.values()]:
             raise ValueError(
-                f"{lone[0]} is adapted, but {self.folder} has no tensor of this name. If it is the head of a "
-                "classifier, use load_classifier, load_adapter, fold and save instead."
+                f"{lone[0]} is adapted, but {self.folder} has no tensor of this name; give the model that was "
+                "adapted."
             )
         return found
 
 
 def open_weights(base: str | Path, adapter: AdapterFolder, memory: int | None) -> AdaptedWeights:
-    """Open the folder of a model, and put an adapter around its weights."""
-    return AdaptedWeights(Folded(base), adapter, memory)
+    """Open the folder of a model, and put an adapter around its weights, or around those of its classifier."""
+    folded = Folded(base)
+    return AdaptedWeights(
+        ClassifierWeights(folded, adapter.labels) if adapter.labels else folded, adapter, memory
+    )
 
 
 def _without_values(config: Mapping[str, Any]) -> Any:

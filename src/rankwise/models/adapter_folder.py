@@ -11,9 +11,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..core.adapted import Adaptation, own_tensors
+from ..core.extended import refuse_extended
 from ..core.surgery import Site, select
 from ..core.views import View
 from ..matrices import StructuredMatrix
+from .classifier import read_labels
 
 NONE = "the model has no adapter in use; make one with rankwise.adapt, or save it as a model."
 _UNTIE = "give each of them a parameter of its own first"
@@ -30,6 +32,7 @@ class AdapterFolder(abc.ABC):
         title: what messages call it.
         missing: names of tensors that were asked for in vain.
         others: layers whose matrix had other values than the one that was adapted.
+        labels: of a classifier, the names of its classes.
 
     Raises:
         ValueError: if a file is damaged.
@@ -38,6 +41,7 @@ class AdapterFolder(abc.ABC):
     def __init__(self, config: Path, tensors: Path) -> None:
         self.folder, self.title = config.parent, str(config.parent)
         self.config, self.tensors = read_json(config), read_tensors(tensors)
+        self.labels = read_labels(self.folder)
         self.missing: list[str] = []
         self.others: list[str] = []
         self._used: set[str] = set()
@@ -76,6 +80,19 @@ class AdapterFolder(abc.ABC):
             ValueError: if something does not fit.
         """
 
+    @property
+    def extended(self) -> list[str]:
+        """The layers that a module goes behind; of those that share one, the first."""
+        return []
+
+    def module(self, name: str, site: Site) -> nn.Module | None:
+        """Return the module that goes behind a layer, or None if tensors are missing.
+
+        Raises:
+            ValueError: if something does not fit.
+        """
+        raise NotImplementedError
+
     def take(self, name: str) -> Tensor | None:
         """Return a tensor, or note that it is missing."""
         if name not in self.tensors:
@@ -105,8 +122,11 @@ class AdapterFolder(abc.ABC):
                     _, first = made.setdefault(site.name, (site, matrix.train(site.layer.training)))
                     _check_same(name, site, own_tensors(first), own_tensors(matrix))
         matrices = list(made.values())
+        behind = [(sites[name], self.module(name, sites[name])) for name in self.extended if name in sites]
+        modules = [(site, made.train(site.layer.training)) for site, made in behind if made is not None]
         whole = self._parameters(model)
-        return Adaptation(matrices, whole, sorted(set(self.missing)), self.unexpected, self.others)
+        missing = sorted(set(self.missing))
+        return Adaptation(matrices, modules, whole, missing, self.unexpected, self.others)
 
     def _parameters(self, model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
         """Return the parameters that are replaced, with their values; what repeats a value counts as read."""
@@ -134,7 +154,12 @@ class AdapterFolder(abc.ABC):
 
 
 def sites_of(model: nn.Module) -> dict[str, Site]:
-    """Return the layers of a model that can hold an adapter, by each of their names."""
+    """Return the layers of a model that can hold an adapter, by each of their names.
+
+    Raises:
+        ValueError: if one has a module behind it.
+    """
+    refuse_extended(model, "load the model anew")
     found = select(model, lambda name, layer: True, compressed=True, tables=True)
     return {name: site for site in found.values() for name in site.names}
 

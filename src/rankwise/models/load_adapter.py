@@ -10,6 +10,7 @@ from ..core.report import Report
 from ..core.several import check_name
 from . import adapter_files, peft_files
 from .adapter_folder import AdapterFolder
+from .classifier import check_labels, put_labels
 
 READERS: dict[str, Callable[[Path], AdapterFolder]] = {
     adapter_files.NAME: adapter_files.OwnFolder,
@@ -19,6 +20,9 @@ READERS: dict[str, Callable[[Path], AdapterFolder]] = {
 
 def load_adapter(model: nn.Module, folder: str | Path, *, name: str | None = None, strict: bool = True) -> Report:
     """Put the adapters of a folder onto a model, in place; the same parameters train as when they were written.
+
+    A classifier that was made of another model is made so again: ``load_classifier(base, read_labels(folder))``
+    of :mod:`rankwise.models`. Its classes get the names of the folder.
 
     Args:
         model: dense or compressed as the one was that was adapted. It has no adapters yet, or such with names.
@@ -38,14 +42,18 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
     check_name(model, name)
     if name is None and (busy := next(iter(adapted(model)), None)):
         raise ValueError(f"layer {busy} has an adapter already; fold it first, or load the model anew.")
-    adaptation = open_adapter(folder).adaptation(model)
+    adapter = open_adapter(folder)
+    if adapter.labels and strict:
+        check_labels(model, adapter.labels, str(folder))
+    adaptation = adapter.adaptation(model)
     if strict:
         adaptation.check(str(folder))
-    if name is not None and adaptation.whole:
+    if name is not None and (adaptation.whole or adaptation.modules):
         raise ValueError(
-            f"{folder} replaces parameters of the model, such as norms, biases or the head, which adapters with "
-            "names share; load it alone, without a name."
+            f"{folder} holds modules behind layers, or replaces parameters of the model, such as norms, biases "
+            "or the head, which adapters with names share; load it alone, without a name."
         )
+    put_labels(model, adapter.labels)
     return adaptation.apply(model, Path(folder).name, name)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..core.surgery import base_of
 from ..matrices import Base, Branch, Frozen, LowRank, Product, Scaled, Scheduled, StructuredMatrix, Sum
+from .lines import terms_beside
 
 NOISE = 1e-11  # singular values of a change that are no more than rounding in float64, relative to the base's
 
@@ -74,10 +75,8 @@ def branch_of(matrix: StructuredMatrix) -> Branch | None:
 
 def _beside(matrix: StructuredMatrix) -> Change | None:
     """Return what is added to the base, if the expression is a sum of it and of thin matrices."""
-    if not isinstance(matrix, Sum) or sum(isinstance(part, Base) for part in matrix.parts) != 1:
-        return None
-    others = [part for part in matrix.parts if not isinstance(part, Base)]
-    if not others or any(base_of(part) is not None for part in others):
+    others = terms_beside(matrix)
+    if not others:
         return None
     branch = branch_of(matrix)
     if branch is not None:

@@ -110,9 +110,14 @@ class LoraKind(PeftKind):
         "target_parameters",
     )
 
+    @staticmethod
+    def fits(view: View) -> bool:
+        """Whether such a layer is written."""
+        return isinstance(view, (LinearView, Conv2dView))
+
     def piece(self, matrix: StructuredMatrix, view: View, most: int | None = None) -> Piece | None:
         """Take the factors, or find some, of at most a rank."""
-        if not isinstance(view, (LinearView, Conv2dView)):
+        if not self.fits(view):
             return None
         if isinstance(matrix, RowNormalised) and (most is None or matrix.update.rank <= most):
             low, branch = matrix.update.matrix, matrix.update

@@ -25,7 +25,7 @@ class SummedFolder(AdapterFolder):
         self._keys = {f"{f.title}: {key}": (f, key) for f in self._folders for key in f.tensors}
         self.tensors = {name: f.tensors[key] for name, (f, key) in self._keys.items()}
         self._held: list[set[str]] = []
-        self.config, self.missing, self.others, self._used = {}, [], [], set()
+        self.config, self.labels, self.missing, self.others, self._used = {}, (), [], [], set()
         for folder in self._folders:
             folder.missing, folder.others = self.missing, self.others  # what one notes, all do
             if folder.whole:
@@ -38,6 +38,11 @@ class SummedFolder(AdapterFolder):
         """Let each look."""
         for folder in self._folders:
             folder.prepare(model)
+
+    @property
+    def extended(self) -> list[str]:
+        """Layers with a module behind them in any."""
+        return [name for folder in self._folders for name in folder.extended]
 
     @property
     def layers(self) -> list[str]:
