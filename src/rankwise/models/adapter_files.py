@@ -19,7 +19,7 @@ from ..core.surgery import Site, base_of, select
 from ..core.views import View
 from ..matrices import Base, StructuredMatrix, from_spec
 from ..matrices.frozen import put_base
-from .adapter_folder import AdapterFolder, check_shape
+from .adapter_folder import NONE, AdapterFolder, check_shape
 from .model_files import verify
 
 NAME = "rankwise_adapter.json"
