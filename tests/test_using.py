@@ -94,6 +94,25 @@ def test_rows_look_up_their_own_embeddings():
     torch.testing.assert_close(logits(model, ids()[:3]), torch.stack(wanted), rtol=1e-4, atol=1e-5)
 
 
+def test_rows_of_images():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 5)
+    )
+    for name in ("poet", "coder"):
+        put(net, Lora(rank=2), name=name, seed=len(name))
+    images = torch.randn(3, 3, 6, 6)
+    wanted = []
+    for each, image in zip(["coder", None, "poet"], images, strict=True):
+        rankwise.use(net, each)
+        wanted.append(net(image[None])[0])
+    rankwise.use(net, ["coder", None, "poet"])
+    torch.testing.assert_close(net(images), torch.stack(wanted), rtol=1e-4, atol=1e-5)
+    rankwise.use(net, {"poet": 1.0, "coder": 0.5})
+    before = net(images)
+    torch.testing.assert_close(rankwise.fold(net)(images), before, rtol=1e-4, atol=1e-5)
+
+
 def test_rows_train_each_their_own():
     model = both()
     rankwise.use(model, ["poet", "coder"])

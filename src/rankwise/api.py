@@ -286,7 +286,7 @@ def fold(model: nn.Module) -> nn.Module:
 
 
 def export(
-    model: nn.Module | str | Path | Mapping[str | Path, float],
+    model: nn.Module | str | Path | Mapping[Any, float],
     to: Exporter,
     out: str | Path,
     *,

@@ -45,7 +45,7 @@ def added(tensors: dict[str, torch.Tensor], place: str, shape: torch.Size, decla
     found = (tensors[f"base_model.model.{place}.lora_{letter}.weight"] for letter in "AB")
     right, left = (t.double() for t in found)
     right, left = right.view(shape[0], -1, right.shape[1]), left.view(len(left), -1, shape[0])
-    return torch.einsum("ore,eri->eio" if declared else "ore,eri->eoi", left, right)
+    return torch.einsum("oke,eki->eio" if declared else "oke,eki->eoi", left, right)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -23,7 +23,7 @@ class Source:
         scratch: a folder for temporary files.
     """
 
-    given: nn.Module | str | Path | Mapping[str | Path, float]
+    given: nn.Module | str | Path | Mapping[Any, float]
     tokenizer: Any
     scratch: Path
 
