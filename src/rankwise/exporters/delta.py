@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..models.adapted_weights import AdaptedWeights
@@ -22,7 +21,8 @@ class Delta(AdaptedExporter):
     Args:
         base: the model that was adapted, compressed or not: a folder, a hub id, or an embedded model.
         memory: the most that making one tensor may take beside the adapter, such as 2GiB or 500MB; None needs
-            about twice the largest tensor, and more for adapters that do not just add something to a matrix.
+            little more than the largest tensor, and a float32 copy for adapters that do not just add something to
+            a matrix.
         shard: largest size of a file, in megabytes; a larger tensor has its own.
     """
 
@@ -53,10 +53,7 @@ class _Changes:
         yield from (*self.weights.names, *self.weights.whole)
 
     def parts(self, name: str) -> Iterator[Tensor]:
-        old = self.weights.before(name).flatten()
-        for new in self.weights.parts(name, torch.float32):
-            yield new.flatten() - old[: new.numel()]
-            old = old[new.numel() :]
+        return self.weights.changes(name)
 
     def empty(self, name: str) -> Tensor:
         return self.weights.empty(name).float()

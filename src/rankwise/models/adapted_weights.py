@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.surgery import Site, StructuredLinear
+from ..core.surgery import Site, StructuredLinear, base_of
 from ..core.views import SliceView
 from ..matrices import Dense, StructuredMatrix
 from .adapter_folder import AdapterFolder, head_of, sites_of
@@ -66,20 +66,23 @@ class AdaptedWeights:
     def __iter__(self) -> Iterator[str]:
         return iter(self._base)
 
-    def parts(self, name: str, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
-        """Yield a tensor in parts, in the order of its file, in the type of the files or another one."""
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """Yield a tensor in parts, in the order and the type of its file."""
         if name in self.names:
-            yield from self._merged(name, dtype or self.empty(name).dtype)
+            yield from self._lines(name, change=False)
         else:
-            yield self._replaced(name, dtype) if name in self.whole else self._base[name]
+            yield self._replaced(name) if name in self.whole else self._base[name]
+
+    def changes(self, name: str) -> Iterator[Tensor]:
+        """Yield what the adapter changes in a tensor in parts, in the order of its file, in float32."""
+        if name in self.names:
+            yield from self._lines(name, change=True)
+        else:
+            yield (self._replaced(name, torch.float32) - self._base[name]).float()
 
     def empty(self, name: str) -> Tensor:
         """Return a tensor on the meta device of the shape and type that ``self[name]`` has."""
         return self._base.empty(name)
-
-    def before(self, name: str) -> Tensor:
-        """Return a tensor without the adapter."""
-        return self._base[name]
 
     def site(self, name: str) -> Site:
         """Return the layer whose weight has a name."""
@@ -104,13 +107,15 @@ class AdaptedWeights:
         return matrix.eval().requires_grad_(False) if takes_any_type(matrix) else matrix.to(wide).eval()
 
     @torch.no_grad()
-    def _merged(self, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Write out an adapted matrix, some lines at a time as its layer stores them."""
-        matrix = self.matrix(name)
-        axis = 0 if self.site(name).view.matrix(self.empty(name)).is_contiguous() else 1
-        lines, step = matrix.shape[axis], self._step(name, matrix, axis)
-        for start in range(0, lines, step):
-            part = lines_of(matrix, axis, start, min(start + step, lines)).to(dtype)
+    def _lines(self, name: str, change: bool) -> Iterator[Tensor]:
+        """Yield an adapted matrix, or its change, some lines at a time as its layer stores them."""
+        matrix, empty = self.matrix(name), self.empty(name)
+        base, axis = base_of(matrix) or matrix, 0 if self.site(name).view.matrix(empty).is_contiguous() else 1
+        count, step = matrix.shape[axis], self._step(name, matrix, axis)
+        for start in range(0, count, step):
+            place = axis, start, min(start + step, count)
+            new = lines_of(matrix, *place)
+            part = (new - lines_of(base, *place).to(empty.dtype)).float() if change else new.to(empty.dtype)
             yield part if axis == 0 else part.mT
 
     def parameter(self, name: str) -> Tensor:
@@ -165,9 +170,7 @@ class AdaptedWeights:
             return step
         beside, empty = takes_any_type(matrix), self.empty(name)
         free = self.memory - empty.numel() * empty.element_size() - (0 if beside else 4 * m * n)
-        each = (
-            4 * 4 * (length if beside else m + n)
-        )  # a line of the base, of the change, their sum, and that rounded
+        each = 4 * 4 * (length if beside else m + n)  # of the base, of the change, their sum, and that rounded
         if free < each:
             needed = self.memory - free + each
             raise ValueError(f"{name} takes {needed} bytes of memory at least; give more, or no limit.")
