@@ -252,6 +252,18 @@ def test_adapters_heal(method):
     assert report.totals["trained"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+def test_what_is_under_an_adapter_is_not_healed():
+    model, reference = llama(initializer_range=0.3), llama(initializer_range=0.3)
+    rankwise.compress(model, PlainSvd(), keep=0.6)
+    rankwise.adapt(model, FactorLora(rank=4))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    options = {"window": 20, "rows": 80, "steps": 2, "every": 1, "lr": 1e-3}
+    rankwise.heal(model, reference, data=ids().flatten(), also=lambda name: True, **options)
+    changed = {name for name, x in model.state_dict().items() if not torch.equal(x, before[name])}
+    assert "model.norm.weight" in changed
+    assert not any(".base." in name for name in changed)
+
+
 def test_adapters_with_schedules_are_not_healed():
     model = net()
     rankwise.adapt(model, rankwise.adapters.AdaLora(rank=3, target=2))

@@ -62,7 +62,7 @@ def heal(
         reference: the model before compression.
         data: as in :func:`calibrate`; "self" samples from the reference.
         lr: the largest learning rate of Adam. Weights are of the order of 0.1. The default made the healed
-            rows of docs/results.md; it was chosen on other texts. Adapters need a larger one, such as 1e-3.
+            rows of docs/results.md; it was chosen on other texts. Adapters take a larger one.
         budget: seconds, everything but the sampling of "self" counted.
         steps: the largest number of steps. Only a run that ends by it, not by the clock, can be repeated exactly.
         also: which other parameters to train, by name, such as ``lambda name: "norm" in name``; None means none.
@@ -104,7 +104,7 @@ def heal(
         for key, parameter in matrix.named_parameters()
         if base_of(matrix) is None or parameter.requires_grad
     }
-    known = {id(parameter) for parameter in trained.values()}
+    known = {id(parameter) for matrix in matrices.values() for parameter in matrix.parameters()}
     chosen = {n: p for n, p in model.named_parameters() if also is not None and also(n) and id(p) not in known}
     folder = None if checkpoint is None else Path(checkpoint)
     if folder is not None:

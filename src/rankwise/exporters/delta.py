@@ -22,7 +22,8 @@ class Delta(AdaptedExporter):
     Args:
         base: the model that was adapted, compressed or not: a folder, a hub id, or an embedded model.
         memory: the most that making one tensor may take beside the adapter, such as 2GiB or 500MB; None needs
-            about twice the largest tensor, and more for adapters that do not just add something to a matrix.
+            little more than the largest tensor, and a float32 copy for adapters that do not just add something to
+            a matrix.
         shard: largest size of a file, in megabytes; a larger tensor has its own.
     """
 
@@ -53,7 +54,7 @@ class _Changes:
         yield from (*self.weights.names, *self.weights.whole)
 
     def parts(self, name: str) -> Iterator[Tensor]:
-        yield from self.weights.change(name)
+        return self.weights.change(name)
 
     def empty(self, name: str) -> Tensor:
         return self.weights.empty(name).float()

@@ -130,7 +130,7 @@ class AdaptedWeights:
         if name in self.names:
             yield from self._made(name, lines_of_change, torch.float32)
         else:
-            yield self._replaced(name, torch.float32).sub_(self._base[name])
+            yield (self._replaced(name, torch.float32) - self._base[name]).float()
 
     @torch.no_grad()
     def _made(self, name: str, lines_from: Callable[..., Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
@@ -194,7 +194,7 @@ class AdaptedWeights:
             return step
         beside, empty = takes_any_type(matrix), self.empty(name)
         free = self.memory - empty.numel() * empty.element_size() - (0 if beside else 4 * m * n)
-        each = 4 * 4 * (length if beside else m + n)  # a line of the base, the change, their sum, that rounded
+        each = 4 * 4 * (length if beside else m + n)  # of the base, of the change, their sum, and that rounded
         if free < each:
             needed = self.memory - free + each
             raise ValueError(f"{name} takes {needed} bytes of memory at least; give more, or no limit.")
