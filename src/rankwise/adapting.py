@@ -98,8 +98,8 @@ def adapt(
     made = {}
     for name, base in track(bases.items(), "adapters"):
         if ranks.get(name) != 0:
-            own = method.with_rank(ranks[name]) if name in ranks else method
             with _about(name):
+                own = method.with_rank(ranks[name]) if name in ranks else method
                 made[name] = own.attach(Base(base), stats[name], generator)
             for tensor in own_tensors(made[name]).values():
                 tensor.data = tensor.data.contiguous()  # as files have it: the order of sums depends on it
@@ -165,17 +165,18 @@ def _about(name: str) -> Iterator[None]:
 
 def _ranks(method: Adapter, bases: Mapping[str, StructuredMatrix], stats: Mapping[str, Stats]) -> dict[str, int]:
     """Spread ranks over layers, where the method does so."""
-    rule, rank = method.ranks, getattr(method, "rank", 0)
+    rule, rank, step = method.ranks, getattr(method, "rank", 0), method.step
     if rule is None:
         return {}
     ladders = {}
     for name, base in bases.items():
-        count = min(round(rule.most * rank), *base.shape)
+        count = min(round(rule.most * rank), *base.shape) // step
         with _about(name):
             check_rank(rank, *base.shape)
-            missed = rule.missed(base, stats[name], count).double().cpu()
-        ladders[name] = Ladder(torch.arange(count + 1), missed, torch.arange(count), float(missed[0]))
-    return spend(water_filling, ladders, rank * len(bases))
+            missed = rule.missed(base, stats[name], step * count).double().cpu()[::step]
+        ladders[name] = Ladder(torch.arange(count + 1) * step, missed, torch.arange(count), float(missed[0]))
+    picks = spend(water_filling, ladders, rank * len(bases))
+    return {name: step * pick for name, pick in picks.items()}
 
 
 def _statistics(

@@ -30,6 +30,7 @@ SETTINGS: dict[str, list[Adapter]] = {
         adapters.Lora(rank=2),
         adapters.Lora(rank=2, alpha=4.0, rank_stabilised=True),
         adapters.Lora(rank=2, magnitudes=True),
+        adapters.Lora(rank=2, magnitudes=True, alpha=3.0, start=rankwise.initialisers.SingularVectors()),
         adapters.Lora(rank=2, start=rankwise.initialisers.SingularVectors()),
         adapters.Lora(rank=2, start=rankwise.initialisers.SingularVectors(iterations=2), alpha=3.0),
         adapters.Lora(rank=2, start=rankwise.initialisers.GradientSvd(), alpha=4.0, rank_stabilised=True),

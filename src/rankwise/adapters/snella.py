@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
-from ..core.methods import Adapter
+from ..core.methods import Ranked
 from ..core.statistics import Stats
 from ..linalg import distance, magnitude, soft
 from ..matrices import Base, Branch, Frozen, Kernelled, Recomputed, Scaled, StructuredMatrix, Sum
@@ -14,7 +15,7 @@ from ..matrices.kernelled import Kernel, Shrink
 
 
 @dataclass(frozen=True, kw_only=True)
-class Snella(Adapter):
+class Snella(Ranked):
     """Train points p and q in W + s D, where D keeps the largest entries of a kernel matrix K, with W frozen.
 
     K_ij = c (k(p_1i, q_1j) - k(p_2i, q_2j)), with two heads. Its entries compete anew in each step, so which of
@@ -45,6 +46,7 @@ class Snella(Adapter):
         scale: s.
         weight: c; 0.1 as published.
         dropout: share of the branch's inputs that are dropped while training.
+        ranks: from :mod:`rankwise.rank_rules`; None gives all layers the same.
 
     References: Shen et al., "Expanding sparse tuning for low memory usage" (SNELL), NeurIPS 2024,
         arXiv 2411.01800; "Kernelized sparse fine-tuning with bi-level parameter competition for vision models"
@@ -56,6 +58,8 @@ class Snella(Adapter):
     64
     """
 
+    step: ClassVar[int] = 2
+
     rank: int = 32
     density: float = 0.1
     kernel: Kernel = distance
@@ -66,6 +70,7 @@ class Snella(Adapter):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 2 or self.rank % 2:
             raise ValueError(f"rank must be even and >= 2 (there are two heads), got {self.rank!r}.")
         for name in ("scale", "weight"):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Generator
 
-from ..core.methods import Adapter
+from ..core.methods import Ranked
 from ..core.statistics import Stats
 from ..initialisers import SingularVectors
 from ..matrices import (
@@ -26,7 +26,7 @@ from .lora import Lora
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sst(Adapter):
+class Sst(Ranked):
     """Train all values s, and r pairs of vectors at a time, in W + U diag(s) V - U0 diag(s0) V0 with W frozen.
 
     It starts at the singular value decomposition of W, or the leading part of it.
@@ -41,6 +41,7 @@ class Sst(Adapter):
         hold: as in :class:`~rankwise.schedules.SampledVectors`, and so all below.
         warmup: see there.
         seed: see there.
+        ranks: from :mod:`rankwise.rank_rules`; None gives all layers the same.
 
     References: Zhao et al., "Sparse spectral training", ICML 2025, arXiv 2405.15481; see there for what is not
         verified.
@@ -53,6 +54,7 @@ class Sst(Adapter):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _ = Lora(rank=self.rank), self.schedule  # they check the fields
         if self.components is not None and self.components < self.rank:
             raise ValueError(f"components must be >= rank {self.rank} or None, got {self.components}.")

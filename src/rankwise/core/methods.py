@@ -33,8 +33,11 @@ class Compressor(abc.ABC):
 class Adapter(abc.ABC):
     """Puts a few trained numbers beside a frozen matrix; the result is the same matrix at the start.
 
-    An adapter is a frozen dataclass. If it has a ``rank``, ``ranks`` may give each layer its own.
+    An adapter is a frozen dataclass. If it has a ``rank``, ``ranks`` may give each layer its own, a multiple of
+    ``step``.
     """
+
+    step: ClassVar[int] = 1
 
     @property
     def needs(self) -> tuple[type[Statistic], ...]:
@@ -58,6 +61,32 @@ class Adapter(abc.ABC):
         Raises:
             ValueError: if the adapter does not fit the shape, or a statistic is not what it needs.
         """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ranked(Adapter):
+    """An adapter of a rank that any rule may spread over layers.
+
+    Args:
+        ranks: from :mod:`rankwise.rank_rules`; ``rank`` is then the average. None gives all layers the same.
+    """
+
+    ranks: "RankRule | None" = None  # pyright: ignore[reportIncompatibleMethodOverride] (a field is a property)
+
+    def __post_init__(self) -> None:
+        if self.ranks is None:
+            return
+        if not isinstance(self.ranks, RankRule):
+            raise TypeError(f"ranks must be an object from rankwise.rank_rules, got {self.ranks!r}.")
+        if getattr(self, "rank", None) is None:
+            raise ValueError("ranks spreads the ranks of layers, whose average is rank; give it.")
+
+    def with_rank(self, rank: int) -> Adapter:
+        """The same with another rank; where alpha is divided by it, alpha grows as much."""
+        method: Any = self
+        alpha = getattr(method, "alpha", None)
+        scaled = {} if alpha is None else {"alpha": alpha * rank / method.rank}
+        return dataclasses.replace(method, rank=rank, **scaled)
 
 
 class BlockAdapter(abc.ABC):

@@ -41,9 +41,7 @@ def rows_of(matrix: StructuredMatrix, start: int, stop: int) -> Tensor:
             return rows
         case RowNormalised():
             sums = rows_of(matrix.base, start, stop) + rows_of(matrix.update, start, stop)
-            lengths = matrix.row_lengths()
-            factors = matrix.lengths / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)
-            return factors[start:stop, None] * sums
+            return matrix.factors()[start:stop, None] * sums
         case _:
             units = torch.zeros(stop - start, matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
             units[:, start:stop].fill_diagonal_(1)
