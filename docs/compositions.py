@@ -157,6 +157,7 @@ class Cell:
 
         def closure() -> Tensor:
             optimizer.zero_grad()
+            torch.manual_seed(0)  # the same dropout in all steps
             loss = loss_of(model(x), x)
             loss.backward()
             return loss
@@ -167,7 +168,7 @@ class Cell:
             else:
                 losses.append(float(closure().detach()))
                 optimizer.step()
-        return [*losses, float(loss_of(model(x), x).detach())], follower
+        return [*losses, float(closure().detach())], follower
 
 
 @functools.cache

@@ -21,6 +21,12 @@ from rankwise.matrices import Base, Dense, LowRank, StructuredMatrix, from_spec
 SETTINGS: dict[str, list[Adapter]] = {
     "AdaLora": [adapters.AdaLora(rank=3, target=2), adapters.AdaLora(rank=2, target=1, alpha=3.0, tail=0.0)],
     "Eva": [adapters.Eva(rank=2), adapters.Eva(rank=2, alpha=3.0, whiten=True, centred=False)],
+    "GradNormLorp": [
+        adapters.GradNormLorp(rank=2, dropout=0.0),
+        adapters.GradNormLorp(
+            rank=2, alpha=None, dropout=0.0, constant=False, start=rankwise.initialisers.Uniform()
+        ),
+    ],
     "Lamda": [adapters.Lamda(rank=2), adapters.Lamda(rank=8, alpha=3.0, until=1.0)],
     "Bat": [adapters.Bat(block=4), adapters.Bat(block=2)],
     "Loldu": [adapters.Loldu(rank=3), adapters.Loldu(rank=8, alpha=None)],

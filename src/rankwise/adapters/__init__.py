@@ -4,6 +4,7 @@ from .ada_lora import AdaLora
 from .bat import Bat
 from .compacter import Compacter
 from .eva import Eva
+from .grad_norm_lorp import GradNormLorp
 from .householder import Householder
 from .kron_lora import KronLora
 from .lamda import Lamda
@@ -21,6 +22,7 @@ __all__ = [
     "Bat",
     "Compacter",
     "Eva",
+    "GradNormLorp",
     "Householder",
     "KronLora",
     "Lamda",

@@ -75,6 +75,11 @@ class Lora(Ranked):
 
     def attach(self, base: Base, stats: Stats, generator: Generator) -> StructuredMatrix:
         """Return W + s B A, or the same with rows of trained lengths."""
+        branch = self.branch(base, stats, generator)
+        return RowNormalised.of(base, branch) if self.magnitudes else Sum(base, branch)
+
+    def branch(self, base: Base, stats: Stats, generator: Generator) -> Branch:
+        """Return s B A, less its start where that is not zero."""
         check_rank(self.rank, *base.shape)
         factors = self.start.factors(base, self.rank, self.scale, stats, generator)
         wide = torch.promote_types(base.dtype, torch.float32)
@@ -82,8 +87,7 @@ class Lora(Ranked):
         update: StructuredMatrix = LowRank(left, right)
         if bool(left.any()) and bool(right.any()):
             update = Sum(update, Scaled(Frozen(LowRank(left.clone(), right.clone())), -1.0))
-        branch = Branch(update, self.scale, self.dropout)
-        return RowNormalised.of(base, branch) if self.magnitudes else Sum(base, branch)
+        return Branch(update, self.scale, self.dropout)
 
     def with_rank(self, rank: int) -> Self:
         """The same with another rank and the same scale."""
