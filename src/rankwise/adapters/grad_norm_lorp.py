@@ -19,10 +19,10 @@ class GradNormLorp(Ranked):
     say of the optimiser is no part of it: Adam on the gradients of B and A, projected to ``rho`` directions that
     are found anew every few hundred steps. With rho >= r, as in the published scripts, that saves nothing.
 
-    The norms |V_i| are constants to the gradient in the published code, which takes the layer of DoRA: it is then
-    ``Lora(magnitudes=True)`` with other defaults. Weight normalisation differentiates them: with
-    ``constant=False`` the gradient of V is c_i / |V_i| (G_i - (G_i v_i) v_i), where v_i = V_i / |V_i|, with no part
-    along the row.
+    The norms |V_i| are constants to the gradient in the published code, which takes the layer of DoRA: it is
+    then ``Lora(magnitudes=True)`` with other defaults. Weight normalisation differentiates them: with
+    ``constant=False`` the gradient of V is c_i / |V_i| (G_i - (G_i v_i) v_i), where v_i = V_i / |V_i|, with no
+    part along the row.
 
     The authors' code has two other algorithms under the same name, which are not here. Its optimiser for whole
     weights overwrites the lengths that it has learnt at each step, so that it does no weight normalisation, and

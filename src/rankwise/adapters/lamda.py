@@ -10,11 +10,12 @@ from ..initialisers import SingularVectors
 from ..matrices import Base, Branch, Dense, Diagonal, Frozen, Product, Scaled, Scheduled, StructuredMatrix, Sum
 from ..matrices.base import check_rank
 from ..schedules import FreezeColumns
+from ..schedules.freeze_columns import FreezeSettings
 from .lora import Lora
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lamda(Ranked):
+class Lamda(Ranked, FreezeSettings):
     """Train the core D (r, r), and at first B (m, r), in W + s B (S + D) A - s U S A with W frozen.
 
     A (r, n) holds the r leading right singular vectors of W and never trains; B starts at the left ones, U; s S
@@ -36,7 +37,6 @@ class Lamda(Ranked):
     rank: int = 32
     alpha: float | None = None
     dropout: float = 0.0
-    until: float = 0.3
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,7 +49,7 @@ class Lamda(Ranked):
     @property
     def schedule(self) -> FreezeColumns:
         """What freezes B."""
-        return FreezeColumns(until=self.until)
+        return FreezeColumns.of(self)
 
     def attach(self, base: Base, stats: Stats, generator: Generator) -> StructuredMatrix:
         """Return W + s (B (S + D) - U S) A."""

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Generator, Tensor, nn
@@ -179,6 +179,12 @@ class Schedule(abc.ABC):
     ``course.state``; all that it does follows from that, ``course.done`` and ``course.steps``, so that it can be
     resumed.
     """
+
+    @classmethod
+    def of(cls, settings: object) -> Self:
+        """Take the fields from something that has them all, such as the adapter that is to follow it."""
+        kind: Any = cls
+        return cls(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(kind)})
 
     @abc.abstractmethod
     def check(self, matrix: StructuredMatrix) -> None:
