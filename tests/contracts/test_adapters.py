@@ -49,6 +49,7 @@ SETTINGS: dict[str, list[Adapter]] = {
     "Snella": [
         adapters.Snella(rank=4),
         adapters.Snella(rank=6, mixed=False, shrink=linalg.hard, density=0.4, scale=2.0),
+        adapters.Snella(rank=4, density=0.9, target=0.3),
         adapters.Snella(rank=4, shrink=linalg.magnitude, weight=1.0),
         adapters.Snella(rank=4, kernel=linalg.inner, mixed=False, weight=1.0),
     ],
