@@ -66,6 +66,11 @@ def same(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
+def test_all_schedules_are_here():
+    kinds = {type(method.schedule).__name__ for method in METHODS.values() if hasattr(method, "schedule")}
+    assert kinds == set(rankwise.schedules.__all__)
+
+
 def test_what_nothing_follows_refuses_to_train(method: Adapter):
     model = adapted_net(method)
     with pytest.raises(RuntimeError, match=r"rankwise\.follow"):
