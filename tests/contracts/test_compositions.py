@@ -1,16 +1,20 @@
 """What adapters promise in every composition with starts, rank rules, bases and optimisers."""
 
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from test_docs import script
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 import rankwise
+from rankwise.adapters import Lora
 from rankwise.core.extended import extended
+from rankwise.core.statistics import Stats
 from rankwise.core.surgery import base_of, select
+from rankwise.matrices import Base, StructuredMatrix
 
 compositions = script("compositions")
 Cell, CELLS = compositions.Cell, compositions.cells()
@@ -22,7 +26,8 @@ OUTCOMES: dict[Cell, str | None] = {}  # why each was refused, or None if it was
 
 
 def marked(cell: Cell):
-    return pytest.param(cell, marks=[] if cell.base in QUICK else pytest.mark.slow, id=name_of(cell))
+    slow = cell.base not in QUICK or all((cell.variant, cell.start, cell.ranks))
+    return pytest.param(cell, marks=pytest.mark.slow if slow else [], id=name_of(cell))
 
 
 def name_of(cell: Cell) -> str:
@@ -104,6 +109,44 @@ def wrong(cell: Cell, why: str | None) -> bool:
 def test_parts_compose(cell: Cell, tmp_path: Path):
     OUTCOMES[cell] = outcome(cell, tmp_path / "adapter")
     assert not wrong(cell, OUTCOMES[cell]), OUTCOMES[cell]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WritesIntoTheBase(Lora):
+    """Wrong: what is added stays in the base."""
+
+    def attach(self, base: Base, stats: Stats, generator: Generator) -> StructuredMatrix:
+        base.matrix.weight.data += 1e-7
+        return super().attach(base, stats, generator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TurnsGradients(Lora):
+    """Wrong: it learns the opposite."""
+
+    def attach(self, base: Base, stats: Stats, generator: Generator) -> StructuredMatrix:
+        made = super().attach(base, stats, generator)
+        for p in made.parameters():
+            if p.requires_grad:
+                p.register_hook(lambda gradient: -gradient)
+        return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartsElsewhere(Lora):
+    """Wrong: it is not the base at the start."""
+
+    def attach(self, base: Base, stats: Stats, generator: Generator) -> StructuredMatrix:
+        made = super().attach(base, stats, generator)
+        made.members[1].matrix.left.data.fill_(0.01)
+        return made
+
+
+@pytest.mark.parametrize("kind", [StartsElsewhere, TurnsGradients, WritesIntoTheBase])
+def test_wrong_adapters_are_found(kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(compositions.ADAPTERS, kind.__name__, kind)
+    with pytest.raises(AssertionError):
+        check(Cell(kind.__name__), tmp_path / "adapter")
 
 
 @pytest.mark.slow
