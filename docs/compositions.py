@@ -190,11 +190,9 @@ def network(base: str) -> nn.Module:
 @functools.cache
 def statistics(base: str, needs: tuple[type, ...]) -> Any:
     """What calibration finds, or None where nothing is needed."""
-    return (
-        rankwise.calibrate(network(base), needs, data=[batch()], labels=loss_of, compressed=True)
-        if needs
-        else None
-    )
+    if not needs:
+        return None
+    return rankwise.calibrate(network(base), needs, data=[batch()], labels=loss_of, compressed=True)
 
 
 def variants(kind: type) -> list[str]:

@@ -169,9 +169,12 @@ def test_there_are_many_compositions():
 )
 def test_the_page_is_current(part: str):
     """Where tests of the cells ran before, their outcomes are taken."""
+    text = compositions.TARGET.read_text(encoding="utf-8")
+    known = text.partition("## Optimisers")[2].split("\n")[4].strip("| ").split(" | ")
+    if not set(known) <= set(compositions.OPTIMIZERS):
+        pytest.skip("the page was made with a newer torch")
     cells = [cell for cell in CELLS if part == "base" or cell.base == compositions.DENSE]
     found = {cell: OUTCOMES[cell] if cell in OUTCOMES else compositions.refusal(cell) for cell in cells}
-    text = compositions.TARGET.read_text(encoding="utf-8")
     assert compositions.section(part, found) in text, "run: python docs/compositions.py"
     if part == "base":
         assert text == compositions.page(found)
