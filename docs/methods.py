@@ -36,7 +36,10 @@ SECTIONS: dict[str, tuple[types.ModuleType, str]] = {
     ),
     "Adapters": (adapters, "`rankwise.adapt(model, method, ...)` and `rankwise adapt --method NAME`."),
     "Initialisers": (initialisers, "`Lora(start=...)` and `rankwise adapt --method lora --set start=NAME`."),
-    "Rank rules": (rank_rules, "`Lora(ranks=...)` and `rankwise adapt --method lora --set ranks=NAME`."),
+    "Rank rules": (
+        rank_rules,
+        "`ranks=...` of adapters that have it and `rankwise adapt --method lora --set ranks=NAME`.",
+    ),
     "Schedules": (schedules, "What adapters that change while they train hold; `rankwise.follow` lets them act."),
     "Starts": (starts, "`rankwise.initialise(model, start)`."),
     "Measures": (measures, "`rankwise.inspect(model)` and `rankwise inspect`."),

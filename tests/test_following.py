@@ -13,14 +13,17 @@ from contracts.examples import draw
 from torch import Tensor, nn
 
 import rankwise
-from rankwise.adapters import AdaLora, Lamda, Lora, Sst
+from rankwise.adapters import AdaLora, Lamda, Lora, Snella, Sst
 from rankwise.core.checkpoint import load_tree, save_tree
 from rankwise.core.methods import Adapter
+from rankwise.linalg import magnitude
 from rankwise.matrices import Dense, Scheduled, from_spec
 
 METHODS = {
     "AdaLora": AdaLora(rank=4, target=2, every=3),
     "Lamda": Lamda(rank=4, until=0.5),
+    "Snella": Snella(rank=4, density=0.9, target=0.2, every=2, tail=0.2),
+    "SnellaMagnitudes": Snella(rank=4, density=0.9, target=0.2, weight=1.0, shrink=magnitude),
     "Sst": Sst(rank=2, hold=2, warmup=1),
 }
 STEPS = 12
@@ -61,6 +64,11 @@ def go(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None
 
 def same(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_all_schedules_are_here():
+    kinds = {type(method.schedule).__name__ for method in METHODS.values() if hasattr(method, "schedule")}
+    assert kinds == set(rankwise.schedules.__all__)
 
 
 def test_what_nothing_follows_refuses_to_train(method: Adapter):

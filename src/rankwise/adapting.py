@@ -143,8 +143,8 @@ def _adapted(
     made = {}
     for path, base in track(bases.items(), "adapters"):
         if ranks.get(path) != 0 and path not in small:
-            own = method.with_rank(ranks[path]) if path in ranks else method
             with about(path):
+                own = method.with_rank(ranks[path]) if path in ranks else method
                 made[path] = sites[path].view.adapted(own.attach(Base(base), stats[path], generator))
                 for tensor in own_tensors(made[path]).values():
                     tensor.data = tensor.data.contiguous()  # as files have it: the order of sums depends on it
@@ -242,17 +242,18 @@ def _ranks(
     about: Callable[[str], AbstractContextManager[None]],
 ) -> dict[str, int]:
     """Spread ranks over layers that are large enough, where the method does so."""
-    rule, rank = method.ranks, getattr(method, "rank", 0)
+    rule, rank, step = method.ranks, getattr(method, "rank", 0), method.step
     if rule is None:
         return {}
     ladders = {}
     for name, base in bases.items():
-        count = min(round(rule.most * rank), *base.shape)
+        count = min(round(rule.most * rank), *base.shape) // step
         with about(name):
             check_rank(rank, *base.shape)
-            missed = rule.missed(base, stats[name], count).double().cpu()
-            ladders[name] = Ladder(torch.arange(count + 1), missed, torch.arange(count), float(missed[0]))
-    return spend(water_filling, ladders, rank * len(ladders)) if ladders else {}
+            missed = rule.missed(base, stats[name], step * count).double().cpu()[::step]
+            ladders[name] = Ladder(torch.arange(count + 1) * step, missed, torch.arange(count), float(missed[0]))
+    picks = spend(water_filling, ladders, rank * len(ladders)) if ladders else {}
+    return {name: step * pick for name, pick in picks.items()}
 
 
 def _statistics(

@@ -19,13 +19,14 @@ from .matrices import Base, Scheduled
 def follow(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int) -> Follower:
     """Let the schedules of an adapted model act around each step of its optimiser; nothing else has to be called.
 
-    Call it once, after :func:`rankwise.adapt` and before the first step. It works in any loop, with summed
-    gradients, ``GradScaler``, Accelerate, and a Trainer, see :func:`rankwise.trainer_callback`. Models whose
-    adapters have no schedule can be followed, too: :func:`rankwise.check_adapters` then says which parameters
-    never had a gradient. Parameters that FSDP or ZeRO cut into pieces cannot be followed.
+    Call it once, after :func:`rankwise.adapt` or :func:`rankwise.initialise` and before the first step. It works
+    in any loop, with summed gradients, ``GradScaler``, Accelerate, and a Trainer, see
+    :func:`rankwise.trainer_callback`. Models whose adapters have no schedule can be followed, too:
+    :func:`rankwise.check_adapters` then says which parameters never had a gradient. Parameters that FSDP or ZeRO
+    cut into pieces cannot be followed.
 
     Args:
-        model: has adapters.
+        model: has adapters, or matrices to train from scratch that have a schedule.
         optimizer: over their trained parameters.
         steps: how many steps the optimiser will take.
 
@@ -53,7 +54,7 @@ def follow(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int) ->
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be an integer >= 1, the number of optimiser steps; got {steps!r}.")
     optimizer = _inner(optimizer)
-    if not any(isinstance(part, (Base, Extended)) for part in model.modules()):
+    if not any(isinstance(part, (Base, Extended, Scheduled)) for part in model.modules()):
         raise ValueError("the model has no adapter to follow; call rankwise.adapt first.")
     groups = _groups(model)
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}

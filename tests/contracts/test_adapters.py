@@ -22,6 +22,12 @@ SETTINGS: dict[str, list[Adapter]] = {
     "AdaLora": [adapters.AdaLora(rank=3, target=2), adapters.AdaLora(rank=2, target=1, alpha=3.0, tail=0.0)],
     "Eva": [adapters.Eva(rank=2), adapters.Eva(rank=2, alpha=3.0, whiten=True, centred=False)],
     "FactorLora": [adapters.FactorLora(rank=2), adapters.FactorLora(rank=3, alpha=6.0)],
+    "GradNormLorp": [
+        adapters.GradNormLorp(rank=2, dropout=0.0),
+        adapters.GradNormLorp(
+            rank=2, alpha=None, dropout=0.0, constant=False, start=rankwise.initialisers.Uniform()
+        ),
+    ],
     "Lamda": [adapters.Lamda(rank=2), adapters.Lamda(rank=8, alpha=3.0, until=1.0)],
     "Bat": [adapters.Bat(block=4), adapters.Bat(block=2)],
     "Loldu": [adapters.Loldu(rank=3), adapters.Loldu(rank=8, alpha=None)],
@@ -31,6 +37,7 @@ SETTINGS: dict[str, list[Adapter]] = {
         adapters.Lora(rank=2),
         adapters.Lora(rank=2, alpha=4.0, rank_stabilised=True),
         adapters.Lora(rank=2, magnitudes=True),
+        adapters.Lora(rank=2, magnitudes=True, alpha=3.0, start=rankwise.initialisers.SingularVectors()),
         adapters.Lora(rank=2, start=rankwise.initialisers.SingularVectors()),
         adapters.Lora(rank=2, start=rankwise.initialisers.SingularVectors(iterations=2), alpha=3.0),
         adapters.Lora(rank=2, start=rankwise.initialisers.GradientSvd(), alpha=4.0, rank_stabilised=True),
@@ -43,6 +50,7 @@ SETTINGS: dict[str, list[Adapter]] = {
     "Snella": [
         adapters.Snella(rank=4),
         adapters.Snella(rank=6, mixed=False, shrink=linalg.hard, density=0.4, scale=2.0),
+        adapters.Snella(rank=4, density=0.9, target=0.3),
         adapters.Snella(rank=4, shrink=linalg.magnitude, weight=1.0),
         adapters.Snella(rank=4, kernel=linalg.inner, mixed=False, weight=1.0),
     ],

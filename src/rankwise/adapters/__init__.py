@@ -5,6 +5,7 @@ from .bat import Bat
 from .compacter import Compacter
 from .eva import Eva
 from .factor_lora import FactorLora
+from .grad_norm_lorp import GradNormLorp
 from .householder import Householder
 from .kron_lora import KronLora
 from .lamda import Lamda
@@ -23,6 +24,7 @@ __all__ = [
     "Compacter",
     "Eva",
     "FactorLora",
+    "GradNormLorp",
     "Householder",
     "KronLora",
     "Lamda",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator
 
-from ..core.methods import Adapter
+from ..core.methods import Ranked
 from ..core.statistics import Stats
 from ..matrices import Base, Branch, Hypercomplex, StructuredMatrix, Sum
 from ..matrices.base import TooSmallError
@@ -14,7 +14,7 @@ from ..matrices.hypercomplex import glorot
 
 
 @dataclass(frozen=True, kw_only=True)
-class KronLora(Adapter):
+class KronLora(Ranked):
     """Train W + s sum_i A_i x (S_i T_i), x the Kronecker product, with k matrices A_i (k, k) and W frozen.
 
     The linear form of :class:`Compacter`: it folds into W. At the count of numbers of LoRA of the same rank r,
@@ -28,6 +28,7 @@ class KronLora(Adapter):
         rank: r, of the blocks S_i T_i.
         scale: s.
         dropout: share of the branch's inputs that are dropped while training.
+        ranks: from :mod:`rankwise.rank_rules`; None gives all layers the same.
 
     References: Karimi Mahabadi, Henderson, Ruder, "Compacter", NeurIPS 2021, arXiv 2106.04647, for the matrices.
 
@@ -43,6 +44,7 @@ class KronLora(Adapter):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("count", "rank"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

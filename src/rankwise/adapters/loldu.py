@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from ..core.methods import Adapter, check_count
+from ..core.methods import Ranked, check_count
 from ..core.statistics import Stats
 from ..matrices import Base, StructuredMatrix
 from ..matrices.base import TooSmallError
@@ -16,7 +16,7 @@ SMALL = 1e-6  # of the largest pivot, close to the rounding of float32; a row is
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loldu(Adapter):
+class Loldu(Ranked):
     """Train d (r,), from zero, in W + s P L_r diag(d) U_r, with W = P L D U and d the change of r entries of D.
 
     P L are the columns of the LU decomposition with partial pivoting, put in the order of W's rows, and U has
@@ -37,6 +37,7 @@ class Loldu(Adapter):
         rank: r; the published code takes 4, and 768 in its example.
         alpha: s = alpha / rank; None means s = 1. The published code takes 1.
         dropout: share of the branch's inputs that are dropped while training.
+        ranks: from :mod:`rankwise.rank_rules`; None gives all layers the same.
 
     References: Shi et al., "LoLDU: Low-rank adaptation via lower-diag-upper decomposition for parameter-efficient
         fine-tuning", 2024, arXiv 2410.13618.
@@ -47,6 +48,7 @@ class Loldu(Adapter):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_count("rank", self.rank)
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha must be a positive number, got {self.alpha!r}.")

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Generator
 
-from ..core.methods import Adapter, check_count
+from ..core.methods import Ranked, check_count
 from ..core.statistics import Stats
 from ..matrices import Base, Branch, StructuredMatrix, Sum, Tiled
 from ..matrices.base import TooSmallError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Miss(Adapter):
+class Miss(Ranked):
     """Train D (m, r), from zero, in W + [D D ... D]: shards of r inputs are added, and D maps their sum.
 
     The same as :class:`Lora` with A = [I I ... I] frozen, B = D and scale 1, which leaves m r numbers to train.
@@ -33,6 +33,7 @@ class Miss(Adapter):
         mini: how many rows of D are trained; they are repeated down the m outputs, a multiple of it. None
             trains all.
         dropout: share of the branch's inputs that are dropped while training.
+        ranks: from :mod:`rankwise.rank_rules`; None gives all layers the same.
 
     References: Kang et al., arXiv 2409.15371, titled "Bone" (2024), "DiSHA" and "MiSS: Matrix shard sharing"
         (2025) one after the other; ``mini`` is that of the code of PEFT.
@@ -49,6 +50,7 @@ class Miss(Adapter):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_count("rank", self.rank)
         if self.mini is not None:
             check_count("mini", self.mini)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Generator
 
-from ..core.methods import Adapter
+from ..core.methods import Ranked
 from ..core.statistics import Stats
 from ..initialisers import SingularVectors
 from ..matrices import Base, StructuredMatrix
@@ -12,7 +12,7 @@ from .lora import Lora
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pissa(Adapter):
+class Pissa(Ranked):
     """:class:`Lora` with :class:`~rankwise.initialisers.SingularVectors` as its start: the leading part of W
     trains.
 
@@ -26,6 +26,7 @@ class Pissa(Adapter):
         iterations: None decomposes exactly; 4 are close to it and faster for large weights, see
             :class:`~rankwise.initialisers.SingularVectors`.
         dropout: share of the branch's inputs that are dropped while training.
+        ranks: from :mod:`rankwise.rank_rules`; None gives all layers the same.
 
     References: Meng, Wang, Zhang, "PiSSA: Principal singular values and singular vectors adaptation of large
         language models", NeurIPS 2024, arXiv 2404.02948.
@@ -37,16 +38,13 @@ class Pissa(Adapter):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _ = self._lora  # it checks the fields
 
     @property
     def _lora(self) -> Lora:
         start = SingularVectors(iterations=self.iterations)
         return Lora(rank=self.rank, alpha=self.alpha, dropout=self.dropout, start=start)
-
-    def with_rank(self, rank: int) -> Lora:
-        """The same start with another rank."""
-        return self._lora.with_rank(rank)
 
     def attach(self, base: Base, stats: Stats, generator: Generator) -> StructuredMatrix:
         """Return W + s (B A - B_0 A_0)."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from ..core.methods import Adapter, check_count
+from ..core.methods import Ranked, check_count
 from ..core.statistics import Stats
 from ..matrices import Base, StructuredMatrix
 from ..matrices.base import TooSmallError
@@ -13,7 +13,7 @@ from .diagonal_core import diagonal_core, written_out
 
 
 @dataclass(frozen=True, kw_only=True)
-class Svfit(Adapter):
+class Svfit(Ranked):
     """Train d (r,), from zero, in W + U diag(d) V', with U and V the leading singular vectors of W.
 
     The singular values are then sigma + d: d is their change, so that weight decay pulls to the weight as it was,
@@ -30,6 +30,7 @@ class Svfit(Adapter):
             the information" is the paper's; that squares are meant is our reading.
         relative: multiply d by sigma, so that a step changes large and small singular values by the same share.
         dropout: share of the branch's inputs that are dropped while training.
+        ranks: from :mod:`rankwise.rank_rules`; None gives all layers the same.
 
     References: Sun et al., "SVFit: Parameter-efficient fine-tuning of large pre-trained models using singular
         values", 2024, arXiv 2409.05926. No published code was found.
@@ -48,6 +49,7 @@ class Svfit(Adapter):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rank is not None:
             check_count("rank", self.rank)
         if not 0 < self.energy <= 1:

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Generator, Tensor, nn
@@ -33,8 +33,11 @@ class Compressor(abc.ABC):
 class Adapter(abc.ABC):
     """Puts a few trained numbers beside a frozen matrix; the result is the same matrix at the start.
 
-    An adapter is a frozen dataclass. If it has a ``rank``, ``ranks`` may give each layer its own.
+    An adapter is a frozen dataclass. If it has a ``rank``, ``ranks`` may give each layer its own, a multiple of
+    ``step``.
     """
+
+    step: ClassVar[int] = 1
 
     @property
     def needs(self) -> tuple[type[Statistic], ...]:
@@ -59,6 +62,32 @@ class Adapter(abc.ABC):
             TooSmallError: if the shape is too small for the adapter.
             ValueError: if the adapter does not fit the shape otherwise, or a statistic is not what it needs.
         """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ranked(Adapter):
+    """An adapter of a rank that any rule may spread over layers.
+
+    Args:
+        ranks: from :mod:`rankwise.rank_rules`; ``rank`` is then the average. None gives all layers the same.
+    """
+
+    ranks: "RankRule | None" = None  # pyright: ignore[reportIncompatibleMethodOverride] (a field is a property)
+
+    def __post_init__(self) -> None:
+        if self.ranks is None:
+            return
+        if not isinstance(self.ranks, RankRule):
+            raise TypeError(f"ranks must be an object from rankwise.rank_rules, got {self.ranks!r}.")
+        if getattr(self, "rank", None) is None:
+            raise ValueError("ranks spreads the ranks of layers, whose average is rank; give it.")
+
+    def with_rank(self, rank: int) -> Adapter:
+        """The same with another rank; where alpha is divided by it, alpha grows as much."""
+        method: Any = self
+        alpha = getattr(method, "alpha", None)
+        scaled = {} if alpha is None else {"alpha": alpha * rank / method.rank}
+        return dataclasses.replace(method, rank=rank, **scaled)
 
 
 class BlockAdapter(abc.ABC):
@@ -151,6 +180,12 @@ class Schedule(abc.ABC):
     ``course.state``; all that it does follows from that, ``course.done`` and ``course.steps``, so that it can be
     resumed.
     """
+
+    @classmethod
+    def of(cls, settings: object) -> Self:
+        """Take the fields from something that has them all, such as the adapter that is to follow it."""
+        kind: Any = cls
+        return cls(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(kind)})
 
     @abc.abstractmethod
     def check(self, matrix: StructuredMatrix) -> None:

@@ -46,8 +46,7 @@ def lines_of(matrix: StructuredMatrix, axis: int, start: int, stop: int) -> Tens
             return first
         case RowNormalised():
             sums = lines_of(matrix.base, axis, start, stop) + lines_of(matrix.update, axis, start, stop)
-            lengths = matrix.row_lengths()
-            factors = matrix.lengths / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)
+            factors = matrix.factors()
             return (factors[start:stop] if axis == 0 else factors)[:, None] * sums
         case _ if axis == 0:
             units = torch.zeros(stop - start, matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
