@@ -18,6 +18,8 @@ from rankwise import (
     initialisers,
     matrices,
     measures,
+    optimizers,
+    projectors,
     rank_rules,
     schedules,
     starts,
@@ -43,6 +45,14 @@ SECTIONS: dict[str, tuple[types.ModuleType, str]] = {
     "Schedules": (schedules, "What adapters that change while they train hold; `rankwise.follow` lets them act."),
     "Starts": (starts, "`rankwise.initialise(model, start)`."),
     "Measures": (measures, "`rankwise.inspect(model)` and `rankwise inspect`."),
+    "Optimisers": (
+        optimizers,
+        "`rankwise.Optimizer([(model.parameters(), NAME(...))], lr=...)`; each call returns a transform.",
+    ),
+    "Projectors": (
+        projectors,
+        "What projected optimisers hold: subspaces, when they are chosen again, what becomes of moments in them.",
+    ),
     "Formats": (
         exporters,
         "`rankwise.export(model, format, folder)` and `rankwise export --to NAME`.",
@@ -79,6 +89,19 @@ def entry(name: str, value: object, package: types.ModuleType) -> Iterator[str]:
     if inspect.isclass(value) and dataclasses.is_dataclass(value) and dataclasses.fields(value):
         rows = [f"| `{f.name}` | `{type_name(f.type)}` | `{default_of(f)}` |" for f in dataclasses.fields(value)]
         yield "\n".join(["| field | type | default |", "|---|---|---|", *rows])
+    if package is optimizers and inspect.isfunction(value):
+        given = [f"| `{p.name}` | `{type_name(p.annotation)}` | {given_as(p)} |" for p in parameters(value)]
+        yield "\n".join(["| argument | type | default |", "|---|---|---|", *given]) if given else "No arguments."
+
+
+def parameters(function: types.FunctionType) -> list[inspect.Parameter]:
+    """Return the arguments of a function."""
+    return list(inspect.signature(function).parameters.values())
+
+
+def given_as(parameter: inspect.Parameter) -> str:
+    """Return the default of an argument as code, or nothing."""
+    return "" if parameter.default is inspect.Parameter.empty else f"`{parameter.default!r}`"
 
 
 def paragraphs(doc: str) -> Iterator[str]:
@@ -101,8 +124,9 @@ def plain(text: str) -> str:
 
 
 def type_name(kind: object) -> str:
-    """Show a field's type as it is written."""
-    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+    """Show a field's type as it is written, in a cell of a table."""
+    shown = kind.__name__ if isinstance(kind, type) else re.sub(r"\b[a-z_]+\.(?=\w)", "", str(kind))
+    return shown.replace("|", "\\|")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from . import (
     initialisers,
     matrices,
     measures,
+    optimizers,
+    projectors,
     rank_rules,
     schedules,
     starts,
@@ -17,6 +19,7 @@ from .adapting import adapt
 from .api import calibrate, compress, export, fold, inspect
 from .checking import check_adapters
 from .core.errors import CalibrationError
+from .core.optimizer import Optimizer
 from .core.report import Report
 from .core.surgery import StructuredLinear
 from .finetuning import finetune
@@ -32,6 +35,7 @@ from .using import adapters_of, remove_adapter, use
 __version__ = "0.1.0"
 __all__ = [
     "CalibrationError",
+    "Optimizer",
     "Report",
     "StructuredLinear",
     "absorb",
@@ -60,6 +64,8 @@ __all__ = [
     "matrices",
     "measures",
     "narrow",
+    "optimizers",
+    "projectors",
     "rank_rules",
     "remove_adapter",
     "save",

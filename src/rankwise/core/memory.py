@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .optimizer import Optimizer
+
 
 def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
     """Return the largest memory the process has held.
@@ -69,7 +71,9 @@ def gradient_bytes(model: nn.Module) -> int:
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int | None:
-    """Count the bytes of what an optimiser will keep, by a step on parameters of the same shapes without values.
+    """Count the bytes of what an optimiser will keep, from the shapes of its parameters.
+
+    :class:`rankwise.Optimizer` counts exactly; for others a step is tried on parameters without values.
 
     Returns:
         the bytes, or None where such a step is not possible.
@@ -78,6 +82,8 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int | None:
     >>> optimizer_bytes(torch.optim.AdamW([weight])), optimizer_bytes(torch.optim.SGD([weight]))
     (84, 0)
     """
+    if isinstance(optimizer, Optimizer):
+        return optimizer.state_bytes()
     groups = []
     for group in optimizer.param_groups:
         shapes = [nn.Parameter(torch.empty_like(p, device="meta")) for p in group["params"]]

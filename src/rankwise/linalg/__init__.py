@@ -2,6 +2,7 @@
 
 from .categorical import draw_categorical
 from .column_elimination import eliminate_columns, refit_columns
+from .cosine import cosine_rows, cosine_transform
 from .dictionary import learned_dictionary, orthogonal_dictionary
 from .entries import fit_entries
 from .interpolative import interpolative_rows
@@ -9,6 +10,8 @@ from .k_svd import k_svd
 from .kernels import distance, inner
 from .masks import draw_places, largest, largest_in_groups
 from .metric import Metric, metric_norm, metric_svd, truncated_factors
+from .newton_schulz import MUON, POLAR_EXPRESS, newton_schulz
+from .orthonormal import draw_normal, orthonormal, power_steps, product, seeded
 from .packing import pack, packed_bytes, unpack
 from .parabola import log_parabola
 from .principal import principal_components
@@ -20,12 +23,17 @@ from .sparse_plus_low_rank import sparse_plus_low_rank
 from .splitting import Splitting
 
 __all__ = [
+    "MUON",
+    "POLAR_EXPRESS",
     "Metric",
     "Rounded",
     "Splitting",
     "choose_grids",
+    "cosine_rows",
+    "cosine_transform",
     "distance",
     "draw_categorical",
+    "draw_normal",
     "draw_places",
     "eliminate_columns",
     "fit_entries",
@@ -42,13 +50,18 @@ __all__ = [
     "metric_norm",
     "metric_svd",
     "nearest_codes",
+    "newton_schulz",
     "orthogonal_dictionary",
+    "orthonormal",
     "pack",
     "packed_bytes",
+    "power_steps",
     "principal_components",
+    "product",
     "recompressed",
     "refit_columns",
     "round_to_grid",
+    "seeded",
     "smallest_kept",
     "soft",
     "sparse_plus_low_rank",

@@ -95,7 +95,7 @@ class RowNormalised(StructuredMatrix):
     def added(self, x: Tensor, product: Tensor) -> Tensor:
         """(..., n), (..., m) -> (..., m)."""
         moved = self.update(x)
-        return moved + (self._factors() - 1).to(product.dtype) * (product + moved)
+        return moved + (self.factors() - 1).to(product.dtype) * (product + moved)
 
     def adjoint(self, y: Tensor) -> Tensor:
         """(..., m) -> (..., n)."""

@@ -12,7 +12,8 @@ from ..core.progress import track
 from ..core.surgery import Site, base_of, fold, replace, select
 from ..linalg import Metric, recompressed
 from ..matrices import ChangedFactors, Dense, LowRank, PivotedLowRank, StructuredMatrix, Sum
-from .low_rank_change import bare, change_of
+from ..matrices.thin import bare
+from .low_rank_change import change_of
 
 
 def adapted_sites(model: nn.Module) -> dict[str, Site]:

@@ -1,0 +1,350 @@
+"""The one optimiser of the project: parameters, each with a transform of its gradient.
+
+Parameters of one shape, type, device and group are stacked and stepped together. Their states live in the stack,
+and each parameter's own state is a view of it, so nothing is copied from step to step, and what is saved does not
+show how parameters were stacked.
+
+To step layer by layer, a hook calls ``step_one(param)`` when the gradient of a parameter is complete, and frees
+it: it is the same transform with a stack of one.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from .states import State, described, map_state
+from .transforms import Transform, as_matrices, blank_state, state_bytes, working_type
+
+foreach_add: Any = torch._foreach_add_  # pyright: ignore[reportPrivateImportUsage]
+foreach_mul: Any = torch._foreach_mul_  # pyright: ignore[reportPrivateImportUsage]
+Write = Callable[[Sequence[Tensor], Sequence[Tensor], float], None]
+Group = dict[str, Any]
+
+
+def add_nearest(params: Sequence[Tensor], directions: Sequence[Tensor], factor: float) -> None:
+    """Add ``factor`` times directions, rounded to the nearest number of the parameters' type."""
+    foreach_add(list(params), list(directions), alpha=factor)
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Steps each parameter by its transform: ``p -= lr * weight_decay * p``, then ``p -= lr * direction``.
+
+    Groups have ``lr`` and ``weight_decay``, which schedulers may change. Parameters without a gradient are left
+    out of a step. Where a gradient is not finite, the step raises before anything has changed.
+
+    Args:
+        params: pairs of parameters and a transform, or groups with ``params``, ``transform`` and perhaps ``lr``
+            and ``weight_decay``. Parameters may be named, as in ``model.named_parameters()``.
+        lr: the length of steps.
+        weight_decay: decoupled from the direction.
+        stack_bytes: the most that the gradients of a stack may take; a larger one is stepped alone, not copied.
+            If None, 1 MiB on a CPU, where only small matrices gain, and 64 MiB elsewhere.
+        write: adds a multiple of directions to parameters; another function may round in another way.
+
+    Raises:
+        ValueError: if an argument is out of range, or parameters are not real floating-point numbers.
+
+    >>> from rankwise.optimizers import adam, galore
+    >>> model = torch.nn.Linear(64, 32)
+    >>> optimizer = Optimizer([(model.parameters(), galore(rank=4))], lr=0.01)
+    >>> model(torch.ones(64)).square().sum().backward()
+    >>> optimizer.step()
+    >>> list(optimizer.state_dict()["state"])
+    [0, 1]
+    """
+
+    def __init__(
+        self,
+        params: Iterable[tuple[Any, Transform] | Group],
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
+        stack_bytes: int | None = None,
+        write: Write = add_nearest,
+    ) -> None:
+        self.stack_bytes, self.write = stack_bytes, write
+        self._forget()
+        if isinstance(params, Tensor):
+            raise ValueError("give pairs of parameters and a transform: [(model.parameters(), adam())].")
+        groups = [as_group(each) for each in params]
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: Group | tuple[Any, Transform]) -> None:
+        """Add parameters, as a pair or as a group.
+
+        Raises:
+            ValueError: as for a new optimiser.
+        """
+        group = as_group(param_group)
+        before = len(self.param_groups)
+        super().add_param_group(group)
+        try:
+            check_group(self.param_groups[before])
+        except ValueError:
+            del self.param_groups[before:]
+            raise
+        self._forget()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], Any]) -> Any: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: computes gradients and returns the loss.
+
+        Raises:
+            ValueError: if a gradient is sparse.
+            FloatingPointError: if a gradient is not finite; no parameter and no state has changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check([p for group in self.param_groups for p in group["params"] if p.grad is not None])
+        for group, members in self._stackable():
+            self._advance(group, [p for p in members if p.grad is not None])
+        return loss
+
+    @torch.no_grad()
+    def step_one(self, param: Tensor) -> None:
+        """Step one parameter alone, which must have a gradient; for hooks. No hook of ``step`` is called.
+
+        Raises:
+            ValueError: if it is not one of the optimiser's, or its gradient is missing or sparse.
+            FloatingPointError: if its gradient is not finite.
+        """
+        self._stackable()
+        if param not in self._places or param.grad is None:
+            raise ValueError("step_one takes a parameter of this optimiser that has a gradient.")
+        self._check([param])
+        self._advance(self.param_groups[self._places[param][0]], [param])
+
+    def state_bytes(self) -> int:
+        """Count the bytes that all states will take once every parameter has been stepped."""
+        return sum(state_bytes(group["transform"], *group["params"]) for group in self.param_groups)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and plain values in torch's layout, which ``torch.load(weights_only=True)`` reads."""
+        found = super().state_dict()
+        groups = [{**group, "transform": described(group["transform"])} for group in found["param_groups"]]
+        return {**found, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a saved state, exactly: each number keeps its type, also beside half-precision parameters.
+
+        Raises:
+            ValueError: if it is of other groups, another transform or other shapes.
+        """
+        saved = state_dict["param_groups"]
+        if len(saved) != len(self.param_groups):
+            raise ValueError(f"the state has {len(saved)} groups, the optimiser {len(self.param_groups)}.")
+        transforms = [group["transform"] for group in self.param_groups]
+        for i, (group, transform) in enumerate(zip(saved, transforms, strict=True)):
+            if group.get("transform") != described(transform):
+                raise ValueError(
+                    f"the state of group {i} belongs to {group.get('transform')}, not to {described(transform)}."
+                )
+        groups = [{**group, "transform": transform} for group, transform in zip(saved, transforms, strict=True)]
+        numbers = [number for group in saved for number in group["params"]]
+        pairs = [(group["transform"], param) for group in self.param_groups for param in group["params"]]
+        if len(numbers) != len(pairs):
+            raise ValueError(f"the state is of {len(numbers)} parameters, the optimiser has {len(pairs)}.")
+        states = {
+            param: restored(transform, param, state_dict["state"][number], number)
+            for number, (transform, param) in zip(numbers, pairs, strict=True)
+            if number in state_dict["state"]
+        }
+        super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})
+        self.state.update(states)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "stack_bytes": self.stack_bytes, "write": self.write}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._forget()
+        super().__setstate__(state)
+
+    def _forget(self) -> None:
+        """Drop all that follows from groups and states."""
+        self._members: list[tuple[Group, list[Tensor]]] = []
+        self._places: dict[Tensor, tuple[int, int]] = {}  # group and number of each parameter
+        self._stacks: dict[Tensor, _Stack] = {}
+
+    def _stackable(self) -> list[tuple[Group, list[Tensor]]]:
+        """Return which parameters may be stacked, in an order that depends on nothing but the groups."""
+        if not self._members:
+            numbers = itertools.count()
+            for i, group in enumerate(self.param_groups):
+                alike: dict[Any, list[Tensor]] = {}
+                for param in group["params"]:
+                    self._places[param] = i, next(numbers)
+                    if param.numel():
+                        alike.setdefault((param.shape, param.dtype, param.device), []).append(param)
+                for same in alike.values():
+                    usual = 2**20 if same[0].device.type == "cpu" else 2**26
+                    room = usual if self.stack_bytes is None else self.stack_bytes
+                    most = max(1, room // same[0].nbytes)
+                    self._members += [(group, same[j : j + most]) for j in range(0, len(same), most)]
+        return self._members
+
+    def _check(self, params: list[Tensor]) -> None:
+        """Raise unless all gradients can be used; sums tell whether one must look closer."""
+        grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
+        if any(grad.is_sparse for grad in grads):
+            raise ValueError("gradients are sparse; build the embedding with sparse=False.")
+        sums: dict[torch.device, list[Tensor]] = {}
+        for grad in grads:
+            sums.setdefault(grad.device, []).append(grad.sum(dtype=working_type(grad.dtype)))
+        if all(bool(torch.stack([s.float() for s in each]).isfinite().all()) for each in sums.values()):
+            return
+        for param, grad in zip(params, grads, strict=True):
+            if not bool(grad.isfinite().all()):
+                raise FloatingPointError(
+                    f"the gradient of {self._name(param)} is not finite; nothing was changed. Skip this step "
+                    "(zero_grad and go on), lower lr, clip gradients, or with float16 use a GradScaler."
+                )
+
+    def _name(self, param: Tensor) -> str:
+        self._stackable()
+        group, number = self._places[param]
+        names = self.param_groups[group].get("param_names")
+        about = f"parameter {number} of shape {tuple(param.shape)}"
+        before = sum(len(each["params"]) for each in self.param_groups[:group])
+        return f"{names[number - before]} ({about})" if names else about
+
+    def _advance(self, group: Group, params: list[Tensor]) -> None:
+        """Step parameters of one shape together."""
+        if not params or not params[0].numel():
+            return
+        transform, lr, decay = group["transform"], float(group["lr"]), float(group["weight_decay"])
+        stack = self._stacked(transform, params)
+        grads = [p.grad for p in params if p.grad is not None]
+        kind = working_type(params[0].dtype)
+        joined = _joined(grads).to(kind)
+        values = _joined(params) if transform.reads_param else stack.shape
+        direction = transform.update(joined, stack.state, values)
+        shape = params[0].shape
+        if decay:
+            foreach_mul(params, 1 - lr * decay)
+        self.write(params, [each.reshape(shape) for each in direction], -lr)
+        if transform.constrains:
+            bounded = transform.constrain(_joined(params).to(kind), stack.state, lr, decay)
+            for param, value in zip(params, bounded, strict=True):
+                param.copy_(value.reshape(shape))
+
+    def _stacked(self, transform: Transform, params: list[Tensor]) -> "_Stack":
+        """Return the states of parameters in one stack, of which the states of each are views."""
+        stack = self._stacks.get(params[0])
+        if stack is None or not stack.holds(params) or any(self._stacks.get(p) is not stack for p in params):
+            states = [self.state[p] or self._first(transform, p) for p in params]
+            if len(params) == 1:
+                joined = map_state(lambda value: value.unsqueeze(0), states[0])
+                self.state[params[0]] = states[0]
+            else:
+                joined = map_state(_stacked_values, *states)
+                for i, param in enumerate(params):
+                    self.state[param] = map_state(lambda value, i=i: value[i], joined)
+            shape = as_matrices(torch.empty_like(params[0], device="meta").expand(len(params), *params[0].shape))
+            stack = _Stack(tuple(params), _read_only(joined), shape)
+            self._stacks.update(dict.fromkeys(params, stack))
+        return stack
+
+    def _first(self, transform: Transform, param: Tensor) -> State:
+        """Return the state of one parameter before its first step."""
+        index = torch.tensor([self._places[param][1]])
+        value = _joined([param]).to(working_type(param.dtype))
+        return map_state(lambda leaf: leaf.squeeze(0), transform.init(value, index))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Stack:
+    """Parameters that were last stepped together, their states, and a tensor without values of their shape."""
+
+    params: tuple[Tensor, ...]
+    state: State
+    shape: Tensor
+
+    def holds(self, params: list[Tensor]) -> bool:
+        """Whether it is of these parameters and no others."""
+        return len(params) == len(self.params) and all(a is b for a, b in zip(params, self.params, strict=True))
+
+
+def as_group(given: Any) -> Group:
+    """Return a group of a pair of parameters and a transform, or of a dictionary.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(given, Mapping):
+        group = dict(given)
+    elif isinstance(given, tuple) and len(given) == 2:
+        group = {"params": given[0], "transform": given[1]}
+    else:
+        raise ValueError(f"give pairs of parameters and a transform, or groups; got {type(given).__name__}.")
+    if not isinstance(group.get("transform"), Transform):
+        raise ValueError(f"each group needs a transform, such as adam(); got {group.get('transform')!r}.")
+    return group
+
+
+def check_group(group: Group) -> None:
+    """Raise unless a group can be stepped."""
+    for name in ("lr", "weight_decay"):
+        if not float(group[name]) >= 0:
+            raise ValueError(f"{name} must be >= 0, got {group[name]}.")
+    for param in group["params"]:
+        if not param.is_floating_point():
+            raise ValueError(f"parameters must be real floating-point numbers, got {param.dtype}.")
+    described(group["transform"])
+
+
+def restored(transform: Transform, param: Tensor, saved: Any, number: int) -> dict[str, Any]:
+    """Copy a saved state to where it belongs, in its own types.
+
+    Raises:
+        ValueError: if the transform has another state for a parameter of this shape.
+    """
+    blank = blank_state(transform, param)
+
+    def place(wanted: Tensor, value: Any) -> Tensor:
+        form = (tuple(wanted.shape[1:]), wanted.dtype)
+        if not isinstance(value, Tensor) or (tuple(value.shape), value.dtype) != form:
+            found = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"the state of parameter {number} has {found} in place of {form}.")
+        return value.detach().to(param.device if wanted.is_meta else wanted.device, copy=True)
+
+    if _keys(blank) != _keys(saved):
+        raise ValueError(f"the state of parameter {number} has other entries than the transform: {_keys(saved)}.")
+    return map_state(place, blank, saved)
+
+
+def _keys(state: Any) -> Any:
+    """The form of a state."""
+    return {key: _keys(value) for key, value in state.items()} if isinstance(state, Mapping) else None
+
+
+def _joined(values: Sequence[Tensor]) -> Tensor:
+    """Stack tensors of one shape; one alone is not copied."""
+    stack = values[0].unsqueeze(0) if len(values) == 1 else torch.stack(list(values))
+    return as_matrices(stack.detach())
+
+
+def _stacked_values(*values: Tensor) -> Tensor:
+    """Stack tensors in their order in memory, so that transposed matrices meet transposed states."""
+    if values[0].ndim == 2 and values[0].stride(0) == 1:
+        return torch.stack([value.mT for value in values]).mT
+    return torch.stack(values)
+
+
+def _read_only(state: State) -> State:
+    return MappingProxyType(
+        {key: _read_only(value) if isinstance(value, Mapping) else value for key, value in state.items()}
+    )

@@ -1,0 +1,77 @@
+"""Second moments kept as one number a row and one a column."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.states import State, counter, per_parameter
+from ..core.transforms import Transform, chain
+from .sgd import Momentum
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactoredScale(Transform):
+    """Divide gradients by the root of a mean of squares, of which only row and column sums are kept.
+
+    At step t the means R of rows and C of columns of g^2 + tiny move by 1 - b_t = t^-decay; v = R C / mean(R).
+    Vectors keep all of v. Where the root mean square of g / sqrt(v) is above ``clip``, it is brought down to it.
+
+    Args:
+        decay: how fast the means forget less and less.
+        tiny: added to squares.
+        clip: the largest root mean square of a direction.
+    """
+
+    decay: float = 0.8
+    tiny: float = 1e-30
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.decay <= 1 or not self.tiny > 0 or not self.clip > 0:
+            raise ValueError(f"decay must be in (0, 1], tiny and clip above 0, got {self}.")
+
+    def init(self, param: Tensor, index: Tensor) -> State:
+        """Means of rows and columns, or of all entries."""
+        if param.ndim < 3:
+            return {"step": counter(index), "square": torch.zeros_like(param)}
+        rows, columns = param.new_zeros(param.shape[:-1]), param.new_zeros(len(param), param.shape[-1])
+        return {"step": counter(index), "rows": rows, "columns": columns}
+
+    def update(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
+        """The direction (k, ...)."""
+        fresh = [t**-self.decay for t in state["step"].add_(1).tolist()]
+        square = grad.square() + self.tiny
+        if grad.ndim < 3:
+            direction = grad * _mix(state["square"], square, fresh).rsqrt()
+        else:
+            rows = _mix(state["rows"], square.mean(-1), fresh)
+            columns = _mix(state["columns"], square.mean(-2), fresh)
+            share = (rows / rows.mean(-1, keepdim=True)).rsqrt()
+            direction = grad * share[..., None] * columns.rsqrt()[..., None, :]
+        size = direction.square().reshape(len(grad), -1).mean(-1).sqrt()
+        return direction / (size / self.clip).clamp_min_(1).view(-1, *[1] * (grad.ndim - 1))
+
+
+def _mix(mean: Tensor, value: Tensor, fresh: list[float]) -> Tensor:
+    """Move a mean towards a value by a part of the way, one for each parameter."""
+    return mean.lerp_(value, per_parameter(fresh, mean).expand_as(mean))
+
+
+def adafactor(*, beta: float = 0.0, decay: float = 0.8, clip: float = 1.0) -> Transform:
+    """Adafactor with the learning rate of the optimiser: second moments take one number a row and a column.
+
+    >>> import torch
+    >>> from rankwise.core.transforms import state_bytes
+    >>> state_bytes(adafactor(), torch.zeros(30, 70))  # 100 numbers and a counter
+    408
+
+    Args:
+        beta: of a mean of the directions, which takes a number an entry; none if zero.
+        decay: how fast second moments forget less and less.
+        clip: the largest root mean square of a direction.
+
+    References: Shazeer and Stern, 2018, arXiv 1804.04235, without relative step sizes.
+    """
+    scale = FactoredScale(decay=decay, clip=clip)
+    return chain(scale, Momentum(beta=beta, average=True)) if beta else scale

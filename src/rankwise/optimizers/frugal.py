@@ -1,0 +1,71 @@
+"""A step with state in a subspace, and one without state on the rest."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.states import State
+from ..core.subspaces import Carry, Projector, Refresh
+from ..core.transforms import Transform, by_shape, check_rank
+from ..projectors import RandomRows, Reset
+from .adam import adam
+from .project import Rest, project
+from .sign import sign
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outside(Rest):
+    """Treat the rest of a gradient by a transform of its own.
+
+    Args:
+        transform: of the rest.
+        scale: of its step.
+    """
+
+    transform: Transform
+    scale: float = 1.0
+
+    def init(self, param: Tensor, index: Tensor) -> State:
+        """The state of the transform."""
+        return self.transform.init(param, index)
+
+    def update(self, rest: Tensor, low: Tensor, direction: Tensor, state: State) -> Tensor:
+        """Step, and scale."""
+        return self.transform.update(rest, state, torch.empty_like(rest, device="meta")) * self.scale
+
+
+def frugal(
+    *,
+    density: float = 0.25,
+    every: int | Refresh = 200,
+    projector: Projector = RandomRows(),  # noqa: B008 (frozen)
+    inner: Transform = adam(),  # noqa: B008 (frozen)
+    free: Transform = sign(),  # noqa: B008 (frozen)
+    free_scale: float = 1.0,
+    carry: Carry = Reset(),  # noqa: B008 (frozen)
+) -> Transform:
+    """FRUGAL: Adam in a small subspace that changes, and signs of the gradient, without state, outside of it.
+
+    So the step has full rank. With density 0 matrices get ``free`` alone, with density 1 ``inner`` alone.
+
+    >>> frugal(density=0.0).matrix
+    Sign()
+
+    Args:
+        density: the share of the shorter side that has a state.
+        every: steps between two choices of a matrix's subspace, or a rule.
+        projector: chooses the subspace.
+        inner: what runs inside, and on vectors.
+        free: what runs outside; it should have no state, and must not read the parameter.
+        free_scale: of its steps; 0.1 where a model is fine-tuned.
+        carry: what becomes of moments when the subspace changes; the published code begins them again.
+
+    References: Zmushko et al., 2025, arXiv 2411.07837. There inputs or outputs may be chosen; here always the
+    shorter side. There all matrices change at the same step, here by turns. Whole tensors as blocks are not here.
+    """
+    check_rank(density, name="density")
+    if density == 0:
+        return by_shape(matrix=free, other=inner)
+    outside = Outside(transform=free, scale=free_scale)
+    return project(projector, inner, rank=float(density), every=every, carry=carry, rest=outside)

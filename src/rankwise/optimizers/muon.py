@@ -1,0 +1,59 @@
+"""Momentum whose singular values are all made equal."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..core.methods import check_count
+from ..core.states import State
+from ..core.transforms import Transform, by_shape, chain
+from ..linalg import MUON, newton_schulz
+from .adam import adam
+from .sgd import Momentum
+
+
+@dataclass(frozen=True, kw_only=True)
+class Orthogonalize(Transform):
+    """Replace steps (k, m, n) by nearly the nearest semi-orthogonal matrices times sqrt(max(1, m / n)).
+
+    Args:
+        polynomials: one a step of the Newton-Schulz iteration; ``POLAR_EXPRESS`` for steps that converge.
+    """
+
+    polynomials: tuple[tuple[float, float, float], ...] = (MUON,) * 5
+
+    def __post_init__(self) -> None:
+        check_count("the number of polynomials", len(self.polynomials))
+
+    def update(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
+        """(k, m, n) -> (k, m, n)."""
+        m, n = grad.shape[1:]
+        return newton_schulz(grad, self.polynomials).mul_(max(1.0, m / n) ** 0.5)
+
+
+def muon(
+    *,
+    beta: float = 0.95,
+    nesterov: bool = True,
+    polynomials: tuple[tuple[float, float, float], ...] = (MUON,) * 5,
+    other: Transform = adam(betas=(0.9, 0.95), eps=1e-10),  # noqa: B008 (frozen)
+) -> Transform:
+    """Muon: momentum, orthogonalised; its state is half of Adam's.
+
+    For hidden matrices and convolutions, seen as (out, rest). Embeddings, the head and vectors should get Adam in
+    a group of their own, with its own lr; vectors in this group get ``other``.
+
+    >>> [type(part).__name__ for part in muon().matrix.parts]
+    ['Momentum', 'Orthogonalize']
+
+    Args:
+        beta: of the mean of gradients.
+        nesterov: look one step ahead.
+        polynomials: of the Newton-Schulz iteration.
+        other: for vectors and scalars.
+
+    References: Jordan et al., 2024, kellerjordan.github.io/posts/muon. There 4-D gradients are scaled by the
+    sides of the kernel; here by those of the matrix (out, rest).
+    """
+    matrix = chain(Momentum(beta=beta, nesterov=nesterov, average=True), Orthogonalize(polynomials=polynomials))
+    return by_shape(matrix=matrix, other=other)

@@ -1,0 +1,105 @@
+"""Another transform in a subspace of the gradient."""
+
+import abc
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.states import State
+from ..core.subspaces import Carry, Projector, Refresh, Subspace
+from ..core.transforms import Transform, by_shape, wide
+from ..projectors import Every, Keep
+
+
+class Rest(abc.ABC):
+    """Makes a step of the part of a gradient that lies outside the subspace."""
+
+    def init(self, param: Tensor, index: Tensor) -> State:
+        """Return what is remembered; see :meth:`Transform.init`."""
+        return {}
+
+    @abc.abstractmethod
+    def update(self, rest: Tensor, low: Tensor, direction: Tensor, state: State) -> Tensor:
+        """Return the direction (k, s, l) that is added.
+
+        Args:
+            rest: (k, s, l) the gradient without what lies in the subspace.
+            low: (k, r, l) the projected gradient.
+            direction: (k, r, l) what the inner transform made of it.
+            state: what ``init`` returned; written into.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Project(Transform):
+    """Let a transform see r combinations of the rows of gradients (k, s, l), s <= l, and bring its step back.
+
+    Args:
+        subspace: which combinations.
+        inner: sees (k, r, l).
+        scale: of the step that comes back.
+        rest: makes a step of what lies outside, or None to drop it.
+    """
+
+    subspace: Subspace
+    inner: Transform
+    scale: float = 1.0
+    rest: Rest | None = None
+
+    def init(self, param: Tensor, index: Tensor) -> State:
+        """The states of the parts."""
+        self.subspace.check(self.inner, param)
+        inner = self.inner.init(self.subspace.blank(param), index)
+        rest = {"rest": self.rest.init(param, index)} if self.rest else {}
+        return {"subspace": self.subspace.init(param, index), "inner": inner, **rest}
+
+    def update(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
+        """(k, s, l) -> (k, s, l)."""
+        self.subspace.follow(grad, state["subspace"], self.inner, state["inner"])
+        projector, basis = self.subspace.projector, state["subspace"]["basis"]
+        low = projector.down(grad, basis)
+        direction = self.inner.update(low, state["inner"], torch.empty_like(low, device="meta"))
+        step = projector.up(direction if self.scale == 1 else direction * self.scale, basis)
+        if self.rest is None:
+            return step
+        outside = grad - projector.up(low, basis)
+        return step.add_(self.rest.update(outside, low, direction, state["rest"]))
+
+
+def project(
+    projector: Projector,
+    inner: Transform,
+    *,
+    rank: int | float,
+    every: int | Refresh = 200,
+    scale: float = 1.0,
+    carry: Carry = Keep(),  # noqa: B008 (frozen)
+    rest: Rest | None = None,
+) -> Transform:
+    """Run a transform on a low-rank projection of each gradient, so that its state is small.
+
+    Vectors, and matrices whose shorter side is at most ``rank``, get the inner transform itself, unscaled: a
+    projection would save nothing.
+
+    >>> import torch
+    >>> from rankwise.core.transforms import state_bytes
+    >>> from rankwise.optimizers import sgd
+    >>> from rankwise.projectors import RandomRows
+    >>> transform = project(RandomRows(), sgd(beta=0.9), rank=0.25)
+    >>> state_bytes(transform, torch.zeros(40, 64)) < 0.3 * state_bytes(sgd(beta=0.9), torch.zeros(40, 64))
+    True
+
+    Args:
+        projector: chooses the subspace.
+        inner: sees the projected gradients.
+        rank: the dimension of the subspace, or its share of the shorter side.
+        every: steps between two choices of a parameter's subspace, or a rule.
+        scale: of the projected step.
+        carry: what becomes of the inner state when the subspace changes.
+        rest: makes a step of what lies outside the subspace.
+    """
+    refresh = every if isinstance(every, Refresh) else Every(every)
+    subspace = Subspace(projector=projector, rank=rank, refresh=refresh, carry=carry)
+    inside = Project(subspace=subspace, inner=inner, scale=scale, rest=rest)
+    return by_shape(matrix=wide(inside), other=inner, above=rank)
