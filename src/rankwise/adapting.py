@@ -123,7 +123,7 @@ def adapt(
             continue
         trained = 0
         if name in made:
-            replace(model, site, made[name])
+            replace(model, site, made[name], lr=method.lr)
             trained = sum(p.numel() for p in made[name].parameters() if p.requires_grad)
         rank = ranks.get(name, getattr(method, "rank", None))
         rows.append({"name": name, "shape": list(bases[name].shape), "rank": rank, "trained": trained})

@@ -29,6 +29,8 @@ class KronLora(Adapter):
         scale: s.
         dropout: share of the branch's inputs that are dropped while training.
 
+    Learning rate: none is published; the general one holds.
+
     References: Karimi Mahabadi, Henderson, Ruder, "Compacter", NeurIPS 2021, arXiv 2106.04647, for the matrices.
 
     >>> from rankwise.matrices import Dense

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -46,6 +47,8 @@ class Snella(Adapter):
         weight: c; 0.1 as published.
         dropout: share of the branch's inputs that are dropped while training.
 
+    Learning rate: 1e-3, that of SNELL's experiments with AdamW.
+
     References: Shen et al., "Expanding sparse tuning for low memory usage" (SNELL), NeurIPS 2024,
         arXiv 2411.01800; "Kernelized sparse fine-tuning with bi-level parameter competition for vision models"
         (SNELLA), 2025, arXiv 2510.24037.
@@ -56,6 +59,7 @@ class Snella(Adapter):
     64
     """
 
+    lr: ClassVar[float | None] = 1e-3
     rank: int = 32
     density: float = 0.1
     kernel: Kernel = distance

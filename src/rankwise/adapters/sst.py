@@ -42,6 +42,8 @@ class Sst(Adapter):
         warmup: see there.
         seed: see there.
 
+    Learning rate: the published ones are for training from scratch; here the general one holds.
+
     References: Zhao et al., "Sparse spectral training", ICML 2025, arXiv 2405.15481; see there for what is not
         verified.
     """

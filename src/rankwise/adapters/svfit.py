@@ -1,6 +1,7 @@
 """Trained singular values (SVFit)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -31,6 +32,8 @@ class Svfit(Adapter):
         relative: multiply d by sigma, so that a step changes large and small singular values by the same share.
         dropout: share of the branch's inputs that are dropped while training.
 
+    Learning rate: 1e-3, the lower end of what is said to be needed, 1e-3 to 1e-2; not verified in the paper.
+
     References: Sun et al., "SVFit: Parameter-efficient fine-tuning of large pre-trained models using singular
         values", 2024, arXiv 2409.05926. No published code was found.
 
@@ -42,6 +45,7 @@ class Svfit(Adapter):
     2
     """
 
+    lr: ClassVar[float | None] = 1e-3
     rank: int | None = None
     energy: float = 0.99
     relative: bool = False

@@ -33,7 +33,9 @@ def adapt(
     eval_: Annotated[Path | None, typer.Option("--eval", help="Judge by this, not by a tenth of --data.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps; default: --epochs over the data.")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
-    lr: Annotated[float, typer.Option(help="Largest learning rate of AdamW.")] = 5e-4,
+    lr: Annotated[
+        float | None, typer.Option(help="Largest learning rate of AdamW; default: the method's.")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Windows, or texts of a classifier, at a time.")] = 4,
     accumulate: Annotated[int, typer.Option(help="Batches of a step.")] = 1,
     window: Annotated[int, typer.Option(help="Most tokens of a sequence.")] = 512,
@@ -67,7 +69,7 @@ def adapt(
     at_least("--patience", patience, 1)
     at_least("--calibration-tokens", calibration_tokens, 1)
     for flag, value in (("--lr", lr), ("--clip", clip), ("--epochs", epochs)):
-        if not 0 < value < float("inf"):
+        if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{flag} must be a positive number, got {value}.")
     from .. import adapters
 
