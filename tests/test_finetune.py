@@ -265,13 +265,15 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     rankwise.finetune(tiny(), batches(), **options)
     moved = tiny()
     moved.model.norm.weight.data += 1
-    for model, data, more in (
-        (moved, batches(), {}),
-        (tiny(Lora(rank=2)), batches(), {}),
-        (tiny(), batches(seed=4), {}),
-        (tiny(), batches(), {"lr": 1e-3}),
+    for model, data, more, words in (
+        (moved, batches(), {}, r" \(other model\)"),
+        (tiny(Lora(rank=2)), batches(), {}, r" \(other adapters\)"),
+        (tiny(Lora(rank=4, alpha=3.0)), batches(), {}, r" \(other adapters\)"),
+        (tiny(Lora(rank=4, dropout=0.5)), batches(), {}, r" \(other adapters\)"),
+        (tiny(), batches(seed=4), {}, r" \(other data\)"),
+        (tiny(), batches(), {"lr": 1e-3, "clip": 2.0}, r" \(other clip, lr\)"),
     ):
-        with pytest.raises(ValueError, match="is about another model"):
+        with pytest.raises(ValueError, match=f"is about another model, reference, data or setting{words};"):
             rankwise.finetune(model, data, **options, **more)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -256,12 +257,18 @@ def _identity(
     names: Sequence[str],
     *data: Sequence[Batch],
 ) -> str:
-    """Say in words what a checkpoint is about."""
+    """Say what a checkpoint is about, part by part."""
     changing = set(names)
     rest = {name: tensor for name, tensor in model.state_dict().items() if name not in changing}
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    settings = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
-    settings["rate"] = getattr(plan.rate, "__qualname__", repr(plan.rate))
-    digests = [digest_of_batches(part) for part in data]
-    about = [type(optimizer).__name__, groups, settings, getattr(loss, "__qualname__", repr(loss)), *digests]
-    return f"{about} {digest_of(rest)}"
+    groups = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
+    about = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
+    about |= {
+        "rate": getattr(plan.rate, "__qualname__", repr(plan.rate)),
+        "optimizer": [type(optimizer).__name__, groups],
+        "lr": [group["lr"] for group in optimizer.param_groups],
+        "loss": getattr(loss, "__qualname__", repr(loss)),
+        "data": [digest_of_batches(part) for part in data],
+        "adapters": {name: layer.matrix.spec() for name, layer in adapted(model).items()},
+        "model": digest_of(rest),
+    }
+    return json.dumps(about, default=str, sort_keys=True)

@@ -224,11 +224,11 @@ def _texts(source: str, dtype: torch.dtype | None, data: Path, other: Path | Non
 
 def _classes(source: str, dtype: torch.dtype | None, data: Path, other: Path | None, shape: Shape) -> Task:
     from ..models.classifier import is_head, labelled_batches, load_classifier
-    from ..models.examples import kept_aside, read_labelled
+    from ..models.examples import in_order, kept_aside, read_labelled
     from ..models.packing import unlabelled
 
     learned = read_labelled(data)
-    labels = sorted({label for _, label in learned})
+    labels = in_order(label for _, label in learned)
     if len(labels) < 2:
         raise ValueError(f"{data} has one label only, {labels[0]!r}; a classifier needs two or more.")
     if other is None:
