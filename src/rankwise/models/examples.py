@@ -120,8 +120,8 @@ def read_labelled(path: str | Path) -> list[tuple[str, str]]:
         word = isinstance(label, str) and label == label.strip() != ""
         if not word and (not isinstance(label, int) or isinstance(label, bool)):
             raise ValueError(
-                f'{place} needs a "label" that is a word, without spaces around it, or a whole number, as all lines '
-                f"for a classifier do; got {label!r}."
+                f'{place} needs a "label" that is a word, without spaces around it, or a whole number, as all '
+                f"lines for a classifier do; got {label!r}."
             )
         found.append((_word(place, record, "text"), str(label)))
     return found
