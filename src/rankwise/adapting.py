@@ -160,9 +160,9 @@ def _adapted(
         if path in made:
             trained = sum(p.numel() for p in made[path].parameters() if p.requires_grad)
             if name is None:
-                replace(model, site, made[path])
+                replace(model, site, made[path], lr=method.lr)
             else:
-                join(model, site, name, made[path])
+                join(model, site, name, made[path], method.lr)
         rank = ranks.get(path, getattr(method, "rank", None))
         rows.append({"name": path, "shape": list(bases[path].shape), "rank": rank, "trained": trained})
     return _report(model, method, rows, len(made), whole, small)

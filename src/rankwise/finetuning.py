@@ -2,15 +2,17 @@
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .core.adapted import adapted, own_tensors
+from .core.adapted import adapted, own_tensors, suggested_rates
 from .core.data import batches_of, digest_of_batches, parted
 from .core.extended import Extended
 from .core.fingerprint import digest_of
@@ -18,7 +20,7 @@ from .core.following import Follower
 from .core.labels import Labels, given
 from .core.memory import memory_bytes, peak_memory_bytes, reset_peak_memory, training_bytes
 from .core.modes import kept, recomputing, training
-from .core.rates import Cosine
+from .core.rates import GENERAL, WHOLE, Cosine
 from .core.report import Report
 from .core.running import Plan, Run, in_float32
 from .core.statistics import Batch
@@ -36,7 +38,7 @@ def finetune(
     *,
     held_out: float | Sequence[Batch] = 0.1,
     optimizer: torch.optim.Optimizer | None = None,
-    lr: float = 5e-4,
+    lr: float | None = None,
     loss: Labels = given,
     steps: int | None = None,
     accumulate: int = 1,
@@ -65,13 +67,14 @@ def finetune(
         held_out: share of the batches kept aside to judge by, in (0, 1), or other batches for that.
         optimizer: over the trained parameters; its learning rates are the largest ones. None means AdamW without
             weight decay.
-        lr: learning rate of that AdamW. The default, and that of ``rate``, are what EVA's authors used.
+        lr: learning rate of that AdamW. None means what each adapter's class suggests as ``lr``, 5e-4 where it
+            suggests nothing and for what trains whole beside adapters, and 5e-5 without adapters.
         loss: (model output, batch, generator) -> loss, summed over the labels; by default the cross entropy with
             the ``labels`` (-100 where there is none), else with the next tokens.
         steps: how many; None means one pass over the data.
         accumulate: batches of a step. Each label of a step counts the same, in whichever batch it is.
         rate: share of the learning rate where a share of the run is done; None means
-            :class:`rankwise.core.rates.Cosine`.
+            :class:`rankwise.core.rates.Cosine`, as EVA's authors do.
         clip: largest 2-norm of the gradient of all parameters, or None.
         every: steps between two looks at what judges, each followed by a checkpoint; None means ten looks.
         patience: stop after so many looks without a better one; None goes on to the end.
@@ -85,11 +88,12 @@ def finetune(
 
     Returns:
         a row for each look: step, seconds, labels seen, mean loss while training and on what judges. Totals say
-        both before and after, what trains, and ``memory`` in bytes: ``weights``, ``gradients`` and ``optimizer``
-        by count; ``activations`` that the largest batch keeps for the backward pass, measured, without what is
-        needed for a moment only; their sum ``predicted``; and, measured, the ``peak`` of the whole process while
-        training and its ``rise`` above what was there before, None where the system does not tell; and
-        ``adapters``, what :func:`rankwise.check_adapters` said, None if there are none.
+        both before and after, what trains, the largest learning rates ``lr`` of the optimiser's groups, and
+        ``memory`` in bytes: ``weights``, ``gradients`` and ``optimizer`` by count; ``activations`` that the
+        largest batch keeps for the backward pass, measured, without what is needed for a moment only; their sum
+        ``predicted``; and, measured, the ``peak`` of the whole process while training and its ``rise`` above what
+        was there before, None where the system does not tell. ``adapters`` is what
+        :func:`rankwise.check_adapters` said, None if there are none.
 
     Raises:
         ValueError: if an argument is wrong, nothing trains, no adapter gets a gradient or changes, there are no
@@ -118,7 +122,7 @@ def finetune(
     pieces, judges = ([Supervised(batch, loss, autocast) for batch in part] for part in (train, held))
     steps = math.ceil(len(pieces) / accumulate) if steps is None else steps
     buffers = _buffers(model, trained)
-    optimizer = optimizer or torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0)
+    optimizer = optimizer or torch.optim.AdamW(_groups(model, trained, lr), weight_decay=0.0)
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if lost := next((name for name, p in trained.items() if id(p) not in owned), None):
         raise ValueError(f"the optimizer lacks {lost}, which asks for gradients; make it after rankwise.adapt.")
@@ -184,12 +188,23 @@ def _following(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -
     follower.finish()
 
 
+def _groups(model: nn.Module, trained: Mapping[str, nn.Parameter], lr: float | None) -> list[dict[str, Any]]:
+    """Put parameters of one learning rate together."""
+    suggested = suggested_rates(model)
+    other = GENERAL if suggested else WHOLE
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in trained.values():
+        groups.setdefault(lr if lr is not None else suggested.get(id(parameter), other), []).append(parameter)
+    return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
+
+
 def _report(run: Run, reason: str, memory: Mapping[str, int | None], checked: Report | None) -> Report:
     """Say how a run went."""
     progress = run.progress
     first = progress.history[0]["held_out"]
     totals = {
         "optimizer": type(run.optimizer).__name__,
+        "lr": run.rates,
         **run.summary(),
         "stopped": reason,
         "memory": dict(memory),
@@ -242,12 +257,18 @@ def _identity(
     names: Sequence[str],
     *data: Sequence[Batch],
 ) -> str:
-    """Say in words what a checkpoint is about."""
+    """Say what a checkpoint is about, part by part."""
     changing = set(names)
     rest = {name: tensor for name, tensor in model.state_dict().items() if name not in changing}
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    settings = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
-    settings["rate"] = getattr(plan.rate, "__qualname__", repr(plan.rate))
-    digests = [digest_of_batches(part) for part in data]
-    about = [type(optimizer).__name__, groups, settings, getattr(loss, "__qualname__", repr(loss)), *digests]
-    return f"{about} {digest_of(rest)}"
+    groups = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
+    about = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
+    about |= {
+        "rate": getattr(plan.rate, "__qualname__", repr(plan.rate)),
+        "optimizer": [type(optimizer).__name__, groups],
+        "lr": [group["lr"] for group in optimizer.param_groups],
+        "loss": getattr(loss, "__qualname__", repr(loss)),
+        "data": [digest_of_batches(part) for part in data],
+        "adapters": {name: layer.matrix.spec() for name, layer in adapted(model).items()},
+        "model": digest_of(rest),
+    }
+    return json.dumps(about, default=str, sort_keys=True)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator
@@ -28,6 +29,8 @@ class Bat(Adapter):
     Args:
         block: b, which must divide both sides of W; 64 is the published choice.
 
+    Learning rate: 2e-5, that of its authors' script, the same for both forms; small models bear more.
+
     References: Kang et al., "Bone: Block affine transformation as parameter efficient fine-tuning methods for
         large language models", the first version (2024) of arXiv 2409.15371.
 
@@ -38,6 +41,7 @@ class Bat(Adapter):
     8
     """
 
+    lr: ClassVar[float | None] = 2e-5
     block: int = 64
 
     def __post_init__(self) -> None:

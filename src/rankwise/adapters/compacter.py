@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -35,10 +36,13 @@ class Compacter(BlockAdapter):
         rank: of the blocks s_i t_i; 1 as published.
         last: only behind the last part of each block, the feed-forward one (Compacter++). ``where`` overrules it.
 
+    Learning rate: 3e-3, that of its authors' settings for T5-base.
+
     References: Karimi Mahabadi, Henderson, Ruder, "Compacter: Efficient low-rank hypercomplex adapter layers",
         NeurIPS 2021, arXiv 2106.04647.
     """
 
+    lr: ClassVar[float | None] = 3e-3
     count: int = 4
     reduction: int = 32
     rank: int = 1

@@ -30,6 +30,8 @@ class KronLora(Ranked):
         dropout: share of the branch's inputs that are dropped while training.
         ranks: from :mod:`rankwise.rank_rules`; None gives all layers the same.
 
+    Learning rate: none is published; the general one holds.
+
     References: Karimi Mahabadi, Henderson, Ruder, "Compacter", NeurIPS 2021, arXiv 2106.04647, for the matrices.
 
     >>> from rankwise.matrices import Dense

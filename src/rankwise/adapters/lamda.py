@@ -1,6 +1,7 @@
 """A small square core between singular vectors, of which the left ones train for a while (LaMDA)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Generator
 
@@ -30,10 +31,13 @@ class Lamda(Ranked, FreezeSettings):
         until: B trains less and less, and no more after this share of the steps, in (0, 1].
         ranks: from :mod:`rankwise.rank_rules`; None gives all layers the same, and SpectralEnergy() is LaMDA++.
 
+    Learning rate: 3e-4, that of its authors' script for LLaMA-2 7B on WikiText-2.
+
     References: Azizi, Kundu, Pedram, "LaMDA", Findings of EMNLP 2024, arXiv 2406.12832. That the core starts at
         the singular values was not checked against the paper, and the released code has no spectral start at all.
     """
 
+    lr: ClassVar[float | None] = 3e-4
     rank: int = 32
     alpha: float | None = None
     dropout: float = 0.0

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -39,10 +40,14 @@ class Loldu(Ranked):
         dropout: share of the branch's inputs that are dropped while training.
         ranks: from :mod:`rankwise.rank_rules`; None gives all layers the same.
 
+    Learning rate: 1e-3, the lower end of what is said to be needed; not verified in the paper, and the code
+    names none.
+
     References: Shi et al., "LoLDU: Low-rank adaptation via lower-diag-upper decomposition for parameter-efficient
         fine-tuning", 2024, arXiv 2410.13618.
     """
 
+    lr: ClassVar[float | None] = 1e-3
     rank: int = 4
     alpha: float | None = 1.0
     dropout: float = 0.0

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator
@@ -35,6 +36,8 @@ class Miss(Ranked):
         dropout: share of the branch's inputs that are dropped while training.
         ranks: from :mod:`rankwise.rank_rules`; None gives all layers the same.
 
+    Learning rate: 2e-5, that of its authors' script for models of 2B; small models bear more.
+
     References: Kang et al., arXiv 2409.15371, titled "Bone" (2024), "DiSHA" and "MiSS: Matrix shard sharing"
         (2025) one after the other; ``mini`` is that of the code of PEFT.
 
@@ -45,6 +48,7 @@ class Miss(Ranked):
     8
     """
 
+    lr: ClassVar[float | None] = 2e-5
     rank: int = 64
     mini: int | None = None
     dropout: float = 0.0

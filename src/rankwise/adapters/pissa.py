@@ -1,6 +1,7 @@
 """LoRA that starts at the weight's own leading singular vectors (PiSSA)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Generator
 
@@ -28,10 +29,14 @@ class Pissa(Ranked):
         dropout: share of the branch's inputs that are dropped while training.
         ranks: from :mod:`rankwise.rank_rules`; None gives all layers the same.
 
+    Learning rate: 5e-4, as :class:`Lora`; EVA's authors train PiSSA with it. Its own authors take 2e-5 for
+    LLaMA-2 7B, for LoRA too.
+
     References: Meng, Wang, Zhang, "PiSSA: Principal singular values and singular vectors adaptation of large
         language models", NeurIPS 2024, arXiv 2404.02948.
     """
 
+    lr: ClassVar[float | None] = 5e-4
     rank: int = 16
     alpha: float | None = None
     iterations: int | None = None

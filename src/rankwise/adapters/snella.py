@@ -56,6 +56,8 @@ class Snella(Ranked, DensitySettings):
         ranks: from :mod:`rankwise.rank_rules`; None gives all layers the same.
         warmup: it and all others are the fields of :class:`~rankwise.schedules.DensityBudget`.
 
+    Learning rate: 1e-3, that of SNELL's experiments with AdamW.
+
     References: Shen et al., "Expanding sparse tuning for low memory usage" (SNELL), NeurIPS 2024,
         arXiv 2411.01800; "Kernelized sparse fine-tuning with bi-level parameter competition for vision models"
         (SNELLA), 2025, arXiv 2510.24037.
@@ -67,6 +69,7 @@ class Snella(Ranked, DensitySettings):
     """
 
     step: ClassVar[int] = 2
+    lr: ClassVar[float | None] = 1e-3
 
     rank: int = 32
     density: float = 0.1

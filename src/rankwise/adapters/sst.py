@@ -42,6 +42,8 @@ class Sst(Ranked, SamplingSettings):
         ranks: from :mod:`rankwise.rank_rules`; None gives all layers the same.
         hold: it and all others are the fields of :class:`~rankwise.schedules.SampledVectors`.
 
+    Learning rate: the published ones are for training from scratch; here the general one holds.
+
     References: Zhao et al., "Sparse spectral training", ICML 2025, arXiv 2405.15481; see there for what is not
         verified.
     """

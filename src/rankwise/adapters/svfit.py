@@ -1,6 +1,7 @@
 """Trained singular values (SVFit)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -32,6 +33,8 @@ class Svfit(Ranked):
         dropout: share of the branch's inputs that are dropped while training.
         ranks: from :mod:`rankwise.rank_rules`; None gives all layers the same.
 
+    Learning rate: 1e-3, the lower end of what is said to be needed, 1e-3 to 1e-2; not verified in the paper.
+
     References: Sun et al., "SVFit: Parameter-efficient fine-tuning of large pre-trained models using singular
         values", 2024, arXiv 2409.05926. No published code was found.
 
@@ -43,6 +46,7 @@ class Svfit(Ranked):
     2
     """
 
+    lr: ClassVar[float | None] = 1e-3
     rank: int | None = None
     energy: float = 0.99
     relative: bool = False

@@ -33,7 +33,9 @@ def adapt(
     eval_: Annotated[Path | None, typer.Option("--eval", help="Judge by this, not by a tenth of --data.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps; default: --epochs over the data.")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
-    lr: Annotated[float, typer.Option(help="Largest learning rate of AdamW.")] = 5e-4,
+    lr: Annotated[
+        float | None, typer.Option(help="Largest learning rate of AdamW; default: the method's.")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Windows, or texts of a classifier, at a time.")] = 4,
     accumulate: Annotated[int, typer.Option(help="Batches of a step.")] = 1,
     window: Annotated[int, typer.Option(help="Most tokens of a sequence.")] = 512,
@@ -67,7 +69,7 @@ def adapt(
     at_least("--patience", patience, 1)
     at_least("--calibration-tokens", calibration_tokens, 1)
     for flag, value in (("--lr", lr), ("--clip", clip), ("--epochs", epochs)):
-        if not 0 < value < float("inf"):
+        if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{flag} must be a positive number, got {value}.")
     from .. import adapters
 
@@ -222,11 +224,11 @@ def _texts(source: str, dtype: torch.dtype | None, data: Path, other: Path | Non
 
 def _classes(source: str, dtype: torch.dtype | None, data: Path, other: Path | None, shape: Shape) -> Task:
     from ..models.classifier import is_head, labelled_batches, load_classifier
-    from ..models.examples import kept_aside, read_labelled
+    from ..models.examples import in_order, kept_aside, read_labelled
     from ..models.packing import unlabelled
 
     learned = read_labelled(data)
-    labels = sorted({label for _, label in learned})
+    labels = in_order(label for _, label in learned)
     if len(labels) < 2:
         raise ValueError(f"{data} has one label only, {labels[0]!r}; a classifier needs two or more.")
     if other is None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..matrices import Base, Several, StructuredMatrix
 from .extended import extended, name_without
+from .rates import GENERAL
 from .report import Report
 from .several import choose, join, used
 from .surgery import Site, StructuredLinear, base_of, put_behind, replace, sizes_of, structured
@@ -46,6 +47,13 @@ def own_tensors(matrix: StructuredMatrix) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if not name.startswith(bases)}
 
 
+def suggested_rates(model: nn.Module) -> dict[int, float]:
+    """Return the learning rates that adapters suggest, by the ids of their trained parameters."""
+    parts = [(layer.matrix, layer.lr) for layer in adapted(model).values()]
+    parts += [(layer.after, layer.lr) for layer in extended(model).values()]
+    return {id(p): GENERAL if lr is None else lr for part, lr in parts for p in part.parameters()}
+
+
 def whole_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that train and are no adapter's, by their first names, without what is in between.
 
@@ -75,6 +83,7 @@ class Adaptation:
         missing: names of tensors that ought to be in the file.
         unexpected: names of tensors in the file that nothing reads.
         others: layers whose base is another than the one that was adapted.
+        rates: the learning rates that were suggested for layers, by the first names of their sites.
     """
 
     matrices: list[tuple[Site, StructuredMatrix]]
@@ -83,6 +92,7 @@ class Adaptation:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
+    rates: Mapping[str, float] = field(default_factory=dict)
 
     def check(self, source: str) -> None:
         """Raise unless all tensors were there and read, and the bases are those that were adapted.
@@ -117,14 +127,14 @@ class Adaptation:
                 trained = sum(p.numel() for p in matrix.parameters() if p.requires_grad)
                 rows.append({"name": site.name, "shape": list(matrix.shape), "trained": trained})
                 if name is None:
-                    replace(model, site, matrix)
+                    replace(model, site, matrix, lr=self.rates.get(site.name))
                 else:
-                    join(model, site, name, matrix)
+                    join(model, site, name, matrix, self.rates.get(site.name))
         if name is not None:
             choose(model, name)
         seen: set[int] = set()
         for site, module in self.modules:
-            put_behind(model, site, module)
+            put_behind(model, site, module, self.rates.get(site.name))
             new = {id(p): p.numel() for p in module.parameters() if p.requires_grad and id(p) not in seen}
             seen |= new.keys()
             rows.append({"name": site.name, "shape": list(sizes_of(site)), "trained": sum(new.values())})

@@ -12,11 +12,12 @@ class Extended(nn.Module):
     Args:
         layer: any layer; its ``weight`` and ``bias`` are found here too, for code that asks for their types.
         after: takes its outputs.
+        lr: the learning rate that is suggested for it.
     """
 
-    def __init__(self, layer: nn.Module, after: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, after: nn.Module, lr: float | None = None) -> None:
         super().__init__()
-        self.layer, self.after = layer, after
+        self.layer, self.after, self.lr = layer, after, lr
 
     @property
     def weight(self) -> Any:

@@ -30,7 +30,7 @@ def insert(model: nn.Module, method: BlockAdapter, where: Where | None, seed: in
     model.requires_grad_(False)
     rows, seen = [], set()
     for name, site in sites.items():
-        put_behind(model, site, made[name])
+        put_behind(model, site, made[name], method.lr)
         new = {id(p): p.numel() for p in made[name].parameters() if id(p) not in seen}
         seen |= new.keys()
         rows.append({"name": name, "shape": list(sizes_of(site)), "rank": None, "trained": sum(new.values())})

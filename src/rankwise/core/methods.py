@@ -34,10 +34,11 @@ class Adapter(abc.ABC):
     """Puts a few trained numbers beside a frozen matrix; the result is the same matrix at the start.
 
     An adapter is a frozen dataclass. If it has a ``rank``, ``ranks`` may give each layer its own, a multiple of
-    ``step``.
+    ``step``. ``lr`` is the learning rate of AdamW that its class suggests, None where no published one is known.
     """
 
     step: ClassVar[int] = 1
+    lr: ClassVar[float | None] = None
 
     @property
     def needs(self) -> tuple[type[Statistic], ...]:
@@ -93,9 +94,11 @@ class Ranked(Adapter):
 class BlockAdapter(abc.ABC):
     """Puts small modules behind layers, which may be non-linear and cannot be folded into a weight.
 
-    An adapter is a frozen dataclass. ``last`` says that only the last part of each block gets one.
+    An adapter is a frozen dataclass. ``last`` says that only the last part of each block gets one, and ``lr`` is
+    as in :class:`Adapter`.
     """
 
+    lr: ClassVar[float | None] = None
     last: bool
 
     @abc.abstractmethod

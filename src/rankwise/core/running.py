@@ -1,6 +1,7 @@
 """Training some parameters of a model: budgets, held-out checks, exact resume."""
 
 import abc
+import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -339,8 +340,9 @@ class Run:
         tree = load_tree(self.file)
         known = self.start in (tree["start"], digest_of(tree["best"]))
         if tree["identity"] != self.identity or not known:
+            others = _differences(tree["identity"], self.identity)
             raise ValueError(
-                f"{self.file} is about another model, reference, data or setting; "
+                f"{self.file} is about another model, reference, data or setting{others}; "
                 "give another folder, or remove it to start anew."
             )
         self.start = tree["start"]
@@ -351,6 +353,16 @@ class Run:
         self._put(tree["trained"])
         for name, each in self.stateful.items():  # the optimiser first
             each.load_state_dict(tree["stateful"][name])
+
+
+def _differences(one: str, other: str) -> str:
+    """Name the parts in which two identities differ, if they have parts."""
+    try:
+        parts, others = json.loads(one), json.loads(other)
+    except ValueError:
+        return ""
+    names = sorted(name for name in parts.keys() | others.keys() if parts.get(name) != others.get(name))
+    return f" (other {', '.join(names)})" if names else ""
 
 
 def _mean(losses: Sequence[float]) -> float | None:

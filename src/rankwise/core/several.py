@@ -47,14 +47,15 @@ def check_name(model: nn.Module, name: str | None) -> None:
     refuse_extended(model, "cannot be switched off")
 
 
-def join(model: nn.Module, site: Site, name: str, expression: StructuredMatrix) -> None:
-    """Put an adapter of a site's base under a name, not in use yet."""
+def join(model: nn.Module, site: Site, name: str, expression: StructuredMatrix, lr: float | None) -> None:
+    """Put an adapter of a site's base under a name, not in use yet; the last one suggests a learning rate."""
     layer = site.layer
     if isinstance(layer, StructuredLinear) and isinstance(layer.matrix, Several):
         layer.matrix.add(name, expression)
+        layer.lr = lr
     else:
         base = next(part for part in expression.modules() if isinstance(part, Base))
-        replace(model, site, Several(Base(base.matrix), {name: expression}))
+        replace(model, site, Several(Base(base.matrix), {name: expression}), lr=lr)
 
 
 def drop(model: nn.Module, name: str) -> None:

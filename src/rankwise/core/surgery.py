@@ -39,6 +39,7 @@ class StructuredLinear(nn.Module):
         if bias is not None and bias.shape != (matrix.shape[0],):
             raise ValueError(f"bias must have shape ({matrix.shape[0]},), got {tuple(bias.shape)}.")
         self.matrix, self.biased = matrix, False  # whether the layer got a bias that its architecture lacks
+        self.lr: float | None = None  # the learning rate that its adapter suggests
         self.bias = None if bias is None else parameter_of(bias)
         self.view = view or LinearView()
         like = next((t for t in matrix.state_dict().values() if t.is_floating_point()), None)
@@ -174,8 +175,17 @@ def _sites_at(path: str, layer: nn.Module) -> Iterator[tuple[nn.Module | nn.Para
             yield weight, Site((full,), layer, SliceView(transposed), (name, i))
 
 
-def replace(model: nn.Module, site: Site, matrix: StructuredMatrix, shift: Tensor | None = None) -> None:
-    """Put a structured matrix in all places of a site; biases stay where they are, or move by ``shift`` (m,)."""
+def replace(
+    model: nn.Module,
+    site: Site,
+    matrix: StructuredMatrix,
+    shift: Tensor | None = None,
+    lr: float | None = None,
+) -> None:
+    """Put a structured matrix in all places of a site; biases stay where they are, or move by ``shift`` (m,).
+
+    ``lr`` is the learning rate that an adapter suggests.
+    """
     dtype = site.matrix.dtype
     for name in site.names:
         unstack(model, name)
@@ -185,13 +195,15 @@ def replace(model: nn.Module, site: Site, matrix: StructuredMatrix, shift: Tenso
             bias = shift.to(dtype) if bias is None else (bias.detach() + shift).to(bias.dtype)
         new = StructuredLinear(matrix, bias, site.view).train(old.training)
         new.biased = shift is not None and old.bias is None
+        new.lr = lr
         set_module(model, name, new)
 
 
-def put_behind(model: nn.Module, site: Site, module: nn.Module) -> None:
-    """Have the outputs of a layer go through a module, in all places of a site."""
+def put_behind(model: nn.Module, site: Site, module: nn.Module, lr: float | None = None) -> None:
+    """Have the outputs of a layer go through a module, in all places of a site; ``lr`` as in :func:`replace`."""
     for path in site.names:
-        set_module(model, path, Extended(model.get_submodule(path), module).train(site.layer.training))
+        new = Extended(model.get_submodule(path), module, lr).train(site.layer.training)
+        set_module(model, path, new)
 
 
 def sizes_of(site: Site) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """The project's own files of adapters: everything of an adapter but the matrices that it changes."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 
 from ..core.adapted import in_use, own_tensors, whole_parameters
 from ..core.bottleneck import Bottleneck
-from ..core.extended import Extended, name_without
+from ..core.extended import Extended, extended, name_without
 from ..core.files import write_text
 from ..core.fingerprint import values_digest
-from ..core.surgery import Site, base_of, select
+from ..core.surgery import Site, base_of, select, structured
 from ..core.views import View
 from ..matrices import Base, StructuredMatrix, from_spec
 from ..matrices.frozen import put_base
@@ -43,13 +44,15 @@ def write_adapter(model: nn.Module, folder: Path) -> None:
         spec = _mapped(matrix.spec(), _without_matrix)
         usual = own_tensors(_empty(spec, base.matrix.spec()))
         file.add(f"{plain(names[0])}.matrix", own_tensors(matrix), usual)
-        layers.append({"names": [plain(name) for name in names], "spec": spec, "base": _about(base.matrix)})
+        about = {"base": _about(base.matrix), "lr": structured(model)[names[0]].lr}
+        layers.append({"names": [plain(name) for name in names], "spec": spec, **about})
     for names, module, matrix in _behind(model):
         if not isinstance(module, tuple(MODULES.values())):
             raise ValueError(f"layer {names[0]}: no file holds the {type(module).__name__} behind it.")
         usual = module.empty(module.spec(), device="meta").state_dict(keep_vars=True)
         file.add(f"{names[0]}.after", module.state_dict(keep_vars=True), usual)
-        modules.append({"names": names, "spec": module.spec(), "base": _about(matrix)})
+        about = {"base": _about(matrix), "lr": extended(model)[names[0]].lr}
+        modules.append({"names": names, "spec": module.spec(), **about})
     if not layers and not modules:
         raise ValueError(NONE)
     whole = {name: parameter.detach().contiguous() for name, parameter in whole_parameters(model).items()}
@@ -141,6 +144,12 @@ class OwnFolder(AdapterFolder):
             return None
         put_base(matrix, base)
         return matrix
+
+    def rate(self, name: str) -> float | None:
+        """What the file says, if it is a possible one."""
+        entry = self._entries.get(name) or self._modules.get(name) or {}
+        lr = entry.get("lr")
+        return float(lr) if isinstance(lr, (int, float)) and 0 < lr < math.inf else None
 
     @property
     def extended(self) -> list[str]:

@@ -80,6 +80,10 @@ class AdapterFolder(abc.ABC):
             ValueError: if something does not fit.
         """
 
+    def rate(self, name: str) -> float | None:
+        """Return the learning rate that was suggested for a layer."""
+        return None
+
     @property
     def extended(self) -> list[str]:
         """The layers that a module goes behind; of those that share one, the first."""
@@ -126,7 +130,9 @@ class AdapterFolder(abc.ABC):
         modules = [(site, made.train(site.layer.training)) for site, made in behind if made is not None]
         whole = self._parameters(model)
         missing = sorted(set(self.missing))
-        return Adaptation(matrices, modules, whole, missing, self.unexpected, self.others)
+        found = {site.name: self.rate(site.name) for site, _ in (*matrices, *modules)}
+        rates = {name: rate for name, rate in found.items() if rate is not None}
+        return Adaptation(matrices, modules, whole, missing, self.unexpected, self.others, rates)
 
     def _parameters(self, model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
         """Return the parameters that are replaced, with their values; what repeats a value counts as read."""
