@@ -445,7 +445,6 @@ def test_folding_takes_what_is_in_use():
         (lambda m: rankwise.use(m, ["poet"]) and rankwise.save(m, "nowhere", format="rankwise"), "each row has"),
         (lambda m: rankwise.use(m, ["poet"]) and rankwise.fold(m), "each row has"),
         (lambda m: rankwise.use(m, ["poet"] * 3) and m(ids()[:4]), r"\(4, 20, 32\) reach .* for 3 rows"),
-        (lambda m: rankwise.heal(m, llama(), data=[ids()], steps=1), "has an adapter"),
     ],
 )
 def test_errors_say_what_to_do_and_change_nothing(act, message: str, tmp_path: Path, monkeypatch):

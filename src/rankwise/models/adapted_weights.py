@@ -71,8 +71,8 @@ class AdaptedWeights:
 
     def load(self, dtype: torch.dtype) -> Any:
         """Return the adapted model in memory."""
-        labels = self.adapter.labels
-        model, _ = load_classifier(self.folder, labels, dtype=dtype) if labels else load(self.folder, dtype=dtype)
+        labels, folder = self.adapter.labels, self.folder.absolute()  # a short name may be an embedded model's
+        model, _ = load_classifier(folder, labels, dtype=dtype) if labels else load(folder, dtype=dtype)
         self.adapter.adaptation(model).apply(model, self.adapter.title)
         return model
 
