@@ -122,7 +122,7 @@ def test_as_a_lora_it_has_head_and_labels(case: tuple[Path, Any, Tensor]):
 
 @pytest.mark.parametrize("case", ["a language model"], indirect=True)
 def test_what_it_is_not_put_on_is_named(case: tuple[Path, Any, Tensor]):
-    folder, model, _ = case
+    folder, _, _ = case
     with pytest.raises(ValueError, match=r"of a classifier with the labels bad, fair, good.*load_classifier"):
         rankwise.load_adapter(rankwise.load(folder / "base")[0], folder / "adapter")
     two, _ = load_classifier(folder / "base", ["yes", "no"])
@@ -135,4 +135,4 @@ def test_what_it_is_not_put_on_is_named(case: tuple[Path, Any, Tensor]):
     assert unnamed.config.id2label == dict(enumerate(LABELS))
     (folder / "adapter" / "labels.json").write_text(json.dumps({"bad": 0}))
     with pytest.raises(ValueError, match=r"labels\.json is damaged: it must hold a list of two or more words"):
-        rankwise.load_adapter(model, folder / "adapter")
+        rankwise.load_adapter(two, folder / "adapter")

@@ -39,10 +39,10 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
         ValueError: if it is no such folder, a file is damaged, something does not fit, the name is taken, or an
             adapter with a name would replace parameters of the model. The model is as before.
     """
-    adapter = open_adapter(folder)
     check_name(model, name)
     if name is None and (busy := next(iter(adapted(model)), None)):
         raise ValueError(f"layer {busy} has an adapter already; fold it first, or load the model anew.")
+    adapter = open_adapter(folder)
     if adapter.labels and strict:
         check_labels(model, adapter.labels, str(folder))
     adaptation = adapter.adaptation(model)
