@@ -6,6 +6,7 @@ from . import (
     compressors,
     exporters,
     initialisers,
+    layers,
     matrices,
     measures,
     optimizers,
@@ -16,6 +17,7 @@ from . import (
 )
 from .adapting import adapt
 from .api import calibrate, compress, export, fold, inspect
+from .certificate import lipschitz_bound
 from .checking import check_adapters
 from .core.errors import CalibrationError
 from .core.optimizer import Optimizer
@@ -55,6 +57,8 @@ __all__ = [
     "initialise",
     "initialisers",
     "inspect",
+    "layers",
+    "lipschitz_bound",
     "load",
     "load_adapter",
     "matrices",

@@ -53,7 +53,7 @@ SETTINGS: dict[str, list[Transform]] = {
     "sign": [sign()],
     "soft_cap": [chain(adam(), soft_cap(limit=1.5)), soft_cap(limit=1.5, step=2.0)],
     "spectral_decay": [chain(adam(), spectral_decay(rate=0.1))],
-    "spectral_hammer": [chain(adam(), spectral_hammer(limit=1.0, steps=1))],
+    "spectral_hammer": [chain(adam(), spectral_hammer(limit=0.3, steps=1))],
     "spectral_normalize": [chain(adam(), spectral_normalize(limit=1.5)), spectral_normalize(limit=1.5)],
 }
 SHAPES = [(6, 9), (6, 9), (6, 9), (9, 6), (5, 3, 2, 2), (7,), (7,), (), (1, 4), (0, 3)]
