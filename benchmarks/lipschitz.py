@@ -1,8 +1,8 @@
 """Whether a certificate of a trained character model is ever passed, and what a bounded model costs in loss.
 
 A small transformer of blended attention and MLP blocks is trained under each constraint. Its certificate, from
-the mean of token and position vectors to the logits, is then set against ratios |f(x) - f(y)| / |x - y| of pairs that
-gradient ascent drives up, from texts with a few characters changed and from random rows, in float64.
+the mean of token and position vectors to the logits, is then set against ratios |f(x) - f(y)| / |x - y| of pairs
+that gradient ascent drives up, from texts with a few characters changed and from random rows, in float64.
 
     python benchmarks/lipschitz.py --data DATA --json benchmarks/results/lipschitz.json
 """
@@ -160,7 +160,7 @@ def run(rows, name, limit, method, text, options, seed):
         held_out_loss=loss,
         accuracy=hits,
         log10_bound=report.totals["log10"],
-        temperature=float(model.temperature.exp()),
+        temperature=float(model.temperature.detach().exp()),
         largest_norm=max(row["bound"] for row in report.rows if row["kind"] == "Linear"),
         input_norm=radius,
         pairs=len(ratios),
