@@ -9,8 +9,8 @@ from contracts.examples import draw
 from torch import Tensor
 
 from rankwise import projectors
-from rankwise.core.subspaces import Carry, Refresh
-from rankwise.core.transforms import Projector, leaves, map_state
+from rankwise.core.states import leaves, map_state
+from rankwise.core.subspaces import Carry, Projector, Refresh
 
 SETTINGS: dict[str, list[Projector]] = {
     "Cosine": [projectors.Cosine()],

@@ -15,24 +15,9 @@ from torch import Tensor, nn
 import rankwise
 from rankwise import Optimizer, optimizers, projectors
 from rankwise.core.memory import optimizer_bytes
-from rankwise.core.transforms import Transform, by_shape, chain, described, leaves, map_state, wide
-from rankwise.optimizers import (
-    adafactor,
-    adam,
-    frugal,
-    galore,
-    hard_cap,
-    lipschitz,
-    muon,
-    project,
-    row_cap,
-    sgd,
-    sign,
-    soft_cap,
-    spectral_decay,
-    spectral_hammer,
-    spectral_normalize,
-)
+from rankwise.core.states import described, leaves, map_state
+from rankwise.core.transforms import Transform, by_shape, chain, wide
+from rankwise.optimizers import adafactor, adam, frugal, galore, muon, project, sgd, sign
 from rankwise.projectors import Cosine, EnergyDrop, Every, Keep, LargestRows, RandomOrthogonal, Reset, Rotate, Svd
 
 SETTINGS: dict[str, list[Transform]] = {
@@ -44,17 +29,20 @@ SETTINGS: dict[str, list[Transform]] = {
         galore(rank=0.5, every=3, scale=1.0, projector=Svd(), inner=sgd(beta=0.9), carry=Rotate()),
         galore(rank=2, every=4, inner=adafactor()),
     ],
-    "hard_cap": [chain(adam(), hard_cap(limit=1.5))],
-    "lipschitz": [lipschitz(limit=1.5), lipschitz(constraint=sgd(), nesterov=False)],
+    "hard_cap": [chain(adam(), optimizers.hard_cap(limit=1.5))],
+    "lipschitz": [optimizers.lipschitz(limit=1.5), optimizers.lipschitz(constraint=sgd(), nesterov=False)],
     "muon": [muon(), muon(nesterov=False, beta=0.5)],
     "project": [project(Cosine(), adam(), rank=3, every=EnergyDrop(steps=2), carry=Reset())],
-    "row_cap": [chain(adam(), row_cap(limit=0.8))],
+    "row_cap": [chain(adam(), optimizers.row_cap(limit=0.8))],
     "sgd": [sgd(), sgd(beta=0.9), sgd(beta=0.9, nesterov=True)],
     "sign": [sign()],
-    "soft_cap": [chain(adam(), soft_cap(limit=1.5)), soft_cap(limit=1.5, step=2.0)],
-    "spectral_decay": [chain(adam(), spectral_decay(rate=0.1))],
-    "spectral_hammer": [chain(adam(), spectral_hammer(limit=0.3, steps=1))],
-    "spectral_normalize": [chain(adam(), spectral_normalize(limit=1.5)), spectral_normalize(limit=1.5)],
+    "soft_cap": [chain(adam(), optimizers.soft_cap(limit=1.5)), optimizers.soft_cap(limit=1.5, step=2.0)],
+    "spectral_decay": [chain(adam(), optimizers.spectral_decay(rate=0.1))],
+    "spectral_hammer": [chain(adam(), optimizers.spectral_hammer(limit=0.3, steps=1))],
+    "spectral_normalize": [
+        chain(adam(), optimizers.spectral_normalize(limit=1.5)),
+        optimizers.spectral_normalize(limit=1.5),
+    ],
 }
 SHAPES = [(6, 9), (6, 9), (6, 9), (9, 6), (5, 3, 2, 2), (7,), (7,), (), (1, 4), (0, 3)]
 
@@ -298,6 +286,25 @@ def test_stop_save_load_and_go_on_is_exact(made: Transform, dtype: torch.dtype):
         map_state(lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0), state, right["state"][number])
 
 
+def test_a_state_that_was_dropped_begins_again(transform: Transform):
+    """As schedules do; the other parameters of its stack go on."""
+    params, others = parameters(), parameters()
+    one, two = Optimizer([(params, transform)], lr=0.05), Optimizer([(others, transform)], lr=0.05)
+    for optimizer in (one, two):
+        trained(optimizer, range(3))
+    one.state.pop(params[1])
+    fresh = Optimizer([(others, transform)], lr=0.05)
+    state = two.state_dict()
+    del state["state"][1]
+    fresh.load_state_dict(state)
+    for optimizer in (one, fresh):
+        trained(optimizer, range(3, 6))
+    same(params, others)
+    saved, wanted = one.state_dict()["state"], fresh.state_dict()["state"]
+    for number, state in wanted.items():
+        map_state(lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0), state, saved[number])
+
+
 def test_copies_and_pickles_go_on_alone(transform: Transform):
     params = parameters()
     optimizer = Optimizer([(params, transform)], lr=0.05, stack_bytes=1000)
@@ -365,14 +372,14 @@ def test_a_state_of_something_else_is_refused():
         (lambda p: galore(rank=2, every=0), "steps"),
         (lambda p: muon(polynomials=()), "polynomials"),
         (lambda p: adafactor(decay=0.0), "decay"),
-        (lambda p: soft_cap(limit=0.0), "limit"),
-        (lambda p: soft_cap(limit=1.0, step=0.0), "step"),
-        (lambda p: hard_cap(limit=-1.0), "limit"),
-        (lambda p: row_cap(limit=float("nan")), "limit"),
-        (lambda p: spectral_normalize(limit=float("inf")), "limit"),
-        (lambda p: spectral_hammer(limit=0.0), "limit"),
-        (lambda p: spectral_hammer(limit=1.0, steps=0), "steps"),
-        (lambda p: spectral_decay(rate=-1.0), "rate"),
+        (lambda p: optimizers.soft_cap(limit=0.0), "limit"),
+        (lambda p: optimizers.soft_cap(limit=1.0, step=0.0), "step"),
+        (lambda p: optimizers.hard_cap(limit=-1.0), "limit"),
+        (lambda p: optimizers.row_cap(limit=float("nan")), "limit"),
+        (lambda p: optimizers.spectral_normalize(limit=float("inf")), "limit"),
+        (lambda p: optimizers.spectral_hammer(limit=0.0), "limit"),
+        (lambda p: optimizers.spectral_hammer(limit=1.0, steps=0), "steps"),
+        (lambda p: optimizers.spectral_decay(rate=-1.0), "rate"),
     ],
 )
 def test_bad_arguments_are_refused(make: Any, text: str):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rankwise import Optimizer
 from rankwise.core.subspaces import Subspace
-from rankwise.core.transforms import Transform, wide
+from rankwise.core.transforms import Transform, state_bytes, wide
 from rankwise.linalg import MUON, POLAR_EXPRESS
 from rankwise.optimizers import adafactor, adam, frugal, galore, muon, sgd, sign
 from rankwise.optimizers.adam import Adam
@@ -182,6 +182,23 @@ def test_adafactor_is_its_formula():
         weight = weight - 0.05 * direction / max(1.0, float(direction.square().mean().sqrt()))
     (found,) = walk(ours(adafactor()), [(6, 9)], 8)
     torch.testing.assert_close(found, weight, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(64, 256), (256, 64), (64, 16, 4, 4)])
+def test_states_take_what_the_formulas_say(shape: tuple[int, ...]):
+    """In float32: Adam 2 m n, GaLore 2 r n + r m, FRUGAL 2 r n and r numbers of rows, Muon m n."""
+    m, n, rank = 64, 256, 8
+    counters = 8
+    wanted = {
+        adam(): 8 * m * n + counters,
+        muon(): 4 * m * n,
+        galore(rank=rank): 4 * (2 * rank * n + rank * m) + 4 * counters,
+        frugal(density=rank / m): 4 * (2 * rank * n + rank) + 6 * counters,
+        adafactor(): 4 * (m + n) + counters,
+        sign(): 0,
+    }
+    for kind, number in wanted.items():
+        assert state_bytes(kind, torch.empty(shape, device="meta")) == number, kind
 
 
 def test_squares_are_carried_as_variances():

@@ -1,4 +1,4 @@
-"""When a subspace of gradients is chosen anew, and what happens to the states inside it."""
+"""Subspaces of gradients: how they are chosen and when, and what happens to the states inside them."""
 
 import abc
 import dataclasses
@@ -7,9 +7,56 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .transforms import Projector, State, Transform, check_rank, counter, map_state, put, rank_of, take
+from .states import State, counter, map_state, put, take
+from .transforms import Transform, check_rank, rank_of
 
 Measure = Callable[[], Tensor]
+
+
+class Projector(abc.ABC):
+    """Chooses r directions of the rows of gradients, and goes there and back.
+
+    A projector is a frozen dataclass. It sees gradients (k, s, l) whose rows are the shorter side, s <= l, and
+    keeps in its state what describes an orthonormal basis of r columns: ``down(up(x)) == x``.
+    """
+
+    @abc.abstractmethod
+    def init(self, grad: Tensor, rank: int, index: Tensor) -> State:
+        """Return a state of the final shapes and types, before any gradient was seen.
+
+        Args:
+            grad: (k, s, l) of the shape, type and device of gradients, perhaps on the meta device.
+            rank: 1 <= r < s.
+            index: (k,) on the CPU, the places of the parameters among all; for seeds.
+        """
+
+    @abc.abstractmethod
+    def fit(self, grad: Tensor, state: State, *, first: bool) -> State:
+        """Return the state for new gradients; neither argument is written into.
+
+        Args:
+            grad: (k, s, l).
+            state: the present one, from which a warm start may go on.
+            first: whether it is as ``init`` made it.
+        """
+
+    @abc.abstractmethod
+    def down(self, grad: Tensor, state: State) -> Tensor:
+        """(k, s, any) -> (k, r, any)."""
+
+    @abc.abstractmethod
+    def up(self, low: Tensor, state: State) -> Tensor:
+        """(k, r, any) -> (k, s, any)."""
+
+    @abc.abstractmethod
+    def rank(self, state: State) -> int:
+        """Return r."""
+
+    def rotation(self, old: State, new: State, like: Tensor) -> Tensor:
+        """Return new basis' @ old basis (k, r, r), in the type and on the device of ``like`` (k, ...)."""
+        r = self.rank(old)
+        eye = torch.eye(r, dtype=like.dtype, device=like.device).expand(len(like), r, r)
+        return self.down(self.up(eye, old), new)
 
 
 class Refresh(abc.ABC):
@@ -124,8 +171,8 @@ class Subspace:
         total = grad.square().sum((-2, -1))
         return torch.where(total > 0, held / total, torch.ones_like(total)).float().cpu()
 
-    def check(self, inner: Transform, inside: State, low: Tensor) -> None:
-        """Raise ValueError if the state of a new inner transform cannot be carried."""
-        r = low.shape[-2]
-        eye = torch.eye(r, dtype=low.dtype, device=low.device).expand(len(low), r, r)
-        self.carry(inner, map_state(torch.clone, inside), lambda: eye, low)
+    def check(self, inner: Transform, param: Tensor) -> None:
+        """Raise ValueError if the state of an inner transform cannot be carried; tried without values."""
+        low = self.blank(torch.empty_like(param, device="meta"))
+        eye = low.new_empty(len(low), low.shape[-2], low.shape[-2])
+        self.carry(inner, inner.init(low, torch.zeros(len(low), dtype=torch.int64)), lambda: eye, low)

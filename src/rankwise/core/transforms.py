@@ -6,14 +6,11 @@ matrices (k, m, n), vectors (k, n), scalars (k,). Convolutions are seen as matri
 
 import abc
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-State = Mapping[str, Any]
-"""Tensors, or such mappings. Each tensor has the leading axis of parameters."""
+from .states import State, leaves
 
 
 class Transform(abc.ABC):
@@ -221,52 +218,6 @@ def wide(inner: Transform) -> Transform:
     return Wide(inner)
 
 
-class Projector(abc.ABC):
-    """Chooses r directions of the rows of gradients, and goes there and back.
-
-    A projector is a frozen dataclass. It sees gradients (k, s, l) whose rows are the shorter side, s <= l, and
-    keeps in its state what describes an orthonormal basis of r columns: ``down(up(x)) == x``.
-    """
-
-    @abc.abstractmethod
-    def init(self, grad: Tensor, rank: int, index: Tensor) -> State:
-        """Return a state of the final shapes and types, before any gradient was seen.
-
-        Args:
-            grad: (k, s, l) of the shape, type and device of gradients, perhaps on the meta device.
-            rank: 1 <= r < s.
-            index: (k,) on the CPU, the places of the parameters among all; for seeds.
-        """
-
-    @abc.abstractmethod
-    def fit(self, grad: Tensor, state: State, *, first: bool) -> State:
-        """Return the state for new gradients; neither argument is written into.
-
-        Args:
-            grad: (k, s, l).
-            state: the present one, from which a warm start may go on.
-            first: whether it is as ``init`` made it.
-        """
-
-    @abc.abstractmethod
-    def down(self, grad: Tensor, state: State) -> Tensor:
-        """(k, s, any) -> (k, r, any)."""
-
-    @abc.abstractmethod
-    def up(self, low: Tensor, state: State) -> Tensor:
-        """(k, r, any) -> (k, s, any)."""
-
-    @abc.abstractmethod
-    def rank(self, state: State) -> int:
-        """Return r."""
-
-    def rotation(self, old: State, new: State, like: Tensor) -> Tensor:
-        """Return new basis' @ old basis (k, r, r), in the type and on the device of ``like`` (k, ...)."""
-        r = self.rank(old)
-        eye = torch.eye(r, dtype=like.dtype, device=like.device).expand(len(like), r, r)
-        return self.down(self.up(eye, old), new)
-
-
 def rank_of(rank: int | float, side: int) -> int:
     """Return a rank for a side: the number itself, or a share of the side, at least one if above zero.
 
@@ -282,49 +233,6 @@ def check_rank(rank: int | float, *, name: str = "rank") -> None:
     whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 0
     if not whole and not (isinstance(rank, float) and 0 <= rank <= 1):
         raise ValueError(f"{name} must be an integer >= 0, or a share of the side from 0.0 to 1.0, got {rank!r}.")
-
-
-def counter(index: Tensor, value: int = 0) -> Tensor:
-    """Return a whole number for each parameter, (k,) on the CPU."""
-    return torch.full_like(index, value, dtype=torch.int64)
-
-
-def per_parameter(values: Tensor, like: Tensor) -> Tensor:
-    """Bring one number a parameter, (k,) on the CPU, to the shape (k, 1, ...), type and device of ``like``."""
-    return moved(values, like).view(-1, *[1] * (like.ndim - 1))
-
-
-def moved(values: Tensor, like: Tensor) -> Tensor:
-    """Bring numbers on the CPU to the type and device of ``like``, without waiting for that device."""
-    return values.to(like.dtype).to(like.device, non_blocking=True)
-
-
-def leaves(state: State) -> list[Tensor]:
-    """Return all tensors of a state."""
-    return [
-        leaf for value in state.values() for leaf in (leaves(value) if isinstance(value, Mapping) else [value])
-    ]
-
-
-def map_state(function: Callable[..., Any], *states: State) -> dict[str, Any]:
-    """Apply a function to the tensors of states of one form."""
-    first, *others = states
-    return {
-        key: map_state(function, value, *(other[key] for other in others))
-        if isinstance(value, Mapping)
-        else function(value, *(other[key] for other in others))
-        for key, value in first.items()
-    }
-
-
-def take(state: State, rows: Tensor) -> dict[str, Any]:
-    """Return the states of some of the parameters, (k,) of numbers on the CPU; a copy."""
-    return map_state(lambda value: value[rows.to(value.device)], state)
-
-
-def put(state: State, rows: Tensor, new: State) -> None:
-    """Write the states of some of the parameters."""
-    map_state(lambda value, fresh: value.index_copy_(0, rows.to(value.device), fresh.to(value)), state, new)
 
 
 def state_bytes(transform: Transform, *params: Tensor) -> int:
@@ -356,26 +264,6 @@ def working_type(dtype: torch.dtype) -> torch.dtype:
 def as_matrices(values: Tensor) -> Tensor:
     """(k, out, ...) -> (k, out, rest), a view where that is possible; vectors and scalars stay."""
     return values.flatten(2) if values.ndim > 3 else values
-
-
-def described(value: Any) -> Any:
-    """Return a transform, or a field of one, as plain data: its name and its fields.
-
-    >>> from rankwise.optimizers import sgd
-    >>> described(sgd())
-    {'kind': 'Momentum', 'beta': 0.0, 'nesterov': False, 'average': False}
-
-    Raises:
-        ValueError: if a field is not plain.
-    """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: described(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {"kind": type(value).__name__, **fields}
-    if isinstance(value, (tuple, list)):
-        return [described(each) for each in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise ValueError(f"fields of transforms are plain values or dataclasses, got {value!r}.")
 
 
 def _is_tall(values: Tensor) -> bool:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.transforms import State, Transform, chain, counter, per_parameter
+from ..core.states import State, counter, per_parameter
+from ..core.transforms import Transform, chain
 from .sgd import Momentum
 
 
@@ -39,7 +40,7 @@ class FactoredScale(Transform):
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
         """The direction (k, ...)."""
-        fresh = state["step"].add_(1).double() ** -self.decay
+        fresh = [t**-self.decay for t in state["step"].add_(1).tolist()]
         square = grad.square() + self.tiny
         if grad.ndim < 3:
             direction = grad * _mix(state["square"], square, fresh).rsqrt()
@@ -52,7 +53,7 @@ class FactoredScale(Transform):
         return direction / (size / self.clip).clamp_min_(1).view(-1, *[1] * (grad.ndim - 1))
 
 
-def _mix(mean: Tensor, value: Tensor, fresh: Tensor) -> Tensor:
+def _mix(mean: Tensor, value: Tensor, fresh: list[float]) -> Tensor:
     """Move a mean towards a value by a part of the way, one for each parameter."""
     return mean.lerp_(value, per_parameter(fresh, mean).expand_as(mean))
 

@@ -5,7 +5,8 @@ import math
 
 from torch import Tensor
 
-from ..core.transforms import State, Transform, by_shape
+from ..core.states import State
+from ..core.transforms import Transform, by_shape
 from .sgd import sgd
 
 

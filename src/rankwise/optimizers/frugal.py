@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.subspaces import Carry, Refresh
-from ..core.transforms import Projector, State, Transform, by_shape, check_rank
+from ..core.states import State
+from ..core.subspaces import Carry, Projector, Refresh
+from ..core.transforms import Transform, by_shape, check_rank
 from ..projectors import RandomRows, Reset
 from .adam import adam
 from .project import Rest, project

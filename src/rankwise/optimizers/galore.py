@@ -1,7 +1,7 @@
 """Gradient low-rank projection."""
 
-from ..core.subspaces import Carry, Refresh
-from ..core.transforms import Projector, Transform
+from ..core.subspaces import Carry, Projector, Refresh
+from ..core.transforms import Transform
 from ..projectors import Keep, WarmPower
 from .adam import adam
 from .project import project

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..core.methods import check_count
-from ..core.transforms import State, Transform, by_shape, chain
+from ..core.states import State
+from ..core.transforms import Transform, by_shape, chain
 from ..linalg import MUON, newton_schulz
 from .adam import adam
 from .sgd import Momentum

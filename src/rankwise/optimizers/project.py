@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.subspaces import Carry, Refresh, Subspace
-from ..core.transforms import Projector, State, Transform, by_shape, wide
+from ..core.states import State
+from ..core.subspaces import Carry, Projector, Refresh, Subspace
+from ..core.transforms import Transform, by_shape, wide
 from ..projectors import Every, Keep
 
 
@@ -48,9 +49,8 @@ class Project(Transform):
 
     def init(self, param: Tensor, index: Tensor) -> State:
         """The states of the parts."""
-        low = self.subspace.blank(param)
-        inner = self.inner.init(low, index)
-        self.subspace.check(self.inner, inner, low)
+        self.subspace.check(self.inner, param)
+        inner = self.inner.init(self.subspace.blank(param), index)
         rest = {"rest": self.rest.init(param, index)} if self.rest else {}
         return {"subspace": self.subspace.init(param, index), "inner": inner, **rest}
 

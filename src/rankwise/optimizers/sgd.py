@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.transforms import State, Transform
+from ..core.states import State
+from ..core.transforms import Transform
 
 
 @dataclass(frozen=True, kw_only=True)

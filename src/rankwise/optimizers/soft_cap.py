@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.transforms import State, Transform, counter, per_parameter
+from ..core.states import State, counter, per_parameter
+from ..core.transforms import Transform
 from ..linalg import odd_polynomials, spectral_bound
 from .constraint import Constraint, check_limit, of_matrices, unit
 
@@ -49,8 +50,8 @@ class SoftCap(Constraint):
         if self.step is None:
             return spectral_bound(values)
         longest = values.new_full((len(values),), self.limit * abs(1 - lr * weight_decay) + lr * self.step)
-        first = state["step"].add_(1) == 1
-        if not bool(first.any()):
+        first = [step == 1 for step in state["step"].add_(1).tolist()]
+        if not any(first):
             return longest
         return torch.where(per_parameter(first, longest) > 0, spectral_bound(values), longest)
 

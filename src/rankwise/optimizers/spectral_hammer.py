@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..core.methods import check_count
-from ..core.transforms import State, Transform
+from ..core.states import State
+from ..core.transforms import Transform
 from ..linalg import draw_normal, leading_pair
 from .constraint import Constraint, check_limit, of_matrices, unit
 

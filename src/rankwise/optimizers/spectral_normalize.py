@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..core.transforms import State, Transform
+from ..core.states import State
+from ..core.transforms import Transform
 from ..linalg import spectral_bound
 from .constraint import Constraint, check_limit, of_matrices, unit
 

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..core.transforms import Projector, State
+from ..core.states import State
+from ..core.subspaces import Projector
 from ..linalg import product
 
 

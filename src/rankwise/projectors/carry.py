@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.states import State, map_state
 from ..core.subspaces import Carry, Measure
-from ..core.transforms import State, Transform, map_state
+from ..core.transforms import Transform
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.transforms import Projector, State, moved
+from ..core.states import State, moved
+from ..core.subspaces import Projector
 from ..linalg import cosine_rows, cosine_transform, product, seeded
 from .bases import ChosenRows, largest_rows, side_of
 from .rows import random_rows

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..core.methods import check_count
+from ..core.states import State, counter
 from ..core.subspaces import Measure, Refresh
-from ..core.transforms import State, counter
 
 GOLDEN = (5**0.5 - 1) / 2
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.transforms import State
+from ..core.states import State
 from .bases import StoredBasis
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..core.methods import check_count
-from ..core.transforms import State
+from ..core.states import State
 from ..linalg import draw_normal, power_steps
 from .bases import StoredBasis
 
