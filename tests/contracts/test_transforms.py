@@ -43,6 +43,7 @@ SETTINGS: dict[str, list[Transform]] = {
         chain(adam(), optimizers.spectral_normalize(limit=1.5)),
         optimizers.spectral_normalize(limit=1.5),
     ],
+    "tscnc": [optimizers.tscnc(), optimizers.tscnc(condition=0.1, inner=galore(rank=2, every=4))],
 }
 SHAPES = [(6, 9), (6, 9), (6, 9), (9, 6), (5, 3, 2, 2), (7,), (7,), (), (1, 4), (0, 3)]
 
@@ -380,6 +381,9 @@ def test_a_state_of_something_else_is_refused():
         (lambda p: optimizers.spectral_hammer(limit=0.0), "limit"),
         (lambda p: optimizers.spectral_hammer(limit=1.0, steps=0), "steps"),
         (lambda p: optimizers.spectral_decay(rate=-1.0), "rate"),
+        (lambda p: optimizers.tscnc(sparsity=-1.0), "weight"),
+        (lambda p: optimizers.tscnc(sharpness=0.0), "sharpness"),
+        (lambda p: optimizers.tscnc(damping=0.0), "damping"),
     ],
 )
 def test_bad_arguments_are_refused(make: Any, text: str):

@@ -14,6 +14,7 @@ from .sign import sign
 from .soft_cap import soft_cap
 from .spectral_hammer import spectral_decay, spectral_hammer
 from .spectral_normalize import spectral_normalize
+from .tscnc import tscnc
 
 __all__ = [
     "adafactor",
@@ -31,4 +32,5 @@ __all__ = [
     "spectral_decay",
     "spectral_hammer",
     "spectral_normalize",
+    "tscnc",
 ]
