@@ -9,6 +9,7 @@ import torch
 from .base import StructuredMatrix
 from .block_affine import BlockAffine
 from .branch import Branch
+from .companded import Companded
 from .dense import Dense
 from .diagonal import Diagonal
 from .expressions import Product, Scaled, Sum
@@ -34,6 +35,7 @@ __all__ = [
     "Base",
     "BlockAffine",
     "Branch",
+    "Companded",
     "Dense",
     "Diagonal",
     "Frozen",
