@@ -29,6 +29,10 @@ SETTINGS: dict[str, list[Transform]] = {
         galore(rank=0.5, every=3, scale=1.0, projector=Svd(), inner=sgd(beta=0.9), carry=Rotate()),
         galore(rank=2, every=4, inner=adafactor()),
     ],
+    "grad_norm_lorp": [
+        optimizers.grad_norm_lorp(rank=2, every=4, scale=1.0),
+        optimizers.grad_norm_lorp(rank=2, every=3, scale=1.0, two_sided=True, projector=Svd()),
+    ],
     "hard_cap": [chain(adam(), optimizers.hard_cap(limit=1.5))],
     "lipschitz": [optimizers.lipschitz(limit=1.5), optimizers.lipschitz(constraint=sgd(), nesterov=False)],
     "muon": [muon(), muon(nesterov=False, beta=0.5)],
@@ -44,6 +48,10 @@ SETTINGS: dict[str, list[Transform]] = {
         optimizers.spectral_normalize(limit=1.5),
     ],
     "tscnc": [optimizers.tscnc(), optimizers.tscnc(condition=0.1, inner=galore(rank=2, every=4))],
+    "weight_norm": [
+        optimizers.weight_norm(),
+        optimizers.weight_norm(inner=galore(rank=2, every=4), magnitude=sgd(beta=0.9)),
+    ],
 }
 SHAPES = [(6, 9), (6, 9), (6, 9), (9, 6), (5, 3, 2, 2), (7,), (7,), (), (1, 4), (0, 3)]
 
