@@ -5,12 +5,13 @@ The norm of a batch of rows (..., n) is the largest root mean square of a row. I
 - a linear layer (m, n) stretches by its largest singular value times sqrt(n / m);
 - an elementwise function stretches by its largest slope;
 - keep x + share f(x) stretches by |keep| + |share| (that of f);
-- attention, for inputs of norm up to a: with q, k, v the norms of a head's layers, an output is sum_j p_j v_j.
-  Moving v_j moves it by at most v |dx|. Moving logits, which are means of products times scale, moves them by
-  at most D = 2 q k a scale |dx|, and the output by sum_j p_j (ds_j - sum p ds) v_j, whose norm is at most v a
-  times the mean distance of ds from its mean, which is not above D. Together: v + 2 a^2 q k v scale. Inputs of
-  bounded norm are a convex set, so the bound of the derivative is a Lipschitz constant. The heads' outputs
-  stand side by side, so the root mean square of their bounds counts; then comes the output layer, over three.
+- attention, for inputs of bounded norm: let q, k and v be how much a head's layers stretch, and Q, K and V
+  bounds of what they give. An output is sum_j p_j v_j. Moving v_j moves it by at most v |dx|. Logits are means
+  of products times scale, so ds_j is at most D = scale (q K + Q k) |dx|, and moves the output by sum_j p_j
+  (ds_j - sum p ds) v_j. Its norm is at most V times the mean distance of ds from its mean, which is not above
+  D. Together: v + scale (q K + Q k) V. Inputs of bounded norm are a convex set, so the bound of the derivative
+  is a Lipschitz constant. The heads' outputs stand side by side, so the root mean square of their bounds
+  counts; then comes the output layer, over three.
 
 All bounds are computed in float64. What a network computes in a shorter type is off by rounding, which they
 leave out.
@@ -119,12 +120,13 @@ def _blend(module: Any, name: str, size: float, walk: Walk) -> Reach:
 def _attention(module: Any, name: str, size: float, walk: Walk) -> Reach:
     if not math.isfinite(size):
         raise ValueError(f"{name or 'the model'} is attention, whose bound needs bounded inputs; give radius.")
-    slopes, norms = [], []
+    slopes, sizes = [], []
     for i, heads in enumerate(zip(module.query, module.key, module.value, strict=True)):
-        q, k, v = (_norm(layer.weight, f"{name}.{i}") for layer in heads)
-        slopes.append(v * (1 + 2 * size * size * q * k * abs(module.scale)))
-        norms.append(v)
-    last, after = walk(module.output, f"{name}.output".lstrip("."), _mean(norms) * size)
+        names = (f"{name}.{part}.{i}".lstrip(".") for part in ("query", "key", "value"))
+        (q, queries), (k, keys), (v, values) = (walk(*pair, size) for pair in zip(heads, names, strict=True))
+        slopes.append(v + abs(module.scale) * (q * keys + queries * k) * values)
+        sizes.append(values)
+    last, after = walk(module.output, f"{name}.output".lstrip("."), _mean(sizes))
     return _mean(slopes) * last / 3, after / 3
 
 

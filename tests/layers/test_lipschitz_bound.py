@@ -110,7 +110,9 @@ def test_no_pair_of_inputs_passes_the_bound_of_a_network(activation: nn.Module):
 @pytest.mark.parametrize("scale", [0.3, 5.0])
 def test_no_pair_of_inputs_passes_the_bound_of_attention(causal: bool, scale: float):
     torch.manual_seed(2)
-    layer = BoundedAttention(6, 2, scale=scale, causal=causal).double().eval()
+    layer = BoundedAttention(6, 2, scale=scale, causal=causal)
+    layer.value[1] = StructuredLinear(LowRank(draw(3, 2), draw(2, 6)), draw(3))
+    layer.double().eval()
     for radius in (0.5, 3.0):
         worst, report = worst_ratio(layer, (50, 4, 6), radius), lipschitz_bound(layer, radius=radius)
         assert worst <= report.totals["bound"]
@@ -187,6 +189,16 @@ def test_a_trained_transformer_keeps_to_its_certificate(scale: float):
     assert float(norm(model(x)).detach().max()) <= report.totals["size"]
 
 
+def test_a_compressed_network_has_a_certificate_that_is_not_larger():
+    """Truncated weights have no larger norms; the heads of attention are layers like others."""
+    model = transformer()
+    before = bound(model, 1.0)
+    rankwise.compress(model, rankwise.compressors.PlainSvd(), keep=0.8)
+    assert any(type(layer) is StructuredLinear for layer in model.modules())
+    after = bound(model, 1.0)
+    assert worst_ratio(model, (40, 5, 8), 1.0, steps=20) <= after <= before * (1 + 1e-9)
+
+
 def _hooked() -> nn.Module:
     layer = nn.Linear(2, 2)
     layer.register_forward_hook(lambda module, inputs, output: 9 * output)
@@ -253,7 +265,7 @@ def test_bad_arguments():
 
 def test_the_report_names_all_and_is_plain():
     report = rankwise.lipschitz_bound(transformer(), radius=1.0)
-    assert [row["name"] for row in report.rows][:4] == [".", "0", "0.block", "0.block.output"]
+    assert [row["name"] for row in report.rows][:4] == [".", "0", "0.block", "0.block.query.0"]
     assert "log10" in report.to_json()
     whole = nn.Sequential(nn.Linear(3, 3), nn.ReLU()).eval()
     assert "null" in lipschitz_bound(whole).to_json()

@@ -1,7 +1,5 @@
 """Attention whose Lipschitz constant on bounded inputs is known."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -11,9 +9,8 @@ class BoundedAttention(nn.Module):
     """Attention with logits q k' scale / h, for heads of width h, and outputs divided by 3.
 
     Each head has layers of its own for queries, keys and values, since a bound needs the norm of each. In the
-    norm of the largest root mean square of a row, with weights of norm one, scale one and inputs of norm one,
-    it stretches
-    nothing: the derivative is at most (v + 2 a^2 q k v scale) o / 3 for inputs of norms up to a.
+    norm of the largest root mean square of a row, with inputs of norm up to a and layers of norms q, k, v and o,
+    it stretches by at most (v + 2 a^2 q k v scale) o / 3: by one, if all of these are one.
 
     Args:
         width: of inputs and outputs.
@@ -39,15 +36,11 @@ class BoundedAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., t, n) -> (..., t, n)."""
-        q, k, v = (self._heads(x, layers) for layers in (self.query, self.key, self.value))
+        parts = self.query, self.key, self.value
+        q, k, v = (torch.stack([head(x) for head in part], dim=-3) for part in parts)  # (..., heads, t, h)
         scale = self.scale / (self.width // self.heads)
         y = functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal, scale=scale)
         return self.output(y.transpose(-3, -2).flatten(-2)) / 3
-
-    def _heads(self, x: Tensor, layers: Iterable[nn.Module]) -> Tensor:
-        """(..., t, n) -> (..., heads, t, h)."""
-        weight = torch.cat([layer.get_parameter("weight") for layer in layers])
-        return functional.linear(x, weight).unflatten(-1, (self.heads, -1)).transpose(-3, -2)
 
     def extra_repr(self) -> str:
         """Show the sizes."""
