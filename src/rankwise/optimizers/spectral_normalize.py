@@ -43,6 +43,6 @@ def spectral_normalize(*, limit: float) -> Transform:
         limit: of the norm from root mean square to root mean square, sqrt(n / m) times the largest singular
             value.
 
-    References: Newhouse et al., 2025, arXiv 2507.13338; Yoshida and Miyato, 2017, arXiv 1705.10941.
+    References: Newhouse et al., 2025, arXiv 2507.13338; Miyato et al., 2018, arXiv 1802.05957.
     """
     return of_matrices(SpectralNormalize(limit=limit))
