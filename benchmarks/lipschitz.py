@@ -2,8 +2,8 @@
 
 A small transformer of blended attention and MLP blocks is trained under each constraint. Its certificate, from
 the mean of token and position vectors to the logits, is then set against ratios |f(x) - f(y)| / |x - y| of pairs
-that gradient ascent drives up, from texts with a few characters changed and from random rows, in float64. All has rows of norm at most one; each
-point on the way of an ascent counts as a pair.
+that gradient ascent drives up, from texts with a few characters changed and from random rows, in float64. Rows
+have norms up to one; each point on the way of an ascent counts as a pair.
 
     python benchmarks/lipschitz.py --data DATA --json benchmarks/results/lipschitz.json
 """

@@ -124,6 +124,18 @@ def test_what_is_below_the_limit_stays():
     torch.testing.assert_close(constrained(row_cap(limit=10.0), weight), weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_zeros_stay_zeros(dtype: torch.dtype):
+    kinds = [
+        soft_cap(limit=1.0),
+        soft_cap(limit=1.0, step=1.0),
+        hard_cap(limit=1.0),
+        spectral_normalize(limit=1.0),
+    ]
+    for kind in [*kinds, row_cap(), spectral_hammer(limit=1.0), spectral_decay(rate=1.0)]:
+        assert not bool(constrained(kind, torch.zeros(4, 6, dtype=dtype), lr=0.1, steps=3).any()), kind
+
+
 def test_normalising_the_hammer_and_decay_are_their_formulas():
     weight = draw(6, 9)
     u, s, vt = torch.linalg.svd(weight)

@@ -41,8 +41,8 @@ class SoftCap(Constraint):
         values = param / unit(param)
         size = self._size(values, state, lr, weight_decay).view(-1, 1, 1)
         values = values * (REACH * self.limit / size).clamp_max(1)  # almost never below one
-        size = size.clamp_max(REACH * self.limit)
-        a = cap_strength((self.limit / size).clamp_max(1)) / size.square()
+        size = size.clamp(self.limit, REACH * self.limit)  # from below: no cap is needed, and a is zero
+        a = cap_strength(self.limit / size) / size.square()
         return odd_polynomials(values, [(1.0, -a, 0.0), (1.0, a, 0.0)]) * unit(param)
 
     def _size(self, values: Tensor, state: State, lr: float, weight_decay: float) -> Tensor:
