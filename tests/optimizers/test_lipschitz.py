@@ -153,13 +153,20 @@ def test_normalising_the_hammer_and_decay_are_their_formulas():
     torch.testing.assert_close(rows, weight.square().mean(1).sqrt().clamp_max(0.5))
 
 
-def walk(transform: Transform, shape: tuple[int, int], lr: float, steps: int, decay: float = 0.0) -> list[float]:
+def walk(
+    transform: Transform,
+    shape: tuple[int, int],
+    lr: float,
+    steps: int,
+    decay: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+) -> list[float]:
     """Norms after each step along gradients that push one way, and turn."""
-    weight = nn.Parameter(draw(*shape).float() * 3)
+    weight = nn.Parameter(draw(*shape).to(dtype) * 3)
     optimizer = Optimizer([([weight], transform)], lr=lr, weight_decay=decay)
-    push, norms = draw(*shape, seed=5).float(), []
+    push, norms = draw(*shape, seed=5), []
     for step in range(steps):
-        weight.grad = push + draw(*shape, seed=10 + step).float()
+        weight.grad = (push + draw(*shape, seed=10 + step)).to(dtype)
         optimizer.step()
         norms.append(norm(weight))
     return norms
@@ -183,6 +190,12 @@ def test_limits_hold_after_each_step(name: str, shape: tuple[int, int]):
     norms = walk(make(1.5), shape, lr, 60)
     assert max(norms) <= 1.5 * (1 + 2e-6)
     assert max(norms) > 0.9 * 1.5  # the limit is reached
+
+
+@pytest.mark.parametrize("kind", [lipschitz(limit=1.5), lipschitz(constraint=soft_cap(limit=1.5))])
+def test_half_precision_keeps_the_limit_but_for_rounding(kind: Transform):
+    norms = walk(kind, (8, 12), 0.1, 60, dtype=torch.bfloat16)
+    assert 0.9 * 1.5 < max(norms) <= 1.5 * 1.005
 
 
 def test_a_step_that_is_said_to_be_shorter_than_it_is_breaks_the_limit():
