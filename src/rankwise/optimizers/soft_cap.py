@@ -21,7 +21,8 @@ class SoftCap(Constraint):
     Args:
         limit: of the norm from root mean square to root mean square.
         step: the largest norm of directions, if it is known: then a follows from the limit, lr, weight decay
-            and the longest step, as in the paper. None measures the norm from above at each step instead.
+            and the longest step, as in the paper, which holds as long as nothing else makes weights larger. None
+            measures the norm from above at each step instead.
     """
 
     limit: float
