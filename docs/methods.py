@@ -16,6 +16,7 @@ from rankwise import (
     compressors,
     exporters,
     initialisers,
+    layers,
     matrices,
     measures,
     optimizers,
@@ -53,6 +54,7 @@ SECTIONS: dict[str, tuple[types.ModuleType, str]] = {
         projectors,
         "What projected optimisers hold: subspaces, when they are chosen again, what becomes of moments in them.",
     ),
+    "Layers": (layers, "What `rankwise.lipschitz_bound(model)` understands beside the layers of torch."),
     "Formats": (
         exporters,
         "`rankwise.export(model, format, folder)` and `rankwise export --to NAME`.",

@@ -6,6 +6,7 @@ from . import (
     compressors,
     exporters,
     initialisers,
+    layers,
     matrices,
     measures,
     optimizers,
@@ -17,6 +18,7 @@ from . import (
 from .absorbing import absorb
 from .adapting import adapt
 from .api import calibrate, compress, export, fold, inspect
+from .certificate import lipschitz_bound
 from .checking import check_adapters
 from .core.errors import CalibrationError
 from .core.optimizer import Optimizer
@@ -59,6 +61,8 @@ __all__ = [
     "initialise",
     "initialisers",
     "inspect",
+    "layers",
+    "lipschitz_bound",
     "load",
     "load_adapter",
     "matrices",

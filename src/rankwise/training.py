@@ -154,7 +154,9 @@ def _to_heal(model: nn.Module) -> dict[str, StructuredMatrix]:
 
 
 def initialise(model: nn.Module, start: Start, *, where: Where | None = None, seed: int = 0) -> Report:
-    """Replace the weights of a model by structured ones to train from scratch, in place; their values are lost.
+    """Replace the weights of a model by structured ones to train, in place.
+
+    Their values are lost, unless the start says that it takes them.
 
     Args:
         model: any module, freshly made.
@@ -177,8 +179,7 @@ def initialise(model: nn.Module, start: Start, *, where: Where | None = None, se
     sites, generator = select(model, where), Generator().manual_seed(seed)
     rows = []
     for name, site in track(sites.items(), "new matrices"):
-        m, n = site.weight.shape
-        matrix = start.matrix(m, n, generator).to(device=site.weight.device, dtype=site.weight.dtype)
+        matrix = start.of(site.weight, generator).to(device=site.weight.device, dtype=site.weight.dtype)
         rows.append(
             {
                 "name": name,
@@ -189,7 +190,7 @@ def initialise(model: nn.Module, start: Start, *, where: Where | None = None, se
         )
         replace(model, site, matrix)
     before, after = (sum(row[key] for row in rows) for key in ("params_before", "params_after"))
-    title = f"{type(start).__name__}: {len(sites)} layers to train from scratch"
+    title = f"{type(start).__name__}: {len(sites)} layers to train"
     return Report(title, rows, "layers", {"keep": {"params": after / before}})
 
 

@@ -244,3 +244,7 @@ class Start(abc.ABC):
     @abc.abstractmethod
     def matrix(self, m: int, n: int, generator: Generator) -> StructuredMatrix:
         """Return a random (m, n) matrix in float32, drawn from the generator alone."""
+
+    def of(self, weight: Tensor, generator: Generator) -> StructuredMatrix:
+        """Return the matrix that replaces a weight (m, n), whose values few starts take."""
+        return self.matrix(weight.shape[0], weight.shape[1], generator)

@@ -10,6 +10,7 @@ from .base import StructuredMatrix
 from .block_affine import BlockAffine
 from .branch import Branch
 from .changed_factors import ChangedFactors
+from .companded import Companded
 from .dense import Dense
 from .diagonal import Diagonal
 from .expressions import Product, Scaled, Sum
@@ -38,6 +39,7 @@ __all__ = [
     "BlockAffine",
     "Branch",
     "ChangedFactors",
+    "Companded",
     "Dense",
     "Diagonal",
     "Frozen",
