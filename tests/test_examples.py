@@ -20,3 +20,10 @@ def test_pretrain(capsys: pytest.CaptureFixture[str]):
     printed = capsys.readouterr().out
     assert "files: ['training.safetensors']" in printed
     assert "the same bits: True" in printed
+
+
+def test_adapters():
+    found = runpy.run_path(str(EXAMPLES / "adapters.py"))["main"](smoke=True, steps=12)
+    for text in found["none"]:
+        assert found[text][text] < 0.95 * found["none"][text]
+        assert found["both"][text] < found["none"][text]

@@ -16,8 +16,8 @@ import rankwise
 from rankwise import Optimizer, parameter_groups
 from rankwise.core.labels import given
 from rankwise.core.live import LiveBytes, pass_bytes, without_numbers
+from rankwise.core.modes import recomputing
 from rankwise.core.states import leaves
-from rankwise.core.supervision import recomputing
 from rankwise.core.transforms import Transform
 from rankwise.models.fresh import causal_attention, fresh
 from rankwise.optimizers import adafactor, galore

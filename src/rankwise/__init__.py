@@ -6,6 +6,7 @@ from . import (
     compressors,
     exporters,
     initialisers,
+    layers,
     matrices,
     measures,
     optimizers,
@@ -14,8 +15,10 @@ from . import (
     schedules,
     starts,
 )
+from .absorbing import absorb
 from .adapting import adapt
 from .api import calibrate, compress, export, fold, inspect
+from .certificate import lipschitz_bound
 from .checking import check_adapters
 from .core.errors import CalibrationError
 from .core.optimizer import Optimizer
@@ -32,6 +35,7 @@ from .pretraining import parameter_groups, train
 from .streaming import compress_folder
 from .trainer import trainer_callback
 from .training import heal, initialise, trainable_low_rank
+from .using import adapters_of, remove_adapter, use
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,8 +44,10 @@ __all__ = [
     "Optimizer",
     "Report",
     "StructuredLinear",
+    "absorb",
     "adapt",
     "adapters",
+    "adapters_of",
     "allocators",
     "calibrate",
     "check_adapters",
@@ -59,6 +65,8 @@ __all__ = [
     "initialise",
     "initialisers",
     "inspect",
+    "layers",
+    "lipschitz_bound",
     "load",
     "load_adapter",
     "matrices",
@@ -69,12 +77,14 @@ __all__ = [
     "plan",
     "projectors",
     "rank_rules",
+    "remove_adapter",
     "save",
     "schedules",
     "starts",
     "train",
     "trainable_low_rank",
     "trainer_callback",
+    "use",
 ]
 
 register_when_ready()

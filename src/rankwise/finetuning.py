@@ -5,19 +5,25 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .core.adapted import suggested_rates
 from .core.data import batches_of, parted
+from .core.extended import Extended
+from .core.following import Follower
 from .core.labels import Labels, given
-from .core.rates import Cosine
+from .core.modes import recomputing
+from .core.rates import GENERAL, WHOLE, Cosine
 from .core.report import Report
-from .core.running import Follower, Plan, Run, in_float32
+from .core.running import Plan, Run, in_float32
 from .core.statistics import Batch
-from .core.supervision import recomputing, supervised
+from .core.supervision import train_supervised
 from .following import follow
-from .matrices import Scheduled
+from .guarding import Guard
+from .matrices import Base, Scheduled
 
 
 def finetune(
@@ -26,7 +32,7 @@ def finetune(
     *,
     held_out: float | Sequence[Batch] = 0.1,
     optimizer: torch.optim.Optimizer | None = None,
-    lr: float = 5e-4,
+    lr: float | None = None,
     loss: Labels = given,
     steps: int | None = None,
     accumulate: int = 1,
@@ -45,7 +51,8 @@ def finetune(
 
     Some data judges the model. What was best there remains, which is the start where nothing was better; that
     holds after an interrupt or an error, too. Of adapters that change by a schedule the last numbers remain.
-    Dropout is on while training; frozen batch normalisations keep their statistics.
+    Dropout is on while training; frozen batch normalisations keep their statistics. At the first look after two
+    steps :func:`rankwise.check_adapters` says whether each adapter trains; what does not is warned of.
 
     Args:
         model: any module.
@@ -54,13 +61,14 @@ def finetune(
         held_out: share of the batches kept aside to judge by, in (0, 1), or other batches for that.
         optimizer: over the trained parameters; its learning rates are the largest ones. None means AdamW without
             weight decay.
-        lr: learning rate of that AdamW. The default, and that of ``rate``, are what EVA's authors used.
+        lr: learning rate of that AdamW. None means what each adapter's class suggests as ``lr``, 5e-4 where it
+            suggests nothing and for what trains whole beside adapters, and 5e-5 without adapters.
         loss: (model output, batch, generator) -> loss, summed over the labels; by default the cross entropy with
             the ``labels`` (-100 where there is none), else with the next tokens.
         steps: how many; None means one pass over the data.
         accumulate: batches of a step. Each label of a step counts the same, in whichever batch it is.
         rate: share of the learning rate where a share of the run is done; None means
-            :class:`rankwise.core.rates.Cosine`.
+            :class:`rankwise.core.rates.Cosine`, as EVA's authors do.
         clip: largest 2-norm of the gradient of all parameters, or None.
         every: steps between two looks at what judges, each followed by a checkpoint; None means ten looks.
         patience: stop after so many looks without a better one; None goes on to the end.
@@ -74,14 +82,16 @@ def finetune(
 
     Returns:
         a row for each look: step, seconds, labels seen, mean loss while training and on what judges. Totals say
-        both before and after, what trains, and ``memory`` in bytes: ``weights``, ``gradients`` and ``optimizer``
-        by count; ``activations`` that the largest batch keeps for the backward pass, measured, without what is
-        needed for a moment only; their sum ``predicted``; and, measured, the ``peak`` of the whole process while
-        training and its ``rise`` above what was there before, None where the system does not tell.
+        both before and after, what trains, the largest learning rates ``lr`` of the optimiser's groups, and
+        ``memory`` in bytes: ``weights``, ``gradients`` and ``optimizer`` by count; ``activations`` that the
+        largest batch keeps for the backward pass, measured, without what is needed for a moment only; their sum
+        ``predicted``; and, measured, the ``peak`` of the whole process while training and its ``rise`` above what
+        was there before, None where the system does not tell. ``adapters`` is what
+        :func:`rankwise.check_adapters` said, None if there are none.
 
     Raises:
-        ValueError: if an argument is wrong, nothing trains, there are no labels, numbers are not finite, or the
-            checkpoint is of another task or damaged.
+        ValueError: if an argument is wrong, nothing trains, no adapter gets a gradient or changes, there are no
+            labels, numbers are not finite, or the checkpoint is of another task or damaged.
         CalibrationError: if the data is empty.
 
     >>> import torch, rankwise
@@ -104,7 +114,7 @@ def finetune(
     batches = batches_of(data, window=window)
     train, held = (batches, [*held_out]) if isinstance(held_out, Sequence) else parted(batches, held_out, seed)
     steps = math.ceil(len(train) / accumulate) if steps is None else steps
-    optimizer = optimizer or torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0)
+    optimizer = optimizer or torch.optim.AdamW(_groups(model, trained, lr), weight_decay=0.0)
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if lost := next((name for name, p in trained.items() if id(p) not in owned), None):
         raise ValueError(f"the optimizer lacks {lost}, which asks for gradients; make it after rankwise.adapt.")
@@ -119,35 +129,65 @@ def finetune(
         clip=clip,
         autocast=autocast,
     )
+    scheduled = any(isinstance(part, Scheduled) for part in model.modules())
     with (
+        _following(model, optimizer, steps) as follower,  # ends last: what it leaves is rounded already
         in_float32(list(trained.values())),
         recomputing(model, gradient_checkpointing),
-        _following(model, optimizer, steps) as followers,
     ):
-        run, reason, memory = supervised(
+        guard = Guard(model, optimizer, follower, steps)
+        run, reason, memory = train_supervised(
             model,
             trained,
             optimizer,
-            dataclasses.replace(plan, last=bool(followers)),
+            dataclasses.replace(plan, last=scheduled),
             train,
             held,
             loss=loss,
-            followers=followers,
+            followers={"schedules": follower} if scheduled and follower is not None else {},
             checkpoint=checkpoint,
             notify=notify,
+            looking=guard,
         )
-    return _report(run, reason, memory)
+    return _report(run, reason, memory, guard.report)
 
 
-def _report(run: Run, reason: str, memory: Mapping[str, int | None]) -> Report:
+@contextmanager
+def _following(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Iterator[Follower | None]:
+    """Let schedules act around the optimiser's steps, and watch the gradients of adapters, if there are any."""
+    if not any(isinstance(part, (Base, Extended)) for part in model.modules()):
+        yield None
+        return
+    follower = follow(model, optimizer, steps=steps)
+    try:
+        yield follower
+    except BaseException:
+        follower.stop()
+        raise
+    follower.finish()
+
+
+def _groups(model: nn.Module, trained: Mapping[str, nn.Parameter], lr: float | None) -> list[dict[str, Any]]:
+    """Put parameters of one learning rate together."""
+    suggested = suggested_rates(model)
+    other = GENERAL if suggested else WHOLE
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in trained.values():
+        groups.setdefault(lr if lr is not None else suggested.get(id(parameter), other), []).append(parameter)
+    return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
+
+
+def _report(run: Run, reason: str, memory: Mapping[str, int | None], checked: Report | None) -> Report:
     """Say how a run went."""
     progress = run.progress
     first = progress.history[0]["held_out"]
     totals = {
         "optimizer": type(run.optimizer).__name__,
+        "lr": run.rates,
         **run.summary(),
         "stopped": reason,
         "memory": dict(memory),
+        "adapters": None if checked is None else {"title": checked.title, **checked.to_dict()},
     }
     change = f"{first:.4f} -> {progress.best:.4f} nats a label"
     return Report(f"held-out loss {change} in {progress.step} steps; {reason}", progress.history, "looks", totals)
@@ -174,18 +214,3 @@ def _check(
         raise ValueError(
             f"{short} is in half precision, where small steps are lost; give autocast=torch.bfloat16."
         )
-
-
-@contextmanager
-def _following(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Iterator[dict[str, Follower]]:
-    """Let schedules act around the optimiser's steps, where there are any; yield what has a state, by name."""
-    if not any(isinstance(part, Scheduled) for part in model.modules()):
-        yield {}
-        return
-    follower = follow(model, optimizer, steps=steps)
-    try:
-        yield {"schedules": follower}
-    except BaseException:
-        follower.stop()
-        raise
-    follower.finish()

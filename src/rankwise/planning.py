@@ -13,8 +13,8 @@ from torch import Generator, Tensor, nn
 from .core.labels import given
 from .core.live import pass_bytes, without_numbers
 from .core.memory import gradient_bytes, held_bytes
+from .core.modes import recomputing
 from .core.report import Report
-from .core.supervision import recomputing
 from .core.transforms import Transform, state_bytes
 from .models.fresh import causal_attention, fresh, read_config
 from .optimizers import adafactor, adam, frugal, galore, muon

@@ -14,13 +14,14 @@ from .core.data import batches_of, parted
 from .core.hidden import hidden_matrices
 from .core.labels import Labels, given
 from .core.memory import layerwise_gradient_bytes
+from .core.modes import recomputing
 from .core.optimizer import Optimizer
 from .core.rates import Cosine
 from .core.report import Report
 from .core.running import Observe, Plan
 from .core.statistics import Batch
 from .core.stepping import Layerwise
-from .core.supervision import recomputing, supervised
+from .core.supervision import train_supervised
 from .core.transforms import Transform
 from .optimizers import adam
 
@@ -179,7 +180,7 @@ def train(
     layers = _layers(optimizer, accumulate, clip) if layerwise else None
     try:
         with recomputing(model, gradient_checkpointing):
-            run, reason, memory = supervised(
+            run, reason, memory = train_supervised(
                 model,
                 trained,
                 optimizer,

@@ -22,7 +22,7 @@ def save_tree(tree: Any, path: Path) -> None:
     header = json.dumps({"format": FORMAT, "tree": _packed(tree, tensors)}, allow_nan=False)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write_tensors(temporary, tensors, tensors.__getitem__, about={"rankwise": header})
+        write_tensors(temporary, tensors, lambda key: [tensors[key]], about={"rankwise": header})
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """Models in and out, and what they are measured with."""
 
 from .causal import generate
-from .classifier import load_classifier
+from .classifier import load_classifier, read_labels
 from .evaluate import evaluate, sizes
 from .examples import read_examples
 from .fresh import byte_tokenizer, fresh, read_config, trained_tokenizer
@@ -29,6 +29,7 @@ __all__ = [
     "predicted_bytes",
     "read_config",
     "read_examples",
+    "read_labels",
     "read_text",
     "sample",
     "save",
