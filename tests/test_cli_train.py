@@ -189,6 +189,19 @@ def test_wrong_models_are_named(text: Path, model: str, expected: str):
     refused(train(model, "--data", text, "--rank", 4), expected)
 
 
+def test_only_the_config_of_a_hub_model_is_fetched(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def from_pretrained(name: Any) -> Any:
+        asked.append(name)
+        raise OSError("no network")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", from_pretrained)
+    with pytest.raises(ValueError, match=r"organisation/name has no config to be read: no network"):
+        read_config("organisation/name")
+    assert asked == ["organisation/name"]
+
+
 def test_presets_have_the_sizes_of_their_names():
     for name, millions in (("llama-60m", 58), ("llama-130m", 134), ("llama-350m", 367), ("llama-7b", 6738)):
         with torch.device("meta"):

@@ -239,6 +239,18 @@ def test_a_loop_that_does_not_end_its_steps_is_told():
         loss_of(model, batches()[0]).backward()
 
 
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch):
+    _, optimizer = made(adam())
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for world in (1, 2):
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda world=world: world)
+        if world == 1:
+            Layerwise(optimizer).remove()
+        else:
+            with pytest.raises(ValueError, match="only one process trains"):
+                Layerwise(optimizer)
+
+
 def test_wrong_arguments():
     _, optimizer = made(adam())
     with pytest.raises(ValueError, match="cannot be clipped; leave clip out"):

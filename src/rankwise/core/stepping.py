@@ -77,9 +77,9 @@ class Layerwise:
     the first of which only measures: call ``layers.backward(closure)`` instead of ``loss.backward()``. Sums of
     several passes cannot be clipped.
 
-    Without ``clip``, a gradient that is not finite raises when other parameters have been stepped already. Do not
-    use it with a ``GradScaler``, gradient clipping outside, reentrant checkpointing, or several processes that
-    average gradients.
+    Without ``clip``, a gradient that is not finite raises when other parameters have been stepped already. It
+    knows one process only. Do not use it with a ``GradScaler``, gradient clipping outside, or reentrant
+    checkpointing.
 
     Args:
         optimizer: what steps.
@@ -87,7 +87,7 @@ class Layerwise:
         clip: largest 2-norm of the gradient of all parameters, or None.
 
     Raises:
-        ValueError: if an argument is out of range, or both are asked for.
+        ValueError: if an argument is out of range, both are asked for, or there are several processes.
 
     >>> from rankwise.optimizers import adam
     >>> model = nn.Linear(4, 2)
@@ -106,6 +106,8 @@ class Layerwise:
             raise ValueError(f"accumulate must be >= 1 and whole, got {accumulate}.")
         if clip is not None and not clip > 0:
             raise ValueError(f"clip must be positive or None, got {clip}.")
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise ValueError("layer by layer only one process trains: gradients would not be averaged.")
         self.optimizer, self.accumulate, self.clip = optimizer, accumulate, clip
         self._check(accumulate)
         self._parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
