@@ -17,22 +17,41 @@ from rankwise import Optimizer, optimizers, projectors
 from rankwise.core.memory import optimizer_bytes
 from rankwise.core.states import described, leaves, map_state
 from rankwise.core.transforms import Transform, by_shape, chain, wide
-from rankwise.optimizers import adafactor, adam, frugal, galore, muon, project, sgd, sign
+from rankwise.optimizers import (
+    adafactor,
+    adam,
+    apollo,
+    apollo_mini,
+    fira,
+    frugal,
+    galore,
+    ldadam,
+    muon,
+    project,
+    sgd,
+    sign,
+    soap,
+)
 from rankwise.projectors import Cosine, EnergyDrop, Every, Keep, LargestRows, RandomOrthogonal, Reset, Rotate, Svd
 
 SETTINGS: dict[str, list[Transform]] = {
     "adafactor": [adafactor(), adafactor(beta=0.9)],
     "adam": [adam(), adam(betas=(0.0, 0.5))],
+    "apollo": [apollo(rank=2, every=4), apollo(rank=0.5, every=3, projector=Svd(), growth=2.0)],
+    "apollo_mini": [apollo_mini(every=4)],
+    "fira": [fira(rank=2, every=4), fira(rank=0.5, every=3, removes=0.25, inner=sgd(beta=0.9))],
     "frugal": [frugal(every=4), frugal(density=0.0), frugal(density=1.0), frugal(projector=Svd(), free=sgd())],
     "galore": [
         galore(rank=2, every=4),
         galore(rank=0.5, every=3, scale=1.0, projector=Svd(), inner=sgd(beta=0.9), carry=Rotate()),
         galore(rank=2, every=4, inner=adafactor()),
     ],
+    "ldadam": [ldadam(rank=2), ldadam(rank=0.5, every=3, feedback=False, projector=Svd())],
     "muon": [muon(), muon(nesterov=False, beta=0.5)],
     "project": [project(Cosine(), adam(), rank=3, every=EnergyDrop(steps=2), carry=Reset())],
     "sgd": [sgd(), sgd(beta=0.9), sgd(beta=0.9, nesterov=True)],
     "sign": [sign()],
+    "soap": [soap(every=3), soap(every=2, largest=7, together=True)],
 }
 SHAPES = [(6, 9), (6, 9), (6, 9), (9, 6), (5, 3, 2, 2), (7,), (7,), (), (1, 4), (0, 3)]
 
