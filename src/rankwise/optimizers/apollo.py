@@ -64,9 +64,10 @@ def apollo(
     Args:
         rank: of the projection, or its share of the shorter side. Matrices with no longer side get ``inner``.
         every: steps between two random projections, or a rule.
-        scale: of the step; with 1 columns are about as long as Adam's. The published projection has normal entries
-            of variance 1 / r instead of orthonormal rows, which makes factors sqrt(r / s) of these: its scale a is
-            sqrt(a r / s) here, for the published settings (1 at a quarter of the side, 128 at rank one) about 0.5.
+        scale: of the step; with 1 columns are about as long as Adam's. The published projection has normal
+            entries of variance 1 / r instead of orthonormal rows, which makes factors sqrt(r / s) of these: its
+            scale a is sqrt(a r / s) here, about 0.5 for the published settings (1 at a quarter of the side, 128
+            at rank one).
         growth: the largest factor from one norm of the step to the next; ``inf`` for no limit.
         whole: one factor for each matrix instead of one for each column.
         projector: ``Svd()`` or ``WarmPower()`` is the paper's other choice.

@@ -68,8 +68,8 @@ def fira(
         every: steps between two choices of a layer's subspace, or a rule.
         scale: of the projected steps alone.
         growth: the largest factor from one norm of the other step to the next.
-        removes: which part of P R is taken from G. The published code takes ``scale`` times P R, so that with 0.25
-            three quarters of what lies inside are stepped by both parts: ``removes=scale`` does that.
+        removes: which part of P R is taken from G. The published code takes ``scale`` times P R, so that with
+            0.25 three quarters of what lies inside are stepped by both parts: ``removes=scale`` does that.
         projector: finds the subspace; ``Svd()`` is the paper's, ``Cosine()`` makes DCT-Fira of arXiv 2505.17967.
         inner: what runs inside, and on vectors.
         carry: what becomes of moments when the subspace changes; the paper keeps them.

@@ -21,9 +21,9 @@ DAMPING = 1e-5
 class EigenAdam(Transform):
     """Run Adam on Q' G P, where Q and P are eigenvectors of running means of G G' and G' G.
 
-    The bases of a step come from the gradients before. They are the axes at the first step, eigenvectors after it,
-    and later one power step and a QR go on from the last ones. Means turn with the bases; squares do not, their
-    rows and columns are only put in the order of the eigenvalues.
+    The bases of a step come from the gradients before. They are the axes at the first step, eigenvectors after
+    it, and later one power step and a QR go on from the last ones. Means turn with the bases; squares do not,
+    their rows and columns are only put in the order of the eigenvalues.
 
     Args:
         adam: what runs in these bases.
@@ -43,7 +43,11 @@ class EigenAdam(Transform):
 
     def init(self, param: Tensor, index: Tensor) -> State:
         """The means, their bases, and the state of Adam."""
-        state = {"step": counter(index), "refresh": self.refresh.init(index), "adam": self.adam.init(param, index)}
+        state = {
+            "step": counter(index),
+            "refresh": self.refresh.init(index),
+            "adam": self.adam.init(param, index),
+        }
         for name, axis in SIDES:
             side = param.shape[axis]
             if side <= self.largest:
@@ -118,7 +122,7 @@ def damping(gram: Tensor) -> Tensor:
 def eigenvectors(gram: Tensor) -> Tensor:
     """Return eigenvectors (k, s, s) of symmetric matrices, that of the largest eigenvalue first.
 
-    A diagonal that falls is added, small as it is, so that rounding does not choose the vectors of eigenvalue zero.
+    A small diagonal that falls is added, so that rounding does not choose the vectors of eigenvalue zero.
     """
     fall = torch.linspace(1, 0, gram.shape[-1], dtype=torch.float64, device=gram.device)
     return torch.linalg.eigh(gram.double() + damping(gram) * fall.diag()).eigenvectors.flip(-1)
@@ -140,8 +144,8 @@ def soap(
 
     >>> import torch
     >>> from rankwise.core.transforms import state_bytes
-    >>> state_bytes(soap(), torch.empty(30, 50, device="meta")) // 4 - 2 * (30 * 50 + 30 * 30 + 50 * 50)  # counters
-    6
+    >>> state_bytes(soap(), torch.empty(30, 50, device="meta")) - 4 * 2 * (30 * 50 + 30**2 + 50**2)  # counters
+    24
 
     Args:
         every: steps between two changes of a matrix's bases; matrices take turns.
@@ -152,8 +156,8 @@ def soap(
         together: change all bases at the same step, as the published code does.
 
     References: Vyas et al., ICLR 2025, arXiv 2409.11321. There the first step is left out; here it is Adam's.
-    Convolutions are matrices (out, rest) here, there each of their sides has a basis. There eps is added before the
-    bias of the start is taken out.
+    Convolutions are matrices (out, rest) here, there each of their sides has a basis. There eps is added before
+    the bias of the start is taken out.
     """
     check_count("largest", largest + 1)
     adam = Adam(betas=betas, eps=eps)
