@@ -43,7 +43,7 @@ from rankwise.optimizers import (
 from rankwise.projectors import Cosine, EnergyDrop, Every, Keep, LargestRows, RandomOrthogonal, Reset, Rotate, Svd
 
 SETTINGS: dict[str, list[Transform]] = {
-    "adafactor": [adafactor(), adafactor(beta=0.9)],
+    "adafactor": [adafactor(), adafactor(beta=0.9), adafactor(beta=0.5, relative=True, least=0.5)],
     "adam": [adam(), adam(betas=(0.0, 0.5))],
     "adamp": [adamp(), adamp(delta=math.inf, weight_decay=0.1), adamp(delta=0.5, whole=False)],
     "apollo": [apollo(rank=2, every=4), apollo(rank=0.5, every=3, projector=Svd(), growth=2.0)],

@@ -6,6 +6,7 @@ import pytest
 import torch
 from optimizers.walks import CLOSE, assert_same, draw, gradient, inside, ours, plain_adam, walk
 
+from rankwise.core.transforms import state_bytes
 from rankwise.linalg import MUON, POLAR_EXPRESS
 from rankwise.optimizers import adafactor, adam, frugal, galore, muon, sgd, sign
 from rankwise.optimizers.adam import Adam
@@ -130,6 +131,34 @@ def test_adafactor_is_its_formula():
         weight = weight - 0.05 * direction / max(1.0, float(direction.square().mean().sqrt()))
     (found,) = walk(ours(adafactor()), [(6, 9)], 8)
     torch.testing.assert_close(found, weight, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(64, 256), (256, 64), (64, 16, 4, 4)])
+def test_states_take_what_the_formulas_say(shape: tuple[int, ...]):
+    """In float32: Adam 2 m n, GaLore 2 r n + r m, FRUGAL 2 r n and r numbers of rows, Muon m n."""
+    m, n, rank = 64, 256, 8
+    counters = 8
+    wanted = {
+        adam(): 8 * m * n + counters,
+        muon(): 4 * m * n,
+        galore(rank=rank): 4 * (2 * rank * n + rank * m) + 4 * counters,
+        frugal(density=rank / m): 4 * (2 * rank * n + rank) + 6 * counters,
+        adafactor(): 4 * (m + n) + counters,
+        sign(): 0,
+    }
+    for kind, number in wanted.items():
+        assert state_bytes(kind, torch.empty(shape, device="meta")) == number, kind
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_relative_adafactor_is_that_of_torch(decay: float):
+    """At an lr below 1 / sqrt(t), to which it is cut there; scalars have the least size, or their own."""
+    shapes = [(6, 9), (9, 6), (7,), ()]
+    theirs = walk(lambda params: torch.optim.Adafactor(params, lr=0.05, weight_decay=decay), shapes)
+    found = walk(ours(adafactor(relative=True), weight_decay=decay), shapes)
+    assert_same(found, theirs, rtol=1e-5, atol=1e-6)  # eps is the square of float32's beside weights of any type
+    small = walk(ours(adafactor(relative=True, least=10.0)), shapes)
+    assert_same(small, walk(ours(adafactor(), lr=0.5), shapes), rtol=1e-12, atol=1e-12)
 
 
 def test_squares_are_carried_as_variances():

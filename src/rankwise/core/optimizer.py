@@ -226,22 +226,22 @@ class Optimizer(torch.optim.Optimizer):
         if not params or not params[0].numel():
             return
         transform, lr, decay = group["transform"], float(group["lr"]), float(group["weight_decay"])
-        state = self._stacked(transform, params)
+        stack = self._stacked(transform, params)
         grads = [p.grad for p in params if p.grad is not None]
         kind = working_type(params[0].dtype)
         joined = _joined(grads).to(kind)
-        values = _joined(params) if transform.reads_param else torch.empty_like(joined, device="meta")
-        direction = transform.update(joined, state, values)
+        values = _joined(params) if transform.reads_param else stack.shape
+        direction = transform.update(joined, stack.state, values)
         shape = params[0].shape
         if decay:
             foreach_mul(params, 1 - lr * decay)
         self.write(params, [each.reshape(shape) for each in direction], -lr)
         if transform.constrains:
-            bounded = transform.constrain(_joined(params).to(kind), state, lr, decay)
+            bounded = transform.constrain(_joined(params).to(kind), stack.state, lr, decay)
             for param, value in zip(params, bounded, strict=True):
                 param.copy_(value.reshape(shape))
 
-    def _stacked(self, transform: Transform, params: list[Tensor]) -> State:
+    def _stacked(self, transform: Transform, params: list[Tensor]) -> "_Stack":
         """Return the states of parameters in one stack, of which the states of each are views."""
         stack = self._stacks.get(params[0])
         if stack is None or not stack.holds(params) or any(self._stacks.get(p) is not stack for p in params):
@@ -253,9 +253,10 @@ class Optimizer(torch.optim.Optimizer):
                 joined = map_state(_stacked_values, *states)
                 for i, param in enumerate(params):
                     self.state[param] = map_state(lambda value, i=i: value[i], joined)
-            stack = _Stack(tuple(params), _read_only(joined))
+            shape = as_matrices(torch.empty_like(params[0], device="meta").expand(len(params), *params[0].shape))
+            stack = _Stack(tuple(params), _read_only(joined), shape)
             self._stacks.update(dict.fromkeys(params, stack))
-        return stack.state
+        return stack
 
     def _first(self, transform: Transform, param: Tensor) -> State:
         """Return the state of one parameter before its first step."""
@@ -266,10 +267,11 @@ class Optimizer(torch.optim.Optimizer):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Stack:
-    """Parameters that were last stepped together, and their states."""
+    """Parameters that were last stepped together, their states, and a tensor without values of their shape."""
 
     params: tuple[Tensor, ...]
     state: State
+    shape: Tensor
 
     def holds(self, params: list[Tensor]) -> bool:
         """Whether it is of these parameters and no others."""

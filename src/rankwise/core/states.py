@@ -1,7 +1,7 @@
 """States of parameters: tensors with a leading axis of parameters, in mappings of mappings."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,9 @@ def counter(index: Tensor, value: int = 0) -> Tensor:
     return torch.full_like(index, value, dtype=torch.int64)
 
 
-def per_parameter(values: Tensor, like: Tensor) -> Tensor:
-    """Bring one number a parameter, (k,) on the CPU, to the shape (k, 1, ...), type and device of ``like``."""
-    return moved(values, like).view(-1, *[1] * (like.ndim - 1))
+def per_parameter(values: Sequence[float], like: Tensor) -> Tensor:
+    """Bring one number a parameter to the shape (k, 1, ...), type and device of ``like``."""
+    return moved(torch.tensor(values, dtype=like.dtype), like).view(-1, *[1] * (like.ndim - 1))
 
 
 def moved(values: Tensor, like: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Adam."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -37,12 +38,13 @@ class Adam(Transform):
     def update(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
         """The direction (k, ...)."""
         b1, b2 = self.betas
-        step = state["step"].add_(1).double()
+        step = state["step"].add_(1).tolist()
         mean = state["mean"].lerp_(grad, 1 - b1)
         square = state["square"].mul_(b2).addcmul_(grad, grad, value=1 - b2)
-        short = 1 - b1**step  # the direction is mean / (root * short / sqrt(1 - b2^t) + eps * short)
-        root = square.sqrt().mul_(per_parameter(short / (1 - b2**step).sqrt(), grad))
-        return torch.div(mean, root.add_(per_parameter(self.eps * short, grad)), out=root)
+        # the direction is mean / (root (1 - b1^t) / sqrt(1 - b2^t) + eps (1 - b1^t))
+        scale = per_parameter([(1 - b1**t) / math.sqrt(1 - b2**t) for t in step], grad)
+        root = square.sqrt().mul_(scale).add_(per_parameter([self.eps * (1 - b1**t) for t in step], grad))
+        return torch.div(mean, root, out=root)
 
     def rotate(self, state: State, rotation: Tensor) -> None:
         """Rotate the mean; treat the squares as variances of independent rows, plus the squared mean.
@@ -50,9 +52,8 @@ class Adam(Transform):
         References: Robert et al., "LDAdam", ICLR 2025, arXiv 2410.16103; where rounding or the two different
         time scales make a variance negative, it is zero here.
         """
-        b1, b2 = self.betas
-        step = state["step"].clamp_min(1).double()
-        short, shorter = per_parameter(1 - b1**step, rotation), per_parameter(1 - b2**step, rotation)
+        steps = state["step"].clamp_min(1).tolist()
+        short, shorter = (per_parameter([1 - beta**t for t in steps], rotation) for beta in self.betas)
         mean, square = state["mean"], state["square"]
         variance = (square / shorter - (mean / short).square()).clamp_min_(0)
         mean.copy_(rotation @ mean)
