@@ -49,7 +49,7 @@ class LowDimensionalAdam(Transform):
             grad = grad + state["error"]
         b1 = self.adam.betas[0]
         mean = projector.up(inside["mean"], basis)
-        short = 1 - b1 ** inside["step"].clamp_min(1).double()
+        short = [1 - b1**step for step in inside["step"].clamp_min(1).tolist()]
         target = torch.lerp(grad, mean / per_parameter(short, mean), self.rho)
         self.subspace.follow(target, state["subspace"], self.adam, inside)
         low = projector.down(grad, basis)
