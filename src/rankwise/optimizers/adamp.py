@@ -143,7 +143,8 @@ def sgdp(
         ratio: of the decay where the test holds.
         whole: test the whole matrix too, as published.
 
-    References: Heo et al., ICLR 2021, arXiv 2006.08217.
+    References: Heo et al., ICLR 2021, arXiv 2006.08217. In the published code, without ``nesterov``, the part is
+    taken from the running sum itself, which is what is stepped there; here, as in the paper, the sum stays.
     """
     inner = sgd(beta=beta, nesterov=nesterov)
     return Tangent(inner=inner, delta=delta, weight_decay=weight_decay, ratio=ratio, whole=whole)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..core.methods import check_count
 from ..core.states import State, leaves
 from ..core.transforms import Transform, by_shape, chain, wide
-from ..linalg import orthonormal
+from ..linalg import orthonormal, product
 from .adam import adam
 from .sgd import Momentum
 
@@ -69,10 +69,10 @@ class TurningFrame(Transform):
     def update(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
         """(k, m, n) -> (k, m, n)."""
         frame, like = state["frame"], torch.empty_like(grad, device="meta")
-        cross = grad @ self.base.update(frame.mT @ grad, {}, like).mT
+        cross = grad @ self.base.update(product(frame.mT, grad), {}, like).mT
         size = torch.linalg.matrix_norm(cross, keepdim=True) + torch.finfo(cross.dtype).tiny
         frame.copy_(orthonormal(cross / size + SHIFT * frame))
-        return (frame @ self.base.update(frame.mT @ grad, {}, like)) * self.scale
+        return product(frame, self.base.update(product(frame.mT, grad), {}, like)) * self.scale
 
 
 def aro(
