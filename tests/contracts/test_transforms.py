@@ -535,6 +535,22 @@ def test_layers_take_turns():
     assert Every(100, together=True).init(torch.arange(3))["turn"].tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("size", [0, 2**22])
+def test_parameters_know_their_places(size: int):
+    """Over all groups, added ones too: turns and random subspaces are those of the place, stacked or not."""
+    made = project(RandomOrthogonal(), adam(), rank=2, every=100)
+    params = parameters(shapes=[(6, 9)] * 5)
+    optimizer = Optimizer([(params[:2], made), (params[2:4], made)], lr=0.1, stack_bytes=size)
+    optimizer.add_param_group((params[4:], made))
+    trained(optimizer, range(1))
+    states = [optimizer.state[p]["subspace"] for p in params]
+    assert [int(state["refresh"]["turn"]) for state in states] == Every(100).init(torch.arange(5))[
+        "turn"
+    ].tolist()
+    assert [int(state["basis"]["index"]) for state in states] == list(range(5))
+    assert len({tuple(state["basis"]["rows"].tolist()) for state in states}) > 1
+
+
 def fits_of(rule: Any, gradients: list[Tensor]) -> list[int]:
     """The steps at which the basis of one parameter changed."""
     weight = nn.Parameter(torch.zeros_like(gradients[0]))
