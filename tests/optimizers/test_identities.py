@@ -8,7 +8,27 @@ from optimizers.walks import CLOSE, assert_same, draw, gradient, inside, ours, p
 
 from rankwise.core.transforms import state_bytes
 from rankwise.linalg import MUON, POLAR_EXPRESS
-from rankwise.optimizers import adafactor, adam, frugal, galore, muon, sgd, sign
+from rankwise.optimizers import (
+    adafactor,
+    adam,
+    adamp,
+    apollo,
+    apollo_mini,
+    aro,
+    auon,
+    dct_adamw,
+    fira,
+    frugal,
+    galore,
+    hybrid_auon,
+    ldadam,
+    muon,
+    sgd,
+    sgdp,
+    sign,
+    soap,
+    trion,
+)
 from rankwise.optimizers.adam import Adam
 from rankwise.projectors import Every, LargestRows, RowBlock, Svd
 
@@ -135,7 +155,7 @@ def test_adafactor_is_its_formula():
 
 @pytest.mark.parametrize("shape", [(64, 256), (256, 64), (64, 16, 4, 4)])
 def test_states_take_what_the_formulas_say(shape: tuple[int, ...]):
-    """In float32: Adam 2 m n, GaLore 2 r n + r m, FRUGAL 2 r n and r numbers of rows, Muon m n."""
+    """In float32: Adam 2 m n, GaLore 2 r n + r m, FRUGAL 2 r n and r numbers of rows, Muon m n, and so on."""
     m, n, rank = 64, 256, 8
     counters = 8
     wanted = {
@@ -145,6 +165,20 @@ def test_states_take_what_the_formulas_say(shape: tuple[int, ...]):
         frugal(density=rank / m): 4 * (2 * rank * n + rank) + 6 * counters,
         adafactor(): 4 * (m + n) + counters,
         sign(): 0,
+        fira(rank=rank): 4 * (2 * rank * n + rank * m + 1) + 4 * counters,
+        apollo(rank=rank): 4 * (2 * rank * n + rank + 1) + 6 * counters,
+        apollo_mini(): 4 * (2 * n + 1 + 1) + 6 * counters,
+        ldadam(rank=rank): 4 * (2 * rank * n + rank * m + m * n) + 4 * counters,
+        ldadam(rank=rank, feedback=False): 4 * (2 * rank * n + rank * m) + 4 * counters,
+        soap(): 8 * (m * n + m * m + n * n) + 3 * counters,
+        dct_adamw(rank=rank): 4 * (2 * rank * n + rank) + 6 * counters,
+        dct_adamw(rank=rank, feedback=True): 4 * (2 * rank * n + rank + m * n) + 6 * counters,
+        trion(rank=rank): 4 * (m * n + rank) + 5 * counters,
+        aro(): 4 * (m * n + m * m),
+        auon(): 4 * m * n,
+        hybrid_auon(): 4 * m * n,
+        adamp(): 8 * m * n + counters,
+        sgdp(): 4 * m * n,
     }
     for kind, number in wanted.items():
         assert state_bytes(kind, torch.empty(shape, device="meta")) == number, kind
