@@ -1,6 +1,5 @@
 """Steps without the part that only lengthens weights whose length does not matter."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -62,28 +61,20 @@ class Tangent(Transform):
 
     def _projected(self, step: Tensor, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return steps (k, m, n), and where a part was taken, (k, 1, 1)."""
-        rows = self._orthogonal(grad, weight, (-1,))
-        found, without = rows, torch.where(rows, self._without(step, weight, (-1,)), step)
+        products = ((grad, weight), (grad, grad), (weight, weight), (step, weight))
+        rows = torch.stack([(a * b).sum(-1, keepdim=True) for a, b in products])  # (4, k, m, 1)
+        found, part = self._part(rows, grad.shape[-1])
         if self.whole:
-            whole = self._orthogonal(grad, weight, (-2, -1)) & ~rows
-            found, without = rows | whole, torch.where(whole, self._without(step, weight, (-2, -1)), without)
-        return without, found
+            whole, other = self._part(rows.sum(-2, keepdim=True), grad.shape[-1] * grad.shape[-2])
+            found, part = found | whole, torch.where(found, part, other)
+        return step - weight * torch.where(found, part, 0.0), found
 
-    def _orthogonal(self, grad: Tensor, weight: Tensor, axes: tuple[int, ...]) -> Tensor:
-        """Whether the largest cosine is small, (k, 1, 1)."""
-        size = math.prod(grad.shape[axis] for axis in axes)
-        sizes = _norm(grad, axes) * _norm(weight, axes)
-        cosine = (grad * weight).sum(axes, keepdim=True).abs() / (sizes + torch.finfo(grad.dtype).tiny)
-        return cosine.amax(dim=(-2, -1), keepdim=True) < self.delta / size**0.5
-
-    def _without(self, step: Tensor, weight: Tensor, axes: tuple[int, ...]) -> Tensor:
-        """The step without its part along the weight."""
-        unit = weight / (_norm(weight, axes) + self.eps)
-        return step - unit * (unit * step).sum(axes, keepdim=True)
-
-
-def _norm(values: Tensor, axes: tuple[int, ...]) -> Tensor:
-    return torch.linalg.vector_norm(values, dim=axes, keepdim=True)
+    def _part(self, products: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Return whether all cosines are small (k, 1, 1), and the multiples of the weights in the steps."""
+        cross, grads, weights, along = products
+        cosine = cross.abs() / (grads.sqrt() * weights.sqrt() + torch.finfo(cross.dtype).tiny)
+        small = cosine.amax(dim=-2, keepdim=True) < self.delta / size**0.5
+        return small, along / (weights.sqrt() + self.eps).square()
 
 
 def adamp(

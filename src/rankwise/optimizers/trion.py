@@ -64,7 +64,8 @@ def trion(
     """Trion: orthogonalise only the strongest cosine frequencies of the momentum, chosen at each step.
 
     Newton-Schulz steps are on (r, l) matrices, and of a step only these and r numbers must be sent. With full
-    rank it is Muon without Nesterov's look ahead, in any basis. With ``WarmPower()`` it is much like Dion.
+    rank it is Muon without Nesterov's look ahead, in any basis. With ``WarmPower()`` it is akin to
+    Dion, which scales columns in place of Newton-Schulz steps.
 
     >>> trion(rank=8).matrix.parts[0].inner.beta
     0.95
