@@ -65,7 +65,7 @@ SETTINGS: dict[str, list[Transform]] = {
     "sgd": [sgd(), sgd(beta=0.9), sgd(beta=0.9, nesterov=True)],
     "sgdp": [sgdp(), sgdp(delta=0.5, weight_decay=0.1, nesterov=True)],
     "sign": [sign()],
-    "soap": [soap(every=3), soap(every=2, largest=7, together=True)],
+    "soap": [soap(every=3), soap(every=Every(2, together=True), largest=7)],
     "trion": [trion(rank=2), trion(rank=0.5, every=3, projector=Svd())],
 }
 SHAPES = [(6, 9), (6, 9), (6, 9), (9, 6), (5, 3, 2, 2), (7,), (7,), (), (1, 4), (0, 3)]

@@ -8,6 +8,7 @@ from torch import Tensor
 from rankwise.core.transforms import Transform
 from rankwise.optimizers import adam, soap
 from rankwise.optimizers.soap import DAMPING, eigenvectors
+from rankwise.projectors import Every
 
 BETAS = (0.8, 0.9)
 
@@ -49,7 +50,7 @@ def test_it_is_its_formula(sides: str):
             if sides == "both":
                 order, right = improved(two, right)
                 square = square[:, order]
-    kind = soap(every=f, betas=BETAS, beta=beta, largest=6, together=True)
+    kind = soap(every=Every(f, together=True), betas=BETAS, beta=beta, largest=6)
     (found,) = walk(ours(kind), [shape], 14)
     torch.testing.assert_close(found, weight, rtol=1e-7, atol=1e-7)
 

@@ -130,12 +130,11 @@ def eigenvectors(gram: Tensor) -> Tensor:
 
 def soap(
     *,
-    every: int = 10,
+    every: int | Every = 10,
     betas: tuple[float, float] = (0.95, 0.95),
     eps: float = 1e-8,
     beta: float = 0.95,
     largest: int = 10_000,
-    together: bool = False,
 ) -> Transform:
     """SOAP: Adam in slowly turning bases in which the gradient's rows and columns hardly correlate.
 
@@ -148,12 +147,12 @@ def soap(
     24
 
     Args:
-        every: steps between two changes of a matrix's bases; matrices take turns.
+        every: steps between two changes of a matrix's bases; matrices take turns, if not ``together`` as in the
+            published code.
         betas: of Adam.
         eps: of Adam.
         beta: how much of the second moments stays at each step.
         largest: sides that are longer stay as they are, those of embeddings for instance.
-        together: change all bases at the same step, as the published code does.
 
     References: Vyas et al., ICLR 2025, arXiv 2409.11321. There the first step is left out; here it is Adam's.
     Convolutions are matrices (out, rest) here, there each of their sides has a basis. There eps is added before
@@ -161,5 +160,5 @@ def soap(
     """
     check_count("largest", largest + 1)
     adam = Adam(betas=betas, eps=eps)
-    refresh = Every(every, together=together)
+    refresh = every if isinstance(every, Every) else Every(every)
     return by_shape(matrix=EigenAdam(adam=adam, refresh=refresh, beta=beta, largest=largest), other=adam)
