@@ -12,9 +12,9 @@ clipped to norm 1; there is no weight decay. All see the same batches in the sam
 Every method has five trials of its learning rate, with seed 0 and of all steps (in shorter ones the least rate
 wins, as the blocks do not matter yet): three half decades around what is usual for it, and then, twice, the next
 half decade where the best one is at an end, else a quarter decade beside it. The loss on articles kept aside
-chooses. The rate is then trained with two more seeds, of the model and the batches, and judged by other articles and by
-another text (wikitext-2), in nats a byte. ``step_ms`` is the median time of the optimiser's own step, ``most_ms``
-its longest after the first; ``state`` its bytes. The table is of the chosen rates.
+chooses. The rate is then trained with two more seeds, of the model and the batches, and judged by other articles
+and by another text (wikitext-2), in nats a byte. ``step_ms`` is the median time of the optimiser's own step,
+``most_ms`` its longest after the first; ``state`` its bytes. The table is of the chosen rates.
 """
 
 import argparse
