@@ -58,24 +58,20 @@ SETTINGS: dict[str, list[Transform]] = {
         galore(rank=0.5, every=3, scale=1.0, projector=Svd(), inner=sgd(beta=0.9), carry=Rotate()),
         galore(rank=2, every=4, inner=adafactor()),
     ],
-<<<<<<< HEAD
     "grad_norm_lorp": [
         optimizers.grad_norm_lorp(rank=2, every=4, scale=1.0),
         optimizers.grad_norm_lorp(rank=2, every=3, scale=1.0, two_sided=True, projector=Svd()),
     ],
     "hard_cap": [chain(adam(), optimizers.hard_cap(limit=1.5))],
     "lipschitz": [optimizers.lipschitz(limit=1.5), optimizers.lipschitz(constraint=sgd(), nesterov=False)],
-=======
     "hybrid_auon": [hybrid_auon()],
     "ldadam": [ldadam(rank=2), ldadam(rank=0.5, every=3, feedback=False, projector=Svd())],
->>>>>>> peers
     "muon": [muon(), muon(nesterov=False, beta=0.5)],
     "project": [project(Cosine(), adam(), rank=3, every=EnergyDrop(steps=2), carry=Reset())],
     "row_cap": [chain(adam(), optimizers.row_cap(limit=0.8))],
     "sgd": [sgd(), sgd(beta=0.9), sgd(beta=0.9, nesterov=True)],
     "sgdp": [sgdp(), sgdp(delta=0.5, weight_decay=0.1, nesterov=True)],
     "sign": [sign()],
-<<<<<<< HEAD
     "soft_cap": [chain(adam(), optimizers.soft_cap(limit=1.5)), optimizers.soft_cap(limit=1.5, step=2.0)],
     "spectral_decay": [chain(adam(), optimizers.spectral_decay(rate=0.1))],
     "spectral_hammer": [chain(adam(), optimizers.spectral_hammer(limit=0.3, steps=1))],
@@ -88,10 +84,8 @@ SETTINGS: dict[str, list[Transform]] = {
         optimizers.weight_norm(),
         optimizers.weight_norm(inner=galore(rank=2, every=4), magnitude=sgd(beta=0.9)),
     ],
-=======
     "soap": [soap(every=3), soap(every=Every(2, together=True), largest=7)],
     "trion": [trion(rank=2), trion(rank=0.5, every=3, projector=Svd())],
->>>>>>> peers
 }
 SHAPES = [(6, 9), (6, 9), (6, 9), (9, 6), (5, 3, 2, 2), (7,), (7,), (), (1, 4), (0, 3)]
 
