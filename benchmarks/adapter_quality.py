@@ -1,6 +1,6 @@
 """What adapters learn with equal numbers to train, each with its own best learning rate.
 
-Usage: python benchmarks/adapter_quality.py --data DATA [--task NAME]... [--method NAME]... [--out FILE]
+Usage: python benchmarks/adapter_quality.py --data DATA [--task NAME]... [--method NAME]... [--device cuda]
 Writes results/adapter_quality.json, a row for each training; a second run goes on where the first stopped.
 
 Tasks: SST-2, CoLA and MRPC (`minilm-l6` with a new head, which always trains: accuracy, Matthews correlation,
@@ -168,8 +168,7 @@ def classes(data: Path, name: str, steps: int, size: int = 32) -> Task:
         found, labels = [], []
         with evaluating(model):
             for batch in judged:
-                inputs = {key: value for key, value in batch.items() if key != "labels"}
-                found += model(**inputs).logits.argmax(-1).tolist()
+                found += model(**given_to(model, batch)).logits.argmax(-1).tolist()
                 labels += batch["labels"].tolist()
         return (matthews if name == "CoLA" else agreement)(found, labels)
 
@@ -219,7 +218,7 @@ def words(data: Path, name: str, steps: int, window: int = 256, size: int = 4) -
 
     def score(model: nn.Module) -> float:
         with evaluating(model):
-            losses = [(float(given(model(**unlabelled(b)), b, torch.Generator())), count(b)) for b in judged]
+            losses = [(float(given(model(**given_to(model, b)), b, torch.Generator())), count(b)) for b in judged]
         return sum(loss for loss, _ in losses) / sum(labels for _, labels in losses)
 
     def load(seed: int) -> Any:
@@ -237,9 +236,11 @@ def read_examples_of(text: str, tokenizer: Any) -> list[Any]:
     return [Example(piece, (True,) * len(piece)) for piece in pieces]
 
 
-def unlabelled(batch: dict[str, Any]) -> dict[str, Any]:
-    """What a model is given of a batch."""
-    return {key: value for key, value in batch.items() if key != "labels"}
+def given_to(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """What a model is given of a batch, where it is."""
+    device = next(model.parameters()).device
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
 
 
 def count(batch: dict[str, Any]) -> int:
@@ -284,9 +285,11 @@ def sized(task: Task, entry: Entry | None) -> int:
     return best
 
 
-def train(task: Task, entry: Entry | None, size: int, lr: float, seed: int) -> dict[str, Any]:
+def train(
+    task: Task, entry: Entry | None, size: int, lr: float, seed: int, device: torch.device
+) -> dict[str, Any]:
     """Adapt, train and judge once."""
-    model, batches, start = task.load(seed), task.batches(seed), time.perf_counter()
+    model, batches, start = task.load(seed).to(device), task.batches(seed), time.perf_counter()
     whole = {name for name, _ in model.named_parameters() if task.head and is_head(model, name)}
     if entry is None:
         for name, parameter in model.named_parameters():
@@ -313,24 +316,10 @@ def train(task: Task, entry: Entry | None, size: int, lr: float, seed: int) -> d
         "looks": [round(row["held_out"], 4) if row["held_out"] is not None else None for row in looks],
         "score": task.score(model),
         "training_bytes": memory["gradients"] + memory["optimizer"] + memory["activations"],
+        "device": device.type,
         "adapt_seconds": round(began - start, 2),
         "seconds": round(time.perf_counter() - began, 1),
     }
-
-
-def tuned(run: Callable[[int], float]) -> int:
-    """Search the learning rate; returns its place in ``RATES``.
-
-    Args:
-        run: place -> what chooses, infinite where training failed.
-    """
-    tried = {place: run(place) for place in START}
-    while True:
-        best = min(tried, key=lambda place: tried[place])
-        edges = {min(tried): min(tried) - 1, max(tried): max(tried) + 1}
-        if best not in edges or not 0 <= edges[best] < len(RATES):
-            return best
-        tried[edges[best]] = run(edges[best])
 
 
 class Bench:
@@ -339,10 +328,11 @@ class Bench:
     Args:
         rows: the results.
         data: the folder of the texts.
+        device: where to train.
     """
 
-    def __init__(self, rows: Rows, data: Path) -> None:
-        self.rows, self.data = rows, data
+    def __init__(self, rows: Rows, data: Path, device: torch.device) -> None:
+        self.rows, self.data, self.device = rows, data, device
         self.task = functools.cache(lambda name: TASKS[name](data))
         self.size = functools.cache(lambda name, method: sized(self.task(name), METHODS[method]))
 
@@ -352,10 +342,10 @@ class Bench:
         if not self.rows.has(**about):
             task, entry, size = self.task(name), METHODS[method], self.size(name, method)
             try:
-                found = train(task, entry, size, RATES[place], seed)
+                found = train(task, entry, size, RATES[place], seed, self.device)
             except ValueError as error:  # numbers that are not finite
                 found = {"size": size, "select": None, "failed": str(error)}
-            self.rows.add(**about, **found)
+            self.rows.add(**about | found)
         return self.rows.find(**about)
 
     def best(self, name: str, method: str) -> int:
@@ -387,8 +377,9 @@ def main() -> None:
     parser.add_argument("--task", action="append", choices=list(TASKS))
     parser.add_argument("--method", action="append", choices=list(METHODS))
     parser.add_argument("--out", type=Path, default=RESULTS / "adapter_quality.json")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     options = parser.parse_args()
-    bench = Bench(Rows(options.out), options.data)
+    bench = Bench(Rows(options.out), options.data, options.device)
     for name in options.task or TASKS:
         for method in options.method or METHODS:
             if METHODS[method] is not None or bench.task(name).head:
