@@ -31,7 +31,7 @@ CANDIDATES: Mapping[str, Transform] = {
 }
 """Optimisers by the words for ``rankwise train --optimizer``, those that keep most of the gradients first."""
 
-COPIES = {"hidden": 7, "other": 3}  # float32 copies of a stack that a step holds at most: Muon's and Adam's
+COPIES = {"hidden": 9, "other": 3}  # float32 copies of a stack that a step holds at most: Muon's and Adam's
 STACK = 2**26  # bytes of gradients that are stepped together on a GPU
 MOST = 64  # sequences at a time
 GIB = 2**30
@@ -53,8 +53,9 @@ def plan(
     Nothing of the model's size is made. Weights and optimiser states are counted exactly. A forward and backward
     pass is run without numbers (fake tensors), and all that it holds at its worst moment is counted: activations,
     gradients, logits, each as long as it lives, with an attention that makes no mask. A step is taken to hold
-    seven float32 copies of what is stepped together of hidden matrices, or three of the rest, the most that the
-    optimisers here hold. What libraries and kernels take and what fragments is left to ``reserve``.
+    nine float32 copies of what is stepped together of hidden matrices, or three of the rest, the most that the
+    candidates given here by default hold. What libraries and kernels take and what fragments is left to
+    ``reserve``.
 
     Savings are tried in this order, until ``batch`` fits: none; gradient checkpointing, which takes about a third
     more time; layer-wise steps, which do not clip; both. If none lets ``batch`` fit, the one with most sequences
