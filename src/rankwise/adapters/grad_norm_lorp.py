@@ -37,6 +37,8 @@ class GradNormLorp(Ranked):
         start: from :mod:`rankwise.initialisers`.
         ranks: from :mod:`rankwise.rank_rules`; None gives all layers the same.
 
+    Learning rate: we know of none for this adapter alone, so the general one counts.
+
     References: Huang et al., "Gradient weight-normalized low-rank projection for efficient LLM training", AAAI
         2025, arXiv 2412.19616, whose formula is known from a summary; Salimans and Kingma, "Weight
         normalization", NeurIPS 2016, arXiv 1602.07868, for the gradient through the norms.
