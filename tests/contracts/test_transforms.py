@@ -17,12 +17,26 @@ from rankwise import Optimizer, optimizers, projectors
 from rankwise.core.memory import optimizer_bytes
 from rankwise.core.states import described, leaves, map_state
 from rankwise.core.transforms import Transform, by_shape, chain, wide
-from rankwise.optimizers import adafactor, adam, frugal, galore, muon, project, sgd, sign
+from rankwise.optimizers import (
+    adafactor,
+    adam,
+    adamw4bit,
+    adamw8bit,
+    frugal,
+    galore,
+    muon,
+    project,
+    quantised,
+    sgd,
+    sign,
+)
 from rankwise.projectors import Cosine, EnergyDrop, Every, Keep, LargestRows, RandomOrthogonal, Reset, Rotate, Svd
 
 SETTINGS: dict[str, list[Transform]] = {
     "adafactor": [adafactor(), adafactor(beta=0.9)],
     "adam": [adam(), adam(betas=(0.0, 0.5))],
+    "adamw4bit": [adamw4bit(), quantised(adam(), bits=4, block=8, least=1)],
+    "adamw8bit": [adamw8bit()],
     "frugal": [frugal(every=4), frugal(density=0.0), frugal(density=1.0), frugal(projector=Svd(), free=sgd())],
     "galore": [
         galore(rank=2, every=4),
@@ -31,6 +45,12 @@ SETTINGS: dict[str, list[Transform]] = {
     ],
     "muon": [muon(), muon(nesterov=False, beta=0.5)],
     "project": [project(Cosine(), adam(), rank=3, every=EnergyDrop(steps=2), carry=Reset())],
+    "quantised": [
+        quantised(adam(), least=1, block=16),
+        quantised(galore(rank=2, every=4, carry=Rotate()), least=1, block=16),
+        galore(rank=2, every=3, inner=quantised(adam(), least=1, block=16), carry=Rotate()),
+        quantised(chain(adafactor(), sgd(beta=0.9)), least=1),
+    ],
     "sgd": [sgd(), sgd(beta=0.9), sgd(beta=0.9, nesterov=True)],
     "sign": [sign()],
 }

@@ -4,6 +4,7 @@ from .categorical import draw_categorical
 from .column_elimination import eliminate_columns, refit_columns
 from .cosine import cosine_rows, cosine_transform
 from .dictionary import learned_dictionary, orthogonal_dictionary
+from .dynamic_codes import decode, dynamic_table, encode
 from .entries import fit_entries
 from .interpolative import interpolative_rows
 from .k_svd import k_svd
@@ -30,11 +31,14 @@ __all__ = [
     "choose_grids",
     "cosine_rows",
     "cosine_transform",
+    "decode",
     "distance",
     "draw_categorical",
     "draw_normal",
     "draw_places",
+    "dynamic_table",
     "eliminate_columns",
+    "encode",
     "fit_entries",
     "hard",
     "inner",

@@ -6,7 +6,20 @@ from .frugal import frugal
 from .galore import galore
 from .muon import muon
 from .project import project
+from .quantised import adamw4bit, adamw8bit, quantised
 from .sgd import sgd
 from .sign import sign
 
-__all__ = ["adafactor", "adam", "frugal", "galore", "muon", "project", "sgd", "sign"]
+__all__ = [
+    "adafactor",
+    "adam",
+    "adamw4bit",
+    "adamw8bit",
+    "frugal",
+    "galore",
+    "muon",
+    "project",
+    "quantised",
+    "sgd",
+    "sign",
+]
