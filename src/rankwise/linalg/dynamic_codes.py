@@ -66,7 +66,8 @@ def decode(packed: Tensor, scales: Tensor, n: int, bits: int, block: int) -> Ten
 
 def _blocks(values: Tensor, block: int) -> Tensor:
     """(k, n) -> (k, blocks, block), with zeros at the end."""
-    return torch.nn.functional.pad(values, (0, -values.shape[-1] % block)).view(len(values), -1, block)
+    padded = torch.nn.functional.pad(values, (0, -values.shape[-1] % block))
+    return padded.view(len(values), padded.shape[-1] // block, block)
 
 
 @functools.cache

@@ -114,7 +114,8 @@ def quantised(inner: Transform, *, bits: int = 8, block: int = 256, least: int =
     """Keep what another transform remembers in 8 bits, or fewer, between steps.
 
     Any transform may be inside. Its counters, its bases of subspaces and its short tensors stay as they are.
-    In a projection it may stand around the whole or around what is inside: that is the same.
+    It may stand around a projection or around what is inside of one: that is the same, but for one rounding more
+    where moments are carried.
 
     >>> import torch
     >>> from rankwise.core.transforms import state_bytes
