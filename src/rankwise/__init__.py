@@ -21,6 +21,7 @@ from .core.errors import CalibrationError
 from .core.optimizer import Optimizer
 from .core.report import Report
 from .core.surgery import StructuredLinear
+from .core.writing import StochasticRounding
 from .finetuning import finetune
 from .following import finish, follow
 from .models import evaluate, load, load_adapter, save
@@ -35,6 +36,7 @@ __all__ = [
     "CalibrationError",
     "Optimizer",
     "Report",
+    "StochasticRounding",
     "StructuredLinear",
     "adapt",
     "adapters",

@@ -17,6 +17,7 @@ from rankwise import Optimizer, optimizers, projectors
 from rankwise.core.memory import optimizer_bytes
 from rankwise.core.states import described, leaves, map_state
 from rankwise.core.transforms import Transform, by_shape, chain, wide
+from rankwise.core.writing import Write
 from rankwise.optimizers import (
     adafactor,
     adam,
@@ -469,13 +470,14 @@ def test_constraints_hold_after_steps(size: int):
 
 
 def test_other_roundings_may_be_given():
-    def upwards(params: Any, directions: Any, factor: float) -> None:
-        for p, d in zip(params, directions, strict=True):
-            assert d.dtype == torch.float32
-            p.copy_((p.float() + factor * d).ceil())
+    class Upwards(Write):
+        def __call__(self, params: Any, directions: Any, keep: float, factor: float, state: Any) -> None:
+            for p, d in zip(params, directions, strict=True):
+                assert d.dtype == torch.float32
+                p.copy_((keep * p.float() + factor * d).ceil())
 
     (weight,) = parameters(torch.bfloat16, [(3, 3)])
-    trained(Optimizer([([weight], sgd())], lr=0.1, write=upwards), range(1))
+    trained(Optimizer([([weight], sgd())], lr=0.1, write=Upwards()), range(1))
     assert torch.equal(weight, weight.detach().round())
 
 

@@ -17,18 +17,11 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from .states import State, described, map_state
-from .transforms import Transform, as_matrices, blank_state, state_bytes, working_type
+from .states import State, described, leaves, map_state
+from .transforms import Transform, as_matrices, blank_state, working_type
+from .writing import Nearest, Write
 
-foreach_add: Any = torch._foreach_add_  # pyright: ignore[reportPrivateImportUsage]
-foreach_mul: Any = torch._foreach_mul_  # pyright: ignore[reportPrivateImportUsage]
-Write = Callable[[Sequence[Tensor], Sequence[Tensor], float], None]
 Group = dict[str, Any]
-
-
-def add_nearest(params: Sequence[Tensor], directions: Sequence[Tensor], factor: float) -> None:
-    """Add ``factor`` times directions, rounded to the nearest number of the parameters' type."""
-    foreach_add(list(params), list(directions), alpha=factor)
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -44,7 +37,7 @@ class Optimizer(torch.optim.Optimizer):
         weight_decay: decoupled from the direction.
         stack_bytes: the most that the gradients of a stack may take; a larger one is stepped alone, not copied.
             If None, 1 MiB on a CPU, where only small matrices gain, and 64 MiB elsewhere.
-        write: adds a multiple of directions to parameters; another function may round in another way.
+        write: how steps are written, such as :class:`rankwise.StochasticRounding`.
 
     Raises:
         ValueError: if an argument is out of range, or parameters are not real floating-point numbers.
@@ -65,7 +58,7 @@ class Optimizer(torch.optim.Optimizer):
         lr: float,
         weight_decay: float = 0.0,
         stack_bytes: int | None = None,
-        write: Write = add_nearest,
+        write: Write = Nearest(),  # noqa: B008 (frozen)
     ) -> None:
         self.stack_bytes, self.write = stack_bytes, write
         self._forget()
@@ -85,6 +78,8 @@ class Optimizer(torch.optim.Optimizer):
         super().add_param_group(group)
         try:
             check_group(self.param_groups[before])
+            for param in self.param_groups[before]["params"]:
+                self.write.init(param, torch.tensor([0]))
         except ValueError:
             del self.param_groups[before:]
             raise
@@ -130,7 +125,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def state_bytes(self) -> int:
         """Count the bytes that all states will take once every parameter has been stepped."""
-        return sum(state_bytes(group["transform"], *group["params"]) for group in self.param_groups)
+        pairs = [(group["transform"], param) for group in self.param_groups for param in group["params"]]
+        return sum(leaf.nbytes for pair in pairs for leaf in leaves(self._blank(*pair)))
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values in torch's layout, which ``torch.load(weights_only=True)`` reads."""
@@ -159,7 +155,7 @@ class Optimizer(torch.optim.Optimizer):
         if len(numbers) != len(pairs):
             raise ValueError(f"the state is of {len(numbers)} parameters, the optimiser has {len(pairs)}.")
         states = {
-            param: restored(transform, param, state_dict["state"][number], number)
+            param: restored(self._blank(transform, param), param, state_dict["state"][number], number)
             for number, (transform, param) in zip(numbers, pairs, strict=True)
             if number in state_dict["state"]
         }
@@ -233,9 +229,8 @@ class Optimizer(torch.optim.Optimizer):
         values = _joined(params) if transform.reads_param else stack.shape
         direction = transform.update(joined, stack.state, values)
         shape = params[0].shape
-        if decay:
-            foreach_mul(params, 1 - lr * decay)
-        self.write(params, [each.reshape(shape) for each in direction], -lr)
+        steps = [each.reshape(shape) for each in direction]
+        self.write(params, steps, 1 - lr * decay, -lr, stack.state.get("write", {}))
         if transform.constrains:
             bounded = transform.constrain(_joined(params).to(kind), stack.state, lr, decay)
             for param, value in zip(params, bounded, strict=True):
@@ -262,7 +257,14 @@ class Optimizer(torch.optim.Optimizer):
         """Return the state of one parameter before its first step."""
         index = torch.tensor([self._places[param][1]])
         value = _joined([param]).to(working_type(param.dtype))
-        return map_state(lambda leaf: leaf.squeeze(0), transform.init(value, index))
+        state = with_written(transform.init(value, index), self.write.init(param, index))
+        return map_state(lambda leaf: leaf.squeeze(0), state)
+
+    def _blank(self, transform: Transform, param: Tensor) -> State:
+        """Return the first state (1, ...) of one parameter on the meta device."""
+        if not param.numel():
+            return {}
+        return with_written(blank_state(transform, param), self.write.init(param, torch.tensor([0])))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -306,13 +308,17 @@ def check_group(group: Group) -> None:
     described(group["transform"])
 
 
-def restored(transform: Transform, param: Tensor, saved: Any, number: int) -> dict[str, Any]:
-    """Copy a saved state to where it belongs, in its own types.
+def with_written(state: State, written: State) -> State:
+    """Return the state of a transform with that of writing, if there is one."""
+    return {**state, "write": written} if written else state
+
+
+def restored(blank: State, param: Tensor, saved: Any, number: int) -> dict[str, Any]:
+    """Copy a saved state to where it belongs, in the shapes and types of a blank one.
 
     Raises:
-        ValueError: if the transform has another state for a parameter of this shape.
+        ValueError: if it is of another form.
     """
-    blank = blank_state(transform, param)
 
     def place(wanted: Tensor, value: Any) -> Tensor:
         form = (tuple(wanted.shape[1:]), wanted.dtype)

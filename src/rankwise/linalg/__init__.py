@@ -21,6 +21,7 @@ from .shrinking import hard, magnitude, smallest_kept, soft
 from .sparse_coding import matching_pursuit
 from .sparse_plus_low_rank import sparse_plus_low_rank
 from .splitting import Splitting
+from .stochastic import stochastic_bfloat16
 
 __all__ = [
     "MUON",
@@ -67,6 +68,7 @@ __all__ = [
     "smallest_kept",
     "soft",
     "sparse_plus_low_rank",
+    "stochastic_bfloat16",
     "truncated_factors",
     "unpack",
 ]
