@@ -27,11 +27,23 @@ from rankwise.optimizers import (
     galore,
     muon,
     project,
+    q_galore,
     quantised,
     sgd,
     sign,
 )
-from rankwise.projectors import Cosine, EnergyDrop, Every, Keep, LargestRows, RandomOrthogonal, Reset, Rotate, Svd
+from rankwise.projectors import (
+    Backoff,
+    Cosine,
+    EnergyDrop,
+    Every,
+    Keep,
+    LargestRows,
+    RandomOrthogonal,
+    Reset,
+    Rotate,
+    Svd,
+)
 
 SETTINGS: dict[str, list[Transform]] = {
     "adafactor": [adafactor(), adafactor(beta=0.9)],
@@ -46,6 +58,10 @@ SETTINGS: dict[str, list[Transform]] = {
     ],
     "muon": [muon(), muon(nesterov=False, beta=0.5)],
     "project": [project(Cosine(), adam(), rank=3, every=EnergyDrop(steps=2), carry=Reset())],
+    "q_galore": [
+        q_galore(rank=2, every=Backoff(2, recent=1)),
+        q_galore(rank=2, every=3, inner=quantised(adam(), least=1)),
+    ],
     "quantised": [
         quantised(adam(), least=1, block=16),
         quantised(galore(rank=2, every=4, carry=Rotate()), least=1, block=16),
@@ -246,6 +262,7 @@ def compositions() -> list[Any]:
     names = [
         "Cosine",
         "LargestRows",
+        "Packed",
         "RandomOrthogonal",
         "RandomRows",
         "Randomised",
@@ -261,6 +278,9 @@ def compositions() -> list[Any]:
     for name in names:
         made = project(getattr(projectors, name)(), adam(), rank=2, every=3, carry=Rotate())
         cells.append(pytest.param(made, id=f"{name}-adam-every-Rotate"))
+    for enough in (0.0, 1.0):
+        made = project(projectors.Packed(), adam(), rank=2, every=Backoff(2, enough=enough, recent=2))
+        cells.append(pytest.param(made, id=f"Packed-adam-Backoff-{enough}"))
     others = [(name, i, each) for name, all_ in SETTINGS.items() for i, each in enumerate(all_)]
     return cells + [pytest.param(each, id=f"{name}-{i}") for name, i, each in others]
 

@@ -64,7 +64,7 @@ class StochasticRounding(Write):
 
     bfloat16 has 8 bits: a step below 1/512 of a weight is lost by rounding to the nearest, and so is the usual
     weight decay. The random numbers follow from a seed, the parameter's place and the number of its steps, which
-    the optimiser saves: a run that is resumed goes on with the same bits. Longer types are rounded to the nearest.
+    the optimiser saves: a run that is resumed goes on with the same bits. Longer types are rounded to nearest.
 
     Args:
         seed: of the random numbers.

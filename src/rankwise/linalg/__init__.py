@@ -13,7 +13,7 @@ from .masks import draw_places, largest, largest_in_groups
 from .metric import Metric, metric_norm, metric_svd, truncated_factors
 from .newton_schulz import MUON, POLAR_EXPRESS, newton_schulz
 from .orthonormal import draw_normal, orthonormal, power_steps, product, seeded
-from .packing import pack, packed_bytes, unpack
+from .packing import pack, pack_fitting, packed_bytes, unpack
 from .parabola import log_parabola
 from .principal import principal_components
 from .rounding import Rounded, choose_grids, nearest_codes, round_to_grid
@@ -58,6 +58,7 @@ __all__ = [
     "orthogonal_dictionary",
     "orthonormal",
     "pack",
+    "pack_fitting",
     "packed_bytes",
     "power_steps",
     "principal_components",

@@ -6,6 +6,7 @@ from .frugal import frugal
 from .galore import galore
 from .muon import muon
 from .project import project
+from .q_galore import q_galore
 from .quantised import adamw4bit, adamw8bit, quantised
 from .sgd import sgd
 from .sign import sign
@@ -19,6 +20,7 @@ __all__ = [
     "galore",
     "muon",
     "project",
+    "q_galore",
     "quantised",
     "sgd",
     "sign",
