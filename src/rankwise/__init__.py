@@ -18,6 +18,7 @@ from .adapting import adapt
 from .api import calibrate, compress, export, fold, inspect
 from .checking import check_adapters
 from .core.errors import CalibrationError
+from .core.integer_weights import IntegerWeights, train_as_floats, train_as_integers
 from .core.optimizer import Optimizer
 from .core.report import Report
 from .core.surgery import StructuredLinear
@@ -34,6 +35,7 @@ from .training import heal, initialise, trainable_low_rank
 __version__ = "0.1.0"
 __all__ = [
     "CalibrationError",
+    "IntegerWeights",
     "Optimizer",
     "Report",
     "StochasticRounding",
@@ -68,6 +70,8 @@ __all__ = [
     "save",
     "schedules",
     "starts",
+    "train_as_floats",
+    "train_as_integers",
     "trainable_low_rank",
     "trainer_callback",
 ]

@@ -10,6 +10,7 @@ it: it is the same transform with a stack of one.
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, overload
@@ -125,8 +126,14 @@ class Optimizer(torch.optim.Optimizer):
 
     def state_bytes(self) -> int:
         """Count the bytes that all states will take once every parameter has been stepped."""
-        pairs = [(group["transform"], param) for group in self.param_groups for param in group["params"]]
-        return sum(leaf.nbytes for pair in pairs for leaf in leaves(self._blank(*pair)))
+        kinds: dict[Any, tuple[Transform, Tensor]] = {}  # all others take as much as one of their kind
+        counts: Counter[Any] = Counter()
+        for group in self.param_groups:
+            for param in group["params"]:
+                kind = (group["transform"], param.shape, param.dtype)
+                kinds[kind] = group["transform"], param
+                counts[kind] += 1
+        return sum(counts[kind] * leaf.nbytes for kind in counts for leaf in leaves(self._blank(*kinds[kind])))
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values in torch's layout, which ``torch.load(weights_only=True)`` reads."""
@@ -226,7 +233,7 @@ class Optimizer(torch.optim.Optimizer):
         grads = [p.grad for p in params if p.grad is not None]
         kind = working_type(params[0].dtype)
         joined = _joined(grads).to(kind)
-        values = _joined(params) if transform.reads_param else stack.shape
+        values = _joined(self.write.read(params)) if transform.reads_param else stack.shape
         direction = transform.update(joined, stack.state, values)
         shape = params[0].shape
         steps = [each.reshape(shape) for each in direction]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from ..linalg import seeded, stochastic_bfloat16
 from .states import State, counter
@@ -29,6 +29,10 @@ class Write(abc.ABC):
             ValueError: if parameters of this type cannot be written.
         """
         return {}
+
+    def read(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the values of parameters, where they are kept elsewhere."""
+        return params
 
     @abc.abstractmethod
     def __call__(
@@ -95,5 +99,13 @@ class StochasticRounding(Write):
             return Nearest()(params, directions, keep, factor, state)
         seeds = zip(state["index"].tolist(), state["count"].add_(1).tolist(), strict=True)
         for param, direction, seed in zip(params, directions, seeds, strict=True):
-            value = (param.float() * keep).add_(direction, alpha=factor)
-            param.copy_(stochastic_bfloat16(value, seeded(self.seed, *seed, device=param.device)))
+            written(param, direction, keep, factor, seeded(self.seed, *seed, device=param.device))
+
+
+def written(param: Tensor, direction: Tensor, keep: float, factor: float, generator: Generator) -> None:
+    """Write a step into one parameter; bfloat16 is rounded at random."""
+    if param.dtype == torch.bfloat16:
+        value = (param.float() * keep).add_(direction, alpha=factor)
+        param.copy_(stochastic_bfloat16(value, generator))
+    else:
+        Nearest()([param], [direction], keep, factor, {})

@@ -21,7 +21,7 @@ from .shrinking import hard, magnitude, smallest_kept, soft
 from .sparse_coding import matching_pursuit
 from .sparse_plus_low_rank import sparse_plus_low_rank
 from .splitting import Splitting
-from .stochastic import stochastic_bfloat16
+from .stochastic import add_to_integers, integer_grid, stochastic_bfloat16
 
 __all__ = [
     "MUON",
@@ -29,6 +29,7 @@ __all__ = [
     "Metric",
     "Rounded",
     "Splitting",
+    "add_to_integers",
     "choose_grids",
     "cosine_rows",
     "cosine_transform",
@@ -43,6 +44,7 @@ __all__ = [
     "fit_entries",
     "hard",
     "inner",
+    "integer_grid",
     "interpolative_rows",
     "k_svd",
     "largest",

@@ -72,8 +72,8 @@ class Packed(Projector):
         values = columns.mT.reshape(k * rank, side).double()
         weights = torch.ones(side, dtype=values.dtype, device=values.device)
         scale, offset = choose_grids(values, weights, self.bits, self.group, columns.dtype)
-        spread = (each.repeat_interleave(self.group, 1)[:, :side] for each in (scale, offset))
-        codes = pack_fitting(nearest_codes(values, *spread, self.bits), self.bits)
+        a, b = (each.repeat_interleave(self.group, 1)[:, :side] for each in (scale, offset))
+        codes = pack_fitting(nearest_codes(values, a, b, self.bits), self.bits)
         kept = {"codes": codes, "scale": scale.to(columns.dtype), "offset": offset.to(columns.dtype)}
         return {**left, **{key: value.view(k, rank, value.shape[-1]) for key, value in kept.items()}}
 
