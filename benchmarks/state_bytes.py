@@ -6,6 +6,7 @@ Parts: ``state``, the bytes that the predictor counts from shapes alone, for eac
 also what stands in the state after one step of bfloat16 weights with random gradients. Matrices of the blocks get
 the method with GaLore's rank for the size; embeddings, head and norms get AdamW, in 8 or 4 bits where the method
 has such moments. ``claim``, the published savings beside what counting gives, by each way of counting named.
+``table``, published gigabytes of weights and states beside the counted ones; those of Q-GaLore are recalled.
 
 The shapes are those of GaLore's configurations (head and embeddings not tied, vocabulary of 32000).
 """
@@ -63,6 +64,12 @@ SIZES = {
     "350M": Llama(1024, 2736, 24, 256),
     "1B": Llama(2048, 5461, 24, 512),
     "7B": Llama(4096, 11008, 32, 1024),
+}
+PUBLISHED = {  # G of weights and states: those of the first two from GaLore's table, those of Q-GaLore recalled
+    "60M": {"AdamW": 0.36, "GaLore": 0.24, "Q-GaLore": 0.18},
+    "130M": {"AdamW": 0.76, "GaLore": 0.52, "Q-GaLore": 0.39},
+    "350M": {"AdamW": 2.06, "GaLore": 1.22, "Q-GaLore": 0.88},
+    "1B": {"AdamW": 7.80, "GaLore": 4.38, "Q-GaLore": 3.08},
 }
 SMOKE = {"smoke": Llama(32, 64, 1, 8)}
 
@@ -176,6 +183,7 @@ def claims(rows: Rows, model: Llama) -> None:
     )
     for bytes_, how in (
         (8 * sparse, "8 bytes an index, as in its code"),
+        (4 * sparse, "4 bytes"),
         (int(sum(short)), "2 bytes, as here"),
         (0, "none"),
     ):
@@ -184,8 +192,26 @@ def claims(rows: Rows, model: Llama) -> None:
         add("SLTrain, in all", 0.73, 1 - total / whole, text)
 
 
+def table(rows: Rows, size: str, model: Llama) -> None:
+    """Count weights and states: bfloat16, but 8-bit matrices for Q-GaLore, whose state is that of the first part."""
+    others = sum(math.prod(shape) for shape in model.others)
+    dense, embedded = numbers(adam(), [*model.matrices, *model.others]), numbers(adam(), model.others)
+    low = numbers(galore(rank=model.rank), model.matrices) + embedded
+    integers = sum(m * n + 8 * m * -(-n // 256) for m, n in model.matrices)
+    state = rows.find(part="state", size=size, method="Q-GaLore")["predicted"]
+    counted = {
+        "AdamW": 2 * (model.numbers + dense),
+        "GaLore": 2 * (model.numbers + low),
+        "Q-GaLore": integers + 2 * others + state,
+    }
+    for method, bytes_ in counted.items():
+        rows.add(
+            part="table", size=size, method=method, counted=bytes_, claimed=PUBLISHED.get(size, {}).get(method)
+        )
+
+
 def main() -> None:
-    """Run both parts."""
+    """Run all parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=RESULTS / "state_bytes.json")
     parser.add_argument("--smoke", action="store_true", help="one tiny model, to see that it runs")
@@ -194,6 +220,9 @@ def main() -> None:
     states(rows, sizes, "smoke" if options.smoke else "60M")
     if not rows.has(part="claim"):
         claims(rows, list(sizes.values())[-1])
+    if not rows.has(part="table"):
+        for size, model in sizes.items():
+            table(rows, size, model)
 
 
 if __name__ == "__main__":
