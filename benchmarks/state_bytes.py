@@ -193,7 +193,7 @@ def claims(rows: Rows, model: Llama) -> None:
 
 
 def table(rows: Rows, size: str, model: Llama) -> None:
-    """Count weights and states: bfloat16, but 8-bit matrices for Q-GaLore, whose state is that of the first part."""
+    """Count weights and states: bfloat16, but for Q-GaLore 8-bit matrices and the state of the first part."""
     others = sum(math.prod(shape) for shape in model.others)
     dense, embedded = numbers(adam(), [*model.matrices, *model.others]), numbers(adam(), model.others)
     low = numbers(galore(rank=model.rank), model.matrices) + embedded

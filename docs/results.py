@@ -287,9 +287,9 @@ def state_bytes() -> list[str]:
     measured = next(row["size"] for row in rows if "measured" in row)
     lines = _head("Bytes of optimisers' states", found)
     lines += [
-        "GB predicted from shapes, for Llamas in bfloat16 with GaLore's ranks; moments are float32 unless they have",
-        f"fewer bits. For {measured} the bytes after a step are the predicted ones in {sum(same)} of {len(same)} cases.",
-        "Embeddings and head are counted, with AdamW.",
+        "GB predicted from shapes, for Llamas in bfloat16 with GaLore's ranks; moments are float32 unless they",
+        f"have fewer bits. For {measured} the bytes after a step are the predicted ones in {sum(same)} of "
+        f"{len(same)} cases. Embeddings and head are counted, with AdamW.",
         "",
     ]
     cells = []

@@ -58,6 +58,23 @@ def test_no_value_is_nearer_than_the_one_that_is_taken(bits: int, signed: bool):
     assert bool(((found - values.double()).abs() <= error + 1e-6 * largest).all())
 
 
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_change_in_the_middle_between_values(bits: int, signed: bool):
+    """Just below, at and just above all places where the nearest value changes, in one block with a 1."""
+    table = torch.tensor(dynamic_table(bits, signed=signed), dtype=torch.float64)
+    middles = ((table[1:] + table[:-1]) / 2).float()
+    up, down = (torch.nextafter(middles, torch.tensor(sign * torch.inf)) for sign in (1, -1))
+    values = torch.cat([torch.tensor([1.0]), up, middles, down])[None]
+    found = there_and_back(values, bits, values.shape[1])[0, 1:].view(3, -1)
+    if not signed:
+        assert bool((found > 0).all())
+        found, table = found[:, 1:], table[1:]  # what is above zero stays above zero
+    torch.testing.assert_close(found[0].double(), table[1:], rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[2].double(), table[:-1], rtol=1e-6, atol=0)
+    assert bool(((found[1] == found[0]) | (found[1] == found[2])).all())
+
+
 @pytest.mark.parametrize(("bits", "bound"), [(8, 0.011), (4, 0.17)])
 def test_errors_have_a_bound_and_signs_stay(bits: int, bound: float):
     """Half the widest gap of the table, of the largest number of the block."""

@@ -72,7 +72,9 @@ class ChangingWeight(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         """Save no change, which is zero."""
 
-    def _load_from_state_dict(self, *args: object) -> None:
+    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride] (none is looked at)
+        self, *args: object
+    ) -> None:
         """Expect no change."""
 
 
@@ -149,7 +151,8 @@ class IntegerWeights(Write):
     """
 
     def __init__(self, model: nn.Module, seed: int = 0) -> None:
-        self.weights = {each.change: each for each in model.modules() if isinstance(each, ChangingWeight)}
+        found = [each for each in model.modules() if isinstance(each, ChangingWeight)]
+        self.weights: dict[Tensor, ChangingWeight] = {each.change: each for each in found}
         self.seed = seed
         if not self.weights:
             raise ValueError("the model has no layers with integers; call train_as_integers first.")
