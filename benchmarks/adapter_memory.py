@@ -14,9 +14,8 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from common import RESULTS, command, environment
+from common import RESULTS, command, environment, saved_bytes
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -45,20 +44,15 @@ def theirs(dora: bool, width: int = WIDTH, layers: int = LAYERS) -> nn.Module:
     return get_peft_model(plain(width, layers), config)
 
 
-def saved_bytes(model: nn.Module) -> int:
-    """What one forward pass keeps for the backward pass."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, Tensor] = {}  # holds the tensors, so that no storage is used twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
+def step_bytes(model: nn.Module) -> int:
+    """What one forward pass keeps for the backward pass, which is run, too."""
     x = torch.randn(TOKENS, WIDTH)
-    with torch.autocast("cpu", dtype=torch.bfloat16), saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = model(x)
-    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+    def forward() -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(x)
+
+    total, y = saved_bytes(model, forward)
     y.float().sum().backward()
     return total
 
@@ -105,7 +99,7 @@ def main() -> None:
         row: dict[str, Any] = {"method": name}
         makers: dict[str, Callable[..., nn.Module]] = {"rankwise": ours, "peft": theirs}
         for maker, make in makers.items():
-            row[f"saved_{maker}"] = saved_bytes(make(dora))
+            row[f"saved_{maker}"] = step_bytes(make(dora))
             for width in (512, 1024):
                 row[f"temporary_{maker}_{width}"] = temporary(make(dora, width, 1), width)
         rows.append(row)

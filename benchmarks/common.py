@@ -8,12 +8,15 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 import rankwise
 from rankwise.core.methods import Compressor
@@ -92,6 +95,21 @@ def restoring(model):
         set_module(model, path, layer)
 
 
+def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[int, Tensor]:
+    """Count what a forward pass keeps for the backward pass, each storage once, without parameters."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, Tensor] = {}  # holds the tensors, so that no storage is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), result
+
+
 class Rows:
     """Rows of a result, on disk as soon as they are known; a second run goes on where the first stopped."""
 
@@ -115,6 +133,10 @@ class Rows:
         """Print a row and write all of them."""
         self.rows.append(row)
         print(json.dumps(row), flush=True)
+        self.write()
+
+    def write(self) -> None:
+        """Write all rows, such as after one was changed."""
         temporary = self.path.with_suffix(".tmp")
         content = {"command": self.command, "environment": environment(), "rows": self.rows}
         temporary.write_text(json.dumps(content, indent=1) + "\n")

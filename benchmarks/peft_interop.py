@@ -1,7 +1,8 @@
 """Do PEFT's files mean the same here and there? Writes benchmarks/results/peft_interop.json.
 
 Each adapter is attached on one side, given random numbers, written, and read on the other side: the largest
-difference of logits in float32, and the keys that PEFT misses or does not expect. On small random models.
+difference of logits in float32, and the keys that PEFT misses or does not expect; beside it the largest change of
+logits that the adapter makes. On small random models.
 """
 
 import argparse
@@ -15,7 +16,19 @@ import peft
 import torch
 from common import Rows
 from torch import Generator, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, logging
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    logging,
+)
 
 import rankwise
 from rankwise.adapters import Bat, Eva, Lora, Miss
@@ -27,6 +40,17 @@ RESULT = Path(__file__).parent / "results" / "peft_interop.json"
 SIZES = {"vocab_size": 96, "bos_token_id": 0, "eos_token_id": 1}
 LLAMA = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
 GPT2 = {"n_positions": 64, "n_embd": 64, "n_layer": 3, "n_head": 4}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+MIXTURE = {**SIZES, **HEADS, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+MIXTURES: dict[
+    str, Callable[[], Any]
+] = {  # which store experts as (m, n), as (n, m), and so without a word of it
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**MIXTURE, num_local_experts=3, initializer_range=0.1)),
+    "gpt-oss": lambda: GptOssForCausalLM(GptOssConfig(**MIXTURE, num_local_experts=4, initializer_range=0.1)),
+    "llama4": lambda: Llama4ForCausalLM(
+        Llama4TextConfig(**MIXTURE, num_local_experts=3, intermediate_size_mlp=80, initializer_range=0.1)
+    ),
+}
 HALF = {"llama": "q_proj", "gpt2": "c_attn"}
 OTHER = {"llama": "down_proj", "gpt2": "c_fc"}
 
@@ -34,6 +58,8 @@ OTHER = {"llama": "down_proj", "gpt2": "c_fc"}
 def build(name: str) -> Any:
     """A random model in evaluation mode, the same at each call."""
     torch.manual_seed(0)
+    if name in MIXTURES:
+        return MIXTURES[name]().eval()
     if name == "gpt2":
         return GPT2LMHeadModel(GPT2Config(**SIZES, **GPT2)).eval()
     tied = name == "llama"
@@ -76,6 +102,16 @@ def ours(**more: Any) -> Callable[[Any], None]:
     return lambda model: rankwise.adapt(model, **{"data": [ids()], **more}) and None
 
 
+def inner(name: str, layer: nn.Module) -> bool:
+    """Experts and queries."""
+    return ".experts" in name or name.endswith("q_proj")
+
+
+def second(name: str, layer: nn.Module) -> bool:
+    """One of two parameters of the experts."""
+    return ".experts.down_proj" in name
+
+
 WRITTEN: dict[str, tuple[tuple[str, ...], Callable[[Any], None]]] = {
     "LORA": (("llama", "gpt2"), ours(method=Lora(rank=4, alpha=6.0))),
     "LORA, rsLoRA": (("llama", "gpt2"), ours(method=Lora(rank=4, alpha=6.0, rank_stabilised=True))),
@@ -90,12 +126,26 @@ WRITTEN: dict[str, tuple[tuple[str, ...], Callable[[Any], None]]] = {
     "LORA, biases": (("gpt2",), ours(method=Lora(rank=4), also=lambda n: n.endswith("bias") and "ln" not in n)),
     "LORA, head saved": (("llama untied",), ours(method=Lora(rank=4), also=lambda n: "lm_head" in n)),
     "LORA, tied embeddings saved": (("llama",), ours(method=Lora(rank=4), also=lambda n: "embed_tokens" in n)),
+    "LORA, experts": (tuple(MIXTURES), ours(method=Lora(rank=4, alpha=6.0), where=inner)),
+    "LORA, experts of several ranks": (tuple(MIXTURES), ours(method=Eva(rank=4, alpha=6.0), where=inner)),
+    "LORA, experts, one of two": (tuple(MIXTURES), ours(method=Lora(rank=4), where=second)),
     "LORA, head adapted": (("llama untied",), ours(method=Lora(rank=4), where=lambda n, layer: True)),
 }
 
 
 def theirs(name: str) -> dict[str, Any]:
     """PEFT's descriptions for a model."""
+    if name in MIXTURES:
+        up, down = "experts.gate_up_proj", "experts.down_proj"
+        both: dict[str, Any] = {"target_parameters": [down, up], "lora_alpha": 6}
+        return {
+            "LORA, experts": peft.LoraConfig(r=4, target_modules=["q_proj"], **both),
+            "LORA, experts, patterns": peft.LoraConfig(
+                r=4, target_modules=[], rank_pattern={down: 2}, alpha_pattern={"gate_up_proj": 3}, **both
+            ),
+            "LORA, experts, rsLoRA": peft.LoraConfig(r=4, target_modules=[], use_rslora=True, **both),
+            "LORA, experts, one of two": peft.LoraConfig(r=4, target_modules=[], target_parameters=[up]),
+        }
     kind = name.split()[0]
     usual: dict[str, Any] = {"target_modules": [HALF[kind], OTHER[kind]]}
     lora = {**usual, "r": 4, "lora_alpha": 6}
@@ -148,6 +198,7 @@ def to_peft(rows: Rows, work: Path) -> None:
                 model=name,
                 kind=config.peft_type.value,
                 layers=len(rankwise.core.adapted.adapted(model)),
+                change=difference(model, build(name)),
                 difference=difference(model, loaded),
                 missing=sorted(set(state) & set(keys.missing_keys)),
                 unexpected=list(keys.unexpected_keys),
@@ -157,7 +208,7 @@ def to_peft(rows: Rows, work: Path) -> None:
 
 def from_peft(rows: Rows, work: Path) -> None:
     """PEFT's, read by us, written by us, and read by PEFT again."""
-    for name in ("llama", "gpt2", "llama untied"):
+    for name in ("llama", "gpt2", "llama untied", *MIXTURES):
         for case, config in theirs(name).items():
             if rows.has(direction="peft to rankwise", case=case, model=name):
                 continue
@@ -174,10 +225,83 @@ def from_peft(rows: Rows, work: Path) -> None:
                 model=name,
                 kind=config.peft_type.value,
                 layers=len(report.rows),
+                change=difference(adapted, build(name)),
                 difference=difference(adapted, other),
                 missing=report.totals["missing"],
                 unexpected=report.totals["unexpected"],
                 read_again=difference(adapted, peft.PeftModel.from_pretrained(third, again)),
+            )
+
+
+def pair(name: str) -> tuple[Any, Any]:
+    """Two of PEFT's descriptions for one model: of two ranks and scales, and on other layers."""
+    half, other = HALF[name], OTHER[name]
+    poet = peft.LoraConfig(r=4, lora_alpha=6, target_modules=[half, other])
+    return poet, peft.LoraConfig(r=2, lora_alpha=5, use_rslora=True, target_modules=[half])
+
+
+CHOICES: dict[str, Any] = {  # what is in use here, and how PEFT comes to compute the same
+    "several, the first": "poet",
+    "several, the second": "coder",
+    "several, none": None,
+    "several, weighted sum as by cat": {"poet": 0.7, "coder": 0.3},
+    "several, one for each row": ["poet", "coder", None, "poet"],
+}
+
+
+def chosen(model: Any, choice: Any) -> torch.Tensor:
+    """The logits of PEFT's model with adapters as :func:`rankwise.use` chooses them."""
+    with torch.no_grad():
+        if choice is None:
+            with model.disable_adapter():
+                return model(ids()).logits
+        if isinstance(choice, list):
+            return model(ids(), adapter_names=["__base__" if each is None else each for each in choice]).logits
+        if isinstance(choice, dict):
+            model.base_model.add_weighted_adapter(list(choice), list(choice.values()), "sum", "cat")
+        model.set_adapter("sum" if isinstance(choice, dict) else choice)
+        return model(ids()).logits
+
+
+def several(rows: Rows, work: Path) -> None:
+    """Two of PEFT's adapters in one model on each side; what is in use here is written, and read by PEFT."""
+    for name in ("llama", "gpt2"):
+        if all(rows.has(direction="peft to rankwise", case=case, model=name) for case in CHOICES):
+            continue
+        poet, coder = pair(name)
+        theirs = peft.get_peft_model(build(name), poet, "poet")
+        theirs.add_adapter("coder", coder)
+        for each in ("poet", "coder"):
+            theirs.set_adapter(each)
+            moved(theirs)
+        theirs.eval().save_pretrained(work / f"{name} of two")
+        model = build(name)
+        with torch.no_grad():
+            before = model(ids()).logits
+        folders = [(each, work / f"{name} of two" / each) for each in ("poet", "coder")]
+        totals = [rankwise.load_adapter(model, folder, name=each).totals for each, folder in folders]
+        for case, choice in CHOICES.items():
+            rankwise.use(model, choice)
+            wanted = chosen(theirs, choice)
+            with torch.no_grad():
+                found = model.eval()(ids()).logits
+            again = None
+            if choice is not None and not isinstance(choice, list):
+                folder = rankwise.save(model, work / f"{name} {case}", format="peft")
+                read = peft.PeftModel.from_pretrained(build(name), folder)
+                with torch.no_grad():
+                    again = float((wanted - read.eval()(ids()).logits).abs().max())
+            rows.add(
+                direction="peft to rankwise",
+                case=case,
+                model=name,
+                kind="LORA",
+                layers=len(rankwise.core.adapted.adapted(model)),
+                change=float((wanted - before).abs().max()),
+                difference=float((wanted - found).abs().max()),
+                missing=[key for total in totals for key in total["missing"]],
+                unexpected=[key for total in totals for key in total["unexpected"]],
+                read_again=again,
             )
 
 
@@ -192,6 +316,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         to_peft(rows, Path(work))
         from_peft(rows, Path(work))
+        several(rows, Path(work))
     wrong = [row for row in rows.rows if row["missing"] or row["unexpected"] or row["difference"] > 1e-5]
     print(f"{len(rows.rows)} cases, {len(wrong)} wrong, peft {peft.__version__}")
 

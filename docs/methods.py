@@ -16,6 +16,7 @@ from rankwise import (
     compressors,
     exporters,
     initialisers,
+    layers,
     matrices,
     measures,
     optimizers,
@@ -38,7 +39,10 @@ SECTIONS: dict[str, tuple[types.ModuleType, str]] = {
     ),
     "Adapters": (adapters, "`rankwise.adapt(model, method, ...)` and `rankwise adapt --method NAME`."),
     "Initialisers": (initialisers, "`Lora(start=...)` and `rankwise adapt --method lora --set start=NAME`."),
-    "Rank rules": (rank_rules, "`Lora(ranks=...)` and `rankwise adapt --method lora --set ranks=NAME`."),
+    "Rank rules": (
+        rank_rules,
+        "`ranks=...` of adapters that have it and `rankwise adapt --method lora --set ranks=NAME`.",
+    ),
     "Schedules": (schedules, "What adapters that change while they train hold; `rankwise.follow` lets them act."),
     "Starts": (starts, "`rankwise.initialise(model, start)`."),
     "Measures": (measures, "`rankwise.inspect(model)` and `rankwise inspect`."),
@@ -50,6 +54,7 @@ SECTIONS: dict[str, tuple[types.ModuleType, str]] = {
         projectors,
         "What projected optimisers hold: subspaces, when they are chosen again, what becomes of moments in them.",
     ),
+    "Layers": (layers, "What `rankwise.lipschitz_bound(model)` understands beside the layers of torch."),
     "Formats": (
         exporters,
         "`rankwise.export(model, format, folder)` and `rankwise export --to NAME`.",

@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from mixtures import MIXTURES
 from tiny import gpt2, ids, llama
 
 import rankwise
 from rankwise import adapters
 from rankwise.compressors import PlainSvd
+from rankwise.core.methods import Adapter
 from rankwise.models.adapter_files import TENSORS
 
 
@@ -19,15 +21,63 @@ def batches() -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("also", "message"),
     [
-        (lambda name: "layers.0" in name, r"'also' accepts model\.layers\.0\.self_attn\.q_proj\.weight"),
+        (lambda name: "mlp" in name, r"'also' accepts model\.layers\.0\.mlp\.gate_proj\.weight"),
         (lambda name: "nrom" in name, "'also' accepts no parameter"),
     ],
 )
 def test_what_else_trains_is_no_adapted_weight_and_is_there(also, message: str):
     model = llama()
     with pytest.raises(ValueError, match=message):
-        rankwise.adapt(model, adapters.Lora(rank=2), also=also)
+        rankwise.adapt(model, adapters.Lora(rank=2), where=lambda name, _: "mlp" in name, also=also)
     assert not rankwise.core.surgery.structured(model)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        adapters.AdaLora(rank=2, target=1),
+        adapters.Bat(block=2),
+        adapters.Eva(rank=2),
+        adapters.KronLora(count=2, rank=2),
+        adapters.Lamda(rank=2),
+        adapters.Loldu(rank=2),
+        adapters.Lora(rank=2),
+        adapters.Pissa(rank=2),
+        adapters.Sst(rank=2),
+        adapters.Svfit(rank=2),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_a_gate_too_small_is_left_out_where_nobody_named_it(method: Adapter):
+    gate = "model.layers.0.mlp.shared_expert_gate"
+    data = batches() if method.needs else None
+    report = rankwise.adapt(MIXTURES["qwen2 moe"](), method, data=data)
+    assert f"too small and left out: {gate}" in report.title
+    assert list(report.totals["left_out"]) == [
+        name for name, _ in MIXTURES["qwen2 moe"]().named_modules() if name.endswith("shared_expert_gate")
+    ]
+    assert not any(row["name"].endswith("shared_expert_gate") for row in report.rows)
+    with pytest.raises(ValueError, match=r"shared_expert_gate: .* Or leave the layer out with 'where'"):
+        rankwise.adapt(
+            MIXTURES["qwen2 moe"](), method, where=lambda name, _: name.endswith("shared_expert_gate"), data=data
+        )
+
+
+def test_a_rank_too_large_for_all_layers_is_refused():
+    for method in (adapters.Lora(rank=1000), adapters.Eva(rank=1000), adapters.Svfit(rank=1000)):
+        model = llama()
+        with pytest.raises(ValueError, match=r"all layers are too small\. Layer model\.layers\.0.*1000"):
+            rankwise.adapt(model, method, data=batches() if method.needs else None)
+        assert not rankwise.core.surgery.structured(model)
+        assert all(p.requires_grad for p in model.parameters())
+
+
+def test_what_trains_whole_is_not_adapted_where_nobody_named_it():
+    model = llama()
+    report = rankwise.adapt(model, adapters.Lora(rank=2), also=lambda name: "mlp.up_proj" in name)
+    assert len(report.rows) == 2 * 6
+    assert not any("up_proj" in row["name"] for row in report.rows)
+    assert model.model.layers[0].mlp.up_proj.weight.requires_grad
 
 
 def test_other_parameters_train_whole():
@@ -50,11 +100,9 @@ def test_a_bias_that_trains_outlives_an_adapter_that_ends_empty(tmp_path):
 
 
 def test_what_is_under_an_adapter_is_not_trained_by_others():
-    model, reference = llama(), llama()
+    model = llama()
     rankwise.compress(model, PlainSvd(), keep=0.8)
     rankwise.adapt(model, adapters.Lora(rank=2))
-    with pytest.raises(ValueError, match="has an adapter"):
-        rankwise.heal(model, reference, data=batches(), steps=1)
     with pytest.raises(ValueError, match="has an adapter"):
         rankwise.trainable_low_rank(model)
 

@@ -3,10 +3,15 @@
 import pytest
 import torch
 from contracts.examples import draw
+from tiny import ids, llama
 from torch import nn
+from torch.nn import functional
 
 import rankwise
-from rankwise.adapters import AdaLora, Lora
+from rankwise import checking
+from rankwise.adapters import AdaLora, Compacter, Householder, Lora
+from rankwise.core.extended import extended
+from rankwise.core.methods import Adapter
 from rankwise.initialisers import SingularVectors
 
 
@@ -103,6 +108,43 @@ def test_a_schedule_that_did_not_act_is_named():
     report = rankwise.check_adapters(model, optimizer)
     assert report.totals["problems"] == {}
     assert [row["acted"] for row in report.rows] == [1, 1]
+
+
+def test_modules_behind_layers_are_looked_at():
+    model = llama()
+    rankwise.adapt(model, Compacter(reduction=4))
+    left_out = {id(p) for p in model.model.layers[1].mlp.down_proj.after.parameters() if p.dim() != 3}
+    optimizer = torch.optim.SGD([p for p in trained(model) if id(p) not in left_out], lr=0.1)
+    follower = rankwise.follow(model, optimizer, steps=2)
+    names = [f"model.layers.{i}.{last}" for i in range(2) for last in ("self_attn.o_proj", "mlp.down_proj")]
+    rows = rankwise.check_adapters(model).rows
+    assert [(row["name"], row["change"], row["problem"]) for row in rows] == [
+        (name, 0.0, "no gradient and no change") for name in names
+    ]
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(ids(), labels=ids()).loss.backward()
+        optimizer.step()
+    report = rankwise.check_adapters(model, optimizer, follower=follower)
+    assert list(report.totals["problems"]) == names[-1:]
+    assert report.totals["problems"][names[-1]] == ("in no optimiser: after.inner_bias, after.outer_bias")
+    assert [row["trained"] for row in report.rows] == [
+        sum(p.numel() for p in layer.after.parameters()) for layer in extended(model).values()
+    ]
+    after = model.model.layers[0].mlp.down_proj.after.double()
+    h = torch.randn(64, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    moved = after.up(functional.gelu(after.down(h) + after.inner_bias, approximate="tanh")) + after.outer_bias
+    assert report.rows[1]["change"] == pytest.approx(float((moved.norm() / h.norm()).detach()), rel=1e-6)
+
+
+@pytest.mark.parametrize("method", [Lora(rank=2), Lora(rank=2, magnitudes=True), Householder(rank=2)])
+def test_a_change_is_measured_some_rows_at_a_time(method: Adapter, monkeypatch: pytest.MonkeyPatch):
+    model = adapted_net(method)
+    optimizer = torch.optim.SGD(trained(model), lr=0.1)
+    step(model, optimizer)
+    whole = [row["change"] for row in rankwise.check_adapters(model).rows]
+    monkeypatch.setattr(checking, "AT_ONCE", 25)
+    assert [row["change"] for row in rankwise.check_adapters(model).rows] == pytest.approx(whole, rel=1e-9)
 
 
 def test_without_adapters_there_is_nothing_to_check():

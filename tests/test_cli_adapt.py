@@ -11,6 +11,7 @@ from test_cli import folder as folder
 from test_cli import refused, run
 from test_cli import text as text
 from tiny import WORDS
+from transformers import AutoModelForSequenceClassification
 
 import rankwise
 from rankwise.core import running
@@ -105,7 +106,8 @@ def test_a_stopped_run_goes_on(folder, data, tmp_path, monkeypatch):
     assert (tmp_path / "out.partial").exists()
     monkeypatch.setattr(running.Run, "_step", step)
     refused(adapt(folder, data, "--every", 1, "--out", out), "out.partial", "--resume")
-    refused(adapt(folder, data, "--every", 1, "--out", out, "--lr", 0.1, "--resume"), "another model")
+    refused(adapt(folder, data, "--every", 1, "--out", out, "--lr", 0.1, "--resume"), "(other lr)")
+    refused(adapt(folder, data, "--every", 1, "--out", out, "--set", "alpha=3", "--resume"), "(other adapters)")
     result = adapt(folder, data, "--every", 1, "--out", out, "--resume")
     assert result.exit_code == 0, result.output
     first, second = (saved(tmp_path / name) for name in ("whole", "out"))
@@ -127,11 +129,27 @@ def test_a_classifier(folder, tmp_path):
     (head,) = [tensor for name, tensor in saved(tmp_path / "out").items() if "score.weight" in name]
     assert head.shape == (2, 32)
     assert json.loads((tmp_path / "out" / "labels.json").read_text()) == ["0", "1"]
+    words = ["--base", folder, "--to", "merged", "--out", tmp_path / "merged"]
+    assert run("export", tmp_path / "out", *words).exit_code == 0
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert torch.equal(merged.score.weight, head)
+    assert merged.config.id2label == {0: "0", 1: "1"}
     assert "score" not in {layer["name"] for layer in found["layers"]}
     other = lines(tmp_path / "other.jsonl", [{"text": "ban", "label": "new"}])
     refused(adapt(folder, data, "--eval", other), "label 'new' is none of 0, 1")
     one = lines(tmp_path / "one.jsonl", [{"text": "ban", "label": "new"}] * 3)
     refused(adapt(folder, one), "one label only, 'new'")
+
+
+def test_modules_between_layers_are_saved(folder, data, tmp_path):
+    out = tmp_path / "out"
+    words = ["--method", "compacter", "--set", "reduction=4", "--window", 32, "--steps", 2, "--out", out]
+    result = run("adapt", folder, "--data", data, *words)
+    assert result.exit_code == 0, result.output
+    report = rankwise.load_adapter(rankwise.load(str(folder))[0], out)
+    assert len(report.rows) == 4
+    words = ["--base", folder, "--to", "merged", "--out", tmp_path / "merged"]
+    refused(run("export", out, *words), "neither merged nor exported")
 
 
 def test_half_precision_runs_under_autocast(folder, data, tmp_path):
@@ -146,7 +164,6 @@ def test_half_precision_runs_under_autocast(folder, data, tmp_path):
         (["--method", "lora", "--set", "start=svd"], ["--set start: must be one of", "singular-vectors"]),
         (["--rank", 0], ["rank must be an integer >= 1, got 0"]),
         (["--rank", 1000], ["rank", "1000"]),
-        (["--method", "compacter", "--out", "new"], ["--out: no file format holds"]),
         (["--set", "rank=3"], ["rank is given twice"]),
         (["--where", "nothing_like_it"], ["no layer was selected"]),
         (["--also", "("], ["--also is not a regular expression"]),
@@ -162,6 +179,35 @@ def test_half_precision_runs_under_autocast(folder, data, tmp_path):
 )
 def test_wrong_words_are_named(folder, data, words, expected):
     refused(adapt(folder, data, *words), *expected)
+
+
+@pytest.mark.parametrize(
+    ("records", "expected"),
+    [
+        ([{"text": "ban", "label": True}], ["line 1", "or a whole number", "got True"]),
+        ([{"text": "ban", "label": "x "}], ["line 1", "without spaces around it", "got 'x '"]),
+        ([{"text": "ban", "label": " "}], ["line 1", "got ' '"]),
+        ([{"text": "ban", "label": 1}, {"text": "ban"}], ["line 2", "as all lines for a classifier do"]),
+        ([{"text": "ban das"}, {"text": "ban", "label": 1}], ["line 2", "only a classifier learns"]),
+        ([{"text": "ban", "prompt": "ban", "completion": "das"}], ["line 1", "two forms of an example"]),
+        ([{"prompt": "ban", "completion": "das", "answer": "bon"}], ["prompt with completion and of question"]),
+        ([{"text": ""}], ["line 1", "words in it"]),
+        ([{"prompt": "ban", "completion": " "}], ["line 1", '"completion" with words in it']),
+    ],
+)
+def test_mixed_and_empty_lines_are_named(folder, tmp_path, records, expected):
+    refused(adapt(folder, lines(tmp_path / "data.jsonl", records)), *expected)
+
+
+def test_numbers_are_labels_in_their_order(folder, tmp_path):
+    records = [{"text": f"{a} {b}", "label": i % 12 - 1} for i, (a, b) in enumerate(itertools.pairwise(WORDS))]
+    data, text = lines(tmp_path / "data.jsonl", records), tmp_path / "plain.txt"
+    data.write_bytes(b"\xef\xbb\xbf" + data.read_bytes().replace(b"\n", b"\r\n"))  # as some editors do
+    result = adapt(folder, data, "--method", "lora", "--steps", 1, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert rankwise.models.read_labels(tmp_path / "out") == tuple(map(str, range(-1, 11)))
+    text.write_text("ban das")
+    refused(adapt(folder, data, "--eval", text), "plain.txt must be .jsonl")
 
 
 def test_damaged_data_is_named(folder, tmp_path):

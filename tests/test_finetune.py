@@ -4,6 +4,7 @@ import copy
 import itertools
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from tiny import llama
 from torch import Tensor, nn
 
 import rankwise
-from rankwise.adapters import Eva, Lora
+from rankwise import adapters
+from rankwise.adapters import AdaLora, Compacter, Eva, Householder, Lora, Sst
 from rankwise.core import running
+from rankwise.core.extended import extended
 from rankwise.core.labels import given
 from rankwise.core.memory import held_bytes, optimizer_bytes, peak_memory_bytes, reset_peak_memory
-from rankwise.core.rates import Cosine, Linear
+from rankwise.core.rates import GENERAL, WHOLE, Cosine, Linear
 
 
 def batches(count: int = 10, seed: int = 1) -> list[dict[str, Tensor]]:
@@ -26,7 +29,8 @@ def batches(count: int = 10, seed: int = 1) -> list[dict[str, Tensor]]:
 
 def tiny(method=None, **changes) -> nn.Module:
     model = llama(**{"initializer_range": 0.1, **changes})
-    rankwise.adapt(model, method or Lora(rank=4), data=batches(2))
+    method = method or Lora(rank=4)
+    rankwise.adapt(model, method, data=batches(2) if getattr(method, "needs", ()) else None)
     return model
 
 
@@ -261,13 +265,15 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     rankwise.finetune(tiny(), batches(), **options)
     moved = tiny()
     moved.model.norm.weight.data += 1
-    for model, data, more in (
-        (moved, batches(), {}),
-        (tiny(Lora(rank=2)), batches(), {}),
-        (tiny(), batches(seed=4), {}),
-        (tiny(), batches(), {"lr": 1e-3}),
+    for model, data, more, words in (
+        (moved, batches(), {}, r" \(other model\)"),
+        (tiny(Lora(rank=2)), batches(), {}, r" \(other adapters\)"),
+        (tiny(Lora(rank=4, alpha=3.0)), batches(), {}, r" \(other adapters\)"),
+        (tiny(Lora(rank=4, dropout=0.5)), batches(), {}, r" \(other adapters\)"),
+        (tiny(), batches(seed=4), {}, r" \(other data\)"),
+        (tiny(), batches(), {"lr": 1e-3, "clip": 2.0}, r" \(other clip, lr\)"),
     ):
-        with pytest.raises(ValueError, match="is about another model"):
+        with pytest.raises(ValueError, match=f"is about another model, reference, data or setting{words};"):
             rankwise.finetune(model, data, **options, **more)
 
 
@@ -302,6 +308,98 @@ def test_frozen_batch_normalisations_stay_and_trained_ones_go_back_to_the_best()
     report = rankwise.finetune(net, data, lr=10.0, clip=None, steps=6)  # far too fast: the start is the best
     assert not report.totals["improved"]
     assert report.totals["best_step"] == 0
+
+
+@pytest.mark.parametrize(
+    "method", [Lora(rank=4), AdaLora(rank=4, target=1, every=1), Compacter(reduction=4), Householder(rank=2)]
+)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_adapters_are_looked_at_after_the_first_steps(method: object, steps: int):
+    model = tiny(method)
+    names = [*rankwise.core.adapted.adapted(model), *extended(model)]
+    found = rankwise.finetune(model, batches(), lr=1e-3, steps=steps, every=1).totals["adapters"]
+    assert found["title"] == f"{len(names)} adapted layers train"
+    assert [row["name"] for row in found["layers"]] == names
+    left = [row for row in found["layers"] if row["change"] > 0]  # AdaLoRA may leave nothing of a layer
+    assert left if isinstance(method, AdaLora) else left == found["layers"]
+    assert all(row["gradient"] > 0 for row in found["layers"])
+    assert found["steps"] == min(steps, 2)
+    assert found["problems"] == {}
+
+
+def test_a_layer_that_does_not_train_is_warned_of():
+    class Deaf(nn.Module):
+        """Two layers, of which one is heard."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.heard, self.unheard = nn.Linear(4, 8), nn.Linear(4, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.heard(x) + self.unheard(x).detach()
+
+    data = [(torch.randn(8, 4), torch.randint(8, (8,))) for _ in range(6)]
+    torch.manual_seed(0)
+    net = Deaf()
+    rankwise.adapt(net, Lora(rank=2))
+    with pytest.warns(RuntimeWarning, match="1 of 2 adapted layers have a problem: unheard: the gradient"):
+        report = rankwise.finetune(net, data, lr=0.01, steps=4)
+    assert list(report.totals["adapters"]["problems"]) == ["unheard"]
+    net = Deaf()
+    rankwise.adapt(net, Lora(rank=2), where=lambda name, _: name == "unheard", also=lambda n: n == "heard.bias")
+    before = numbers(net)
+    with pytest.raises(ValueError, match="no adapter trains: 1 of 1 adapted layers have a problem: unheard"):
+        rankwise.finetune(net, data, lr=0.01, steps=4)
+    assert changed(net, before) <= {"heard.bias"}
+
+
+def test_without_adapters_nothing_is_looked_at():
+    net = nn.Sequential(nn.Linear(4, 2))
+    data = [(torch.randn(8, 4), torch.randint(2, (8,))) for _ in range(4)]
+    assert rankwise.finetune(net, data, steps=2).totals["adapters"] is None
+
+
+@pytest.mark.parametrize("method", [Compacter(reduction=4), Householder(rank=2), Lora(rank=2), Sst(rank=2)])
+def test_learning_rates_are_those_that_adapters_suggest(method: Any, tmp_path: Path):
+    model = llama()
+    rankwise.adapt(model, method, also=lambda name: "norm" in name)
+    rankwise.save(model, tmp_path / "adapter", format="rankwise")
+    again = llama()
+    rankwise.load_adapter(again, tmp_path / "adapter")
+    expected = sorted({method.lr or GENERAL, GENERAL})
+    for each in (copy.deepcopy(model), again):
+        report = rankwise.finetune(each, batches(), steps=1)
+        assert sorted(report.totals["lr"]) == expected
+    seen, names = [], {id(p): name for name, p in model.named_parameters()}
+
+    class Watched(torch.optim.AdamW):
+        """Remembers its groups."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            seen.extend(self.param_groups)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "AdamW", Watched)
+        rankwise.finetune(model, batches(), steps=1)
+    found = {names[id(p)]: group["lr"] for group in seen for p in group["params"] if id(p) in names}
+    assert {rate for name, rate in found.items() if "norm" in name} == {GENERAL}
+    assert {rate for name, rate in found.items() if "norm" not in name} == {method.lr or GENERAL}
+    assert rankwise.finetune(again, batches(), steps=1, lr=0.01).totals["lr"] == [0.01]
+
+
+def test_without_adapters_the_learning_rate_is_smaller():
+    assert rankwise.finetune(llama(), batches(), steps=1).totals["lr"] == [WHOLE]
+
+
+def test_every_adapter_says_where_its_learning_rate_is_from():
+    for name in adapters.__all__:
+        kind = getattr(adapters, name)
+        assert kind.lr is None or kind.lr > 0
+        told = " ".join(kind.__doc__.split())
+        assert "Learning rate: " in told
+        first = told.split("Learning rate: ")[1].split(",")[0]
+        assert kind.lr is None or float(first) == kind.lr
 
 
 def test_rates_go_up_and_down():

@@ -13,14 +13,17 @@ from contracts.examples import draw
 from torch import Tensor, nn
 
 import rankwise
-from rankwise.adapters import AdaLora, Lamda, Lora, Sst
+from rankwise.adapters import AdaLora, Lamda, Lora, Snella, Sst
 from rankwise.core.checkpoint import load_tree, save_tree
 from rankwise.core.methods import Adapter
+from rankwise.linalg import magnitude
 from rankwise.matrices import Dense, Scheduled, from_spec
 
 METHODS = {
     "AdaLora": AdaLora(rank=4, target=2, every=3),
     "Lamda": Lamda(rank=4, until=0.5),
+    "Snella": Snella(rank=4, density=0.9, target=0.2, every=2, tail=0.2),
+    "SnellaMagnitudes": Snella(rank=4, density=0.9, target=0.2, weight=1.0, shrink=magnitude),
     "Sst": Sst(rank=2, hold=2, warmup=1),
 }
 STEPS = 12
@@ -61,6 +64,11 @@ def go(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None
 
 def same(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_all_schedules_are_here():
+    kinds = {type(method.schedule).__name__ for method in METHODS.values() if hasattr(method, "schedule")}
+    assert kinds == set(rankwise.schedules.__all__)
 
 
 def test_what_nothing_follows_refuses_to_train(method: Adapter):
@@ -291,6 +299,18 @@ def test_bad_use():
         rankwise.finish(model)
     with pytest.raises(ValueError, match="no closure"):
         optimizer.step(_closure(model))
+
+
+def test_a_followed_model_is_not_folded(method: Adapter):
+    model, optimizer, follower = begin(method)
+    go(model, optimizer, range(2))
+    before = model.state_dict()
+    with pytest.raises(ValueError, match=r"layer 0\.matrix\..* is followed still; call finish\(\)"):
+        rankwise.fold(model)
+    assert model.state_dict().keys() == before.keys()
+    follower.stop()
+    expected = loss_of(model.eval(), 3)
+    torch.testing.assert_close(loss_of(rankwise.fold(model), 3), expected)
 
 
 @pytest.mark.parametrize(

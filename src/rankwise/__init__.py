@@ -6,6 +6,7 @@ from . import (
     compressors,
     exporters,
     initialisers,
+    layers,
     matrices,
     measures,
     optimizers,
@@ -14,8 +15,10 @@ from . import (
     schedules,
     starts,
 )
+from .absorbing import absorb
 from .adapting import adapt
 from .api import calibrate, compress, export, fold, inspect
+from .certificate import lipschitz_bound
 from .checking import check_adapters
 from .core.errors import CalibrationError
 from .core.integer_weights import IntegerWeights, train_as_floats, train_as_integers
@@ -31,6 +34,7 @@ from .narrowing import narrow
 from .streaming import compress_folder
 from .trainer import trainer_callback
 from .training import heal, initialise, trainable_low_rank
+from .using import adapters_of, remove_adapter, use
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,8 +44,10 @@ __all__ = [
     "Report",
     "StochasticRounding",
     "StructuredLinear",
+    "absorb",
     "adapt",
     "adapters",
+    "adapters_of",
     "allocators",
     "calibrate",
     "check_adapters",
@@ -59,6 +65,8 @@ __all__ = [
     "initialise",
     "initialisers",
     "inspect",
+    "layers",
+    "lipschitz_bound",
     "load",
     "load_adapter",
     "matrices",
@@ -67,6 +75,7 @@ __all__ = [
     "optimizers",
     "projectors",
     "rank_rules",
+    "remove_adapter",
     "save",
     "schedules",
     "starts",
@@ -74,6 +83,7 @@ __all__ = [
     "train_as_integers",
     "trainable_low_rank",
     "trainer_callback",
+    "use",
 ]
 
 register_when_ready()

@@ -1,7 +1,10 @@
 """The verb that prepares a model for training few numbers."""
 
 import contextlib
+import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -17,17 +20,19 @@ from .core.labels import Labels
 from .core.methods import Adapter, BlockAdapter
 from .core.progress import track
 from .core.report import Report
+from .core.several import check_name, choose, join, used
 from .core.statistics import Batch, Statistics, Stats
-from .core.surgery import Site, StructuredLinear, Where, base_of, replace, select
+from .core.surgery import Site, Where, base_of, replace, select
 from .core.views import EmbeddingView
 from .matrices import Base, StructuredMatrix
-from .matrices.base import check_rank
+from .matrices.base import TooSmallError, check_rank
 
 
 def adapt(
     model: nn.Module,
     method: Adapter | BlockAdapter,
     *,
+    name: str | None = None,
     where: Where | None = None,
     embeddings: bool = False,
     data: Literal["self"] | Tensor | Iterable[Batch] | Statistics | None = None,
@@ -46,10 +51,15 @@ def adapt(
     Args:
         model: any module; see :func:`rankwise.core.surgery.select` for the layers that count.
         method: from :mod:`rankwise.adapters`.
-        where: which layers; None selects all weight matrices but output heads, or, for modules that stand behind
-            layers, those that write into the streams of blocks.
+        name: under which the adapter stands beside others around the same matrices, which may be on other layers
+            and of other kinds. It is made for the model without them, and is then in use, alone: see
+            :func:`rankwise.use`.
+        where: which layers; None selects all weight matrices but output heads, those that ``also`` accepts, and
+            those that are too small for the method, such as a gate of one output, which the report names. For
+            modules that stand behind layers None selects those that write into the streams of blocks.
         embeddings: also adapt the embeddings that ``where`` accepts and that share their weight with no other
-            layer. Only methods that need no data can.
+            layer. Only methods that need no data can. The vector of a padding token (``padding_idx``) stays as
+            it is, whatever the method does to the others: ``nn.Embedding`` does not train it either.
         data: for methods that read statistics: as in :func:`calibrate`, or what it returned.
         also: which other parameters train whole, by name, such as ``lambda name: "norm" in name``.
         labels: as in :func:`calibrate`.
@@ -58,11 +68,13 @@ def adapt(
         seed: of all random numbers.
 
     Returns:
-        a report with a row for each layer; its totals say how many numbers train, of how many.
+        a report with a row for each layer; its totals say how many numbers train, of how many, and under
+        ``left_out`` why layers that are too small were left out.
 
     Raises:
         TypeError: if ``method`` is no adapter.
-        ValueError: if no layer is selected, one is adapted already or does not fit, or a weight is not finite.
+        ValueError: if no layer is selected or large enough, one is adapted already or does not fit, or a weight
+            is not finite.
         CalibrationError: if the method needs data that is missing, empty, or does not reach a layer.
 
     >>> import torch, rankwise
@@ -72,6 +84,35 @@ def adapt(
     >>> [row["trained"] for row in report.rows], report.totals["params"]
     ([128, 80], 1528)
     """
+    if name is not None and (also is not None or isinstance(method, BlockAdapter)):
+        raise ValueError(
+            "an adapter with a name can be switched off, which parameters that train whole and modules behind "
+            "layers cannot; leave 'also' out, or the name."
+        )
+    check_name(model, name)
+    with used(model, None):
+        report = _adapted(model, method, name, where, embeddings, data, also, labels, tokens, window, seed)
+    if name is None:
+        return report
+    choose(model, name)
+    trained = {**report.totals, "trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+    return dataclasses.replace(report, totals=trained)
+
+
+def _adapted(
+    model: nn.Module,
+    method: Adapter | BlockAdapter,
+    name: str | None,
+    where: Where | None,
+    embeddings: bool,
+    data: Any,
+    also: Callable[[str], bool] | None,
+    labels: Labels | None,
+    tokens: int,
+    window: int,
+    seed: int,
+) -> Report:
+    """Adapt a model of which no adapter with a name is in use."""
     if isinstance(method, BlockAdapter):
         if embeddings or data is not None or labels is not None:
             raise ValueError(f"{type(method).__name__} reads no data and stands behind no embeddings.")
@@ -82,37 +123,61 @@ def adapt(
     if not isinstance(method, Adapter):
         raise TypeError(f"method must be an object from rankwise.adapters, got {method!r}.")
     sites = select(model, where, compressed=True, tables=embeddings)
+    if where is None and also is not None:
+        sites = {name: site for name, site in sites.items() if not _accepted(model, site, also)}
     if embeddings and not any(isinstance(site.view, EmbeddingView) for site in sites.values()):
         raise ValueError(
             "no embedding was selected: each shares its weight with another layer, or 'where' refuses."
         )
-    for name, site in sites.items():
-        if isinstance(site.layer, StructuredLinear) and base_of(site.layer.matrix) is not None:
-            raise ValueError(f"layer {name} has an adapter already; fold or remove that first, or leave it out.")
+    for path, site in sites.items():
+        if base_of(site.under) is not None:
+            raise ValueError(f"layer {path} has an adapter already; fold or remove that first, or leave it out.")
     check_weights(sites)
-    whole = _whole(model, also, [name for site in sites.values() for name in site.names])
-    stats = _statistics(model, method, sites, where, data, labels, tokens, window, seed)
+    whole = _whole(model, also, [path for site in sites.values() for path in site.names])
+    stats = _statistics(model, method, sites, data, labels, tokens, window, seed)
     generator = Generator().manual_seed(seed)
-    bases = {name: site.matrix for name, site in sites.items()}
-    ranks = _ranks(method, bases, stats)
+    small: dict[str, str] = {}  # what is left out, and why
+    about = functools.partial(_about, small=small if where is None else None)
+    bases = {path: site.under for path, site in sites.items()}
+    ranks = _ranks(method, bases, stats, about)
     made = {}
-    for name, base in track(bases.items(), "adapters"):
-        if ranks.get(name) != 0:
-            own = method.with_rank(ranks[name]) if name in ranks else method
-            with _about(name):
-                made[name] = own.attach(Base(base), stats[name], generator)
-            for tensor in own_tensors(made[name]).values():
-                tensor.data = tensor.data.contiguous()  # as files have it: the order of sums depends on it
+    for path, base in track(bases.items(), "adapters"):
+        if ranks.get(path) != 0 and path not in small:
+            with about(path):
+                own = method.with_rank(ranks[path]) if path in ranks else method
+                made[path] = sites[path].view.adapted(own.attach(Base(base), stats[path], generator))
+                for tensor in own_tensors(made[path]).values():
+                    tensor.data = tensor.data.contiguous()  # as files have it: the order of sums depends on it
+    if len(small) == len(sites):
+        path, why = next(iter(small.items()))
+        raise ValueError(f"all layers are too small. Layer {path}: {why}")
     model.requires_grad_(False)
     rows = []
-    for name, site in sites.items():
+    for path, site in sites.items():
+        if path in small:
+            continue
         trained = 0
-        if name in made:
-            replace(model, site, made[name])
-            trained = sum(p.numel() for p in made[name].parameters() if p.requires_grad)
-        rank = ranks.get(name, getattr(method, "rank", None))
-        rows.append({"name": name, "shape": list(bases[name].shape), "rank": rank, "trained": trained})
-    return _report(model, method, rows, len(made), whole)
+        if path in made:
+            trained = sum(p.numel() for p in made[path].parameters() if p.requires_grad)
+            if name is None:
+                replace(model, site, made[path], lr=method.lr)
+            else:
+                join(model, site, name, made[path], method.lr)
+        rank = ranks.get(path, getattr(method, "rank", None))
+        rows.append({"name": path, "shape": list(bases[path].shape), "rank": rank, "trained": trained})
+    return _report(model, method, rows, len(made), whole, small)
+
+
+def _accepted(model: nn.Module, site: Site, also: Callable[[str], bool]) -> bool:
+    """Whether parameters that train whole hold the weight of a layer."""
+    held = [name for layer in site.names for name, _ in model.named_parameters() if _holds(name, layer)]
+    return any(also(name) for name in held)
+
+
+def _holds(parameter: str, layer: str) -> bool:
+    """Whether a parameter is the weight of a layer, a part of that, or what it is a slice of."""
+    inside = parameter == f"{layer}.weight" or parameter.startswith(f"{layer}.matrix.")
+    return inside or layer.startswith(f"{parameter}.")
 
 
 def _whole(model: nn.Module, also: Callable[[str], bool] | None, layers: Sequence[str]) -> list[nn.Parameter]:
@@ -127,8 +192,7 @@ def _whole(model: nn.Module, also: Callable[[str], bool] | None, layers: Sequenc
     if not found:
         raise ValueError("'also' accepts no parameter of the model.")
     for name in found:
-        inside = (name == f"{layer}.weight" or name.startswith(f"{layer}.matrix.") for layer in layers)
-        if any(inside) or any(layer.startswith(f"{name}.") for layer in layers):
+        if any(_holds(name, layer) for layer in layers):
             raise ValueError(
                 f"'also' accepts {name}, the weight of a layer that is adapted; narrow 'also', or leave the "
                 "layer out with 'where'."
@@ -142,6 +206,7 @@ def _report(
     rows: list[dict[str, Any]],
     count: int,
     whole: Sequence[nn.Parameter],
+    small: Mapping[str, str] | None = None,
 ) -> Report:
     """Let other parameters train too, and count all that do."""
     for parameter in whole:
@@ -150,39 +215,51 @@ def _report(
         "method": described(method),
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "params": sum(p.numel() for p in model.parameters()),
+        "left_out": dict(small or {}),
     }
-    return Report(f"{type(method).__name__}: {count} layers adapted", rows, "layers", totals)
+    names = [*(small or {})]
+    rest = f"; too small and left out: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}" if names else ""
+    return Report(f"{type(method).__name__}: {count} layers adapted{rest}", rows, "layers", totals)
 
 
 @contextlib.contextmanager
-def _about(name: str) -> Iterator[None]:
-    """Have an error name the layer."""
+def _about(name: str, small: dict[str, str] | None) -> Iterator[None]:
+    """Have an error name the layer, or note that a layer is too small, where that is no error."""
     try:
         yield
+    except TooSmallError as error:
+        if small is None:
+            raise ValueError(f"layer {name}: {error} Or leave the layer out with 'where'.") from error
+        small[name] = str(error)
     except ValueError as error:
         raise ValueError(f"layer {name}: {error} Or leave the layer out with 'where'.") from error
 
 
-def _ranks(method: Adapter, bases: Mapping[str, StructuredMatrix], stats: Mapping[str, Stats]) -> dict[str, int]:
-    """Spread ranks over layers, where the method does so."""
-    rule, rank = method.ranks, getattr(method, "rank", 0)
+def _ranks(
+    method: Adapter,
+    bases: Mapping[str, StructuredMatrix],
+    stats: Mapping[str, Stats],
+    about: Callable[[str], AbstractContextManager[None]],
+) -> dict[str, int]:
+    """Spread ranks over layers that are large enough, where the method does so."""
+    rule, rank, step = method.ranks, getattr(method, "rank", 0), method.step
     if rule is None:
         return {}
     ladders = {}
     for name, base in bases.items():
-        count = min(round(rule.most * rank), *base.shape)
-        with _about(name):
+        count = min(round(rule.most * rank), *base.shape) // step
+        with about(name):
             check_rank(rank, *base.shape)
-            missed = rule.missed(base, stats[name], count).double().cpu()
-        ladders[name] = Ladder(torch.arange(count + 1), missed, torch.arange(count), float(missed[0]))
-    return spend(water_filling, ladders, rank * len(bases))
+            missed = rule.missed(base, stats[name], step * count).double().cpu()[::step]
+            ladders[name] = Ladder(torch.arange(count + 1) * step, missed, torch.arange(count), float(missed[0]))
+    picks = spend(water_filling, ladders, rank * len(ladders)) if ladders else {}
+    return {name: step * pick for name, pick in picks.items()}
 
 
 def _statistics(
     model: nn.Module,
     method: Adapter,
     sites: Mapping[str, Site],
-    where: Where | None,
     data: Any,
     labels: Labels | None,
     tokens: int,
@@ -201,5 +278,7 @@ def _statistics(
         )
     if not isinstance(data, Statistics):
         about: dict[str, Any] = {"tokens": tokens, "window": window, "seed": seed}
-        data = calibrate(model, needs, data=data, where=where, compressed=True, labels=labels, **about)
+        names = {name for site in sites.values() for name in site.names}
+        about |= {"where": lambda name, layer: name in names, "compressed": True}
+        data = calibrate(model, needs, data=data, labels=labels, **about)
     return {name: data.of(name, needs) for name in sites}

@@ -40,6 +40,7 @@ from .core.surgery import fold as fold_layers
 from .core.watch import collect
 from .exporters.base import Exporter, Source
 from .matrices import StructuredMatrix
+from .matrices.several import is_weights
 from .measures.spectral import SpectralMeasure, singular_values
 from .models import forget, sample
 from .models.blocks import Chain, find_blocks
@@ -271,8 +272,11 @@ def inspect(model: nn.Module, measures: Sequence[Measure] | None = None, *, wher
 def fold(model: nn.Module) -> nn.Module:
     """Turn every structured layer of a model back into an ordinary one, in place; returns the model.
 
+    To leave a compressed model compressed and put adapters into it, use :func:`rankwise.absorb`.
+
     Raises:
-        ValueError: if there is none, or a layer has a module behind it that is no part of a weight.
+        ValueError: if there is none, a layer has a module behind it that is no part of a weight, or a schedule
+            acts on one still (:func:`rankwise.follow`).
     """
     if not isinstance(model, StructuredLinear) and not structured(model) and not extended(model):
         raise ValueError("the model has no structured layer to fold.")
@@ -281,13 +285,20 @@ def fold(model: nn.Module) -> nn.Module:
     return folded
 
 
-def export(model: nn.Module | str | Path, to: Exporter, out: str | Path, *, tokenizer: Any = None) -> Path:
+def export(
+    model: nn.Module | str | Path | Mapping[Any, float],
+    to: Exporter,
+    out: str | Path,
+    *,
+    tokenizer: Any = None,
+) -> Path:
     """Write a model, compressed or not, in a format that other tools read.
 
     Args:
         model: a module, which stays as it is, or what :func:`rankwise.load` takes. A folder is the better choice
             for a large model: most formats then read one tensor at a time. For formats that take an adapter, a
-            module that has some, or a folder that :func:`rankwise.save` or PEFT wrote.
+            module that has some, or a folder that :func:`rankwise.save` or PEFT wrote, or several folders with
+            weights, such as ``{"poet": 0.7, "coder": 0.3}``: the sum of what they change.
         to: from :mod:`rankwise.exporters`.
         out: a new or empty folder. A call that fails leaves nothing under this name.
         tokenizer: of transformers, for a model in memory; a folder has its own.
@@ -304,6 +315,8 @@ def export(model: nn.Module | str | Path, to: Exporter, out: str | Path, *, toke
         raise TypeError(f"to must be an object from rankwise.exporters, such as Dense(), got {to!r}.")
     if tokenizer is not None and not isinstance(model, nn.Module):
         raise ValueError("a tokenizer is given for a model in memory only; a folder has its own.")
+    if isinstance(model, Mapping) and (not model or not is_weights({str(k): w for k, w in model.items()})):
+        raise ValueError(f"several adapters are given as folders with finite weights, got {dict(model)!r}.")
     out = Path(out).absolute()
     if not out.parent.is_dir():
         raise ValueError(f"{out}: the folder {out.parent} does not exist; make it first.")

@@ -2,19 +2,23 @@
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Generator, nn
 
-from .core.adapted import adapted
+from .core.adapted import in_use
+from .core.extended import extended
 from .core.following import Follower
 from .core.report import Report
-from .core.surgery import StructuredLinear, base_of
-from .matrices import Scheduled
+from .core.surgery import base_of
+from .matrices import Scheduled, StructuredMatrix, Sum
+from .models.lines import lines_of, terms_beside
 
 UNCHANGED = 1e-12  # relative, in float64: what trained factors and their frozen copies differ by is zero
+AT_ONCE = 2**22  # numbers of a weight that are looked at together
 
 
 def check_adapters(
@@ -29,7 +33,9 @@ def check_adapters(
     parameter in none of the optimisers, numbers that are not finite, one whose gradient was zero in all steps
     that a follower saw (two at least), and a schedule that did not act: each is named in the title and in
     ``totals["problems"]``. That factors start at zero, so that others have no gradient at the first step, is
-    none. Each weight is written out once, in float64.
+    none; that a schedule leaves nothing of a layer is none either. Changes are measured in float64, some rows of
+    a weight at a time where the adapter is a term beside it. Of a module behind a layer, such as Compacter's, the
+    change is that of its outputs for normal random inputs. Of adapters with names those in use are looked at.
 
     Args:
         model: has adapters.
@@ -54,11 +60,10 @@ def check_adapters(
     >>> print(check_adapters(net, optimizer).title)
     1 of 2 adapted layers have a problem: 2: in no optimiser: matrix.members.1.matrix.left, ...
     """
-    layers = adapted(model)
+    layers = _layers(model)
     if not layers:
         raise ValueError(
-            "no layer of the model has an adapter; rankwise.adapt puts them in, fold takes them out. Modules "
-            "behind layers, such as Compacter's, are not looked at."
+            "no layer of the model has an adapter in use; rankwise.adapt puts them in, fold takes them out."
         )
     if isinstance(optimizers, torch.optim.Optimizer):
         optimizers = [optimizers]
@@ -66,10 +71,10 @@ def check_adapters(
     silent = set()
     if follower is not None and follower.done >= 2:
         silent = {id(p) for p in follower.silent.values()}
-    rows = [_row(name, layer, owned, silent) for name, layer in layers.items()]
+    rows = [_row(layer, owned, silent) for layer in layers]
     problems = {row["name"]: row["problem"] for row in rows if row["problem"]}
     if owned is not None:
-        inside = {id(p) for layer in layers.values() for p in layer.matrix.parameters()}
+        inside = {id(p) for layer in layers for p in layer.part.parameters()}
         others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in owned | inside]
         problems |= {name: "in no optimiser" for name in others}
     totals = {
@@ -80,12 +85,35 @@ def check_adapters(
     return Report(_title(rows, problems), rows, "layers", totals)
 
 
-def _row(name: str, layer: StructuredLinear, owned: set[int] | None, silent: set[int]) -> dict[str, Any]:
-    trained = {f"matrix.{key}": p for key, p in layer.matrix.named_parameters() if p.requires_grad}
+@dataclass(frozen=True)
+class _Layer:
+    """A layer with an adapter.
+
+    Args:
+        name: of the layer.
+        key: of the part in the layer.
+        part: what holds the trained numbers.
+        change: measures how far it is from what it was, relative to that.
+    """
+
+    name: str
+    key: str
+    part: Any
+    change: Callable[[Any], float]
+
+
+def _layers(model: nn.Module) -> list[_Layer]:
+    found = [_Layer(name, "matrix", matrix, _change) for name, matrix in in_use(model).items()]
+    behind = [_Layer(name, "after", layer.after, _change_behind) for name, layer in extended(model).items()]
+    return [*found, *behind]
+
+
+def _row(layer: _Layer, owned: set[int] | None, silent: set[int]) -> dict[str, Any]:
+    trained = {f"{layer.key}.{key}": p for key, p in layer.part.named_parameters() if p.requires_grad}
     gradients = [p.grad.detach().double().norm().cpu() for p in trained.values() if p.grad is not None]
     gradient = float(torch.stack(gradients).norm()) if gradients else None
-    parts = [part for part in layer.matrix.modules() if isinstance(part, Scheduled)]
-    change = _change(layer)
+    parts = [part for part in layer.part.modules() if isinstance(part, Scheduled)]
+    change = layer.change(layer.part)
     found = []
     outside = [key for key, p in trained.items() if owned is not None and id(p) not in owned]
     if not trained:
@@ -93,6 +121,8 @@ def _row(name: str, layer: StructuredLinear, owned: set[int] | None, silent: set
     if outside:
         found.append(f"in no optimiser: {', '.join(outside)}")
     never = [key for key, p in trained.items() if id(p) in silent]
+    if any(part.acted for part in parts) and len(never) < len(trained):
+        never = []  # a schedule may set what they are multiplied with to zero
     if never:
         found.append(f"the gradient was always zero: {', '.join(never)}")
     if any(not part.acted for part in parts):
@@ -100,9 +130,12 @@ def _row(name: str, layer: StructuredLinear, owned: set[int] | None, silent: set
     if not math.isfinite(change) or not math.isfinite(gradient or 0.0):
         found.append("its numbers are not finite: lower the learning rate or look at the data")
     if change <= UNCHANGED and trained and not (outside or never):
-        found.append("no gradient and no change" if not gradient else "a gradient, but no change")
+        if not gradient:
+            found.append("no gradient and no change")
+        elif not parts:  # a schedule may leave nothing of a layer
+            found.append("a gradient, but no change")
     return {
-        "name": name,
+        "name": layer.name,
         "trained": sum(p.numel() for p in trained.values()),
         "gradient": _number(gradient),
         "change": _number(change),
@@ -116,15 +149,35 @@ def _number(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _change(layer: StructuredLinear) -> float:
-    """How far the weight is from what it was, relative to that."""
+def _change(matrix: StructuredMatrix) -> float:
+    """How far a weight is from what it was, relative to that."""
+    base = base_of(matrix)
+    assert base is not None
+    terms = terms_beside(matrix)
     with torch.no_grad():
-        matrix = copy.deepcopy(layer.matrix).double()
-        base = base_of(matrix)
-        assert base is not None
-        before = base.dense()
-        length = before.norm().clamp_min(torch.finfo(before.dtype).tiny)
-        return float((matrix.dense() - before).norm() / length)
+        if not terms:
+            matrix = copy.deepcopy(matrix).double()
+            base = base_of(matrix)
+            assert base is not None
+        change = copy.deepcopy(Sum(*terms)).double() if terms else None
+        moved = length = torch.zeros((), dtype=torch.float64)
+        m, step = matrix.shape[0], max(1, AT_ONCE // matrix.shape[1])
+        for start in range(0, m, step):
+            stop = min(start + step, m)
+            before = lines_of(base, 0, start, stop).double()
+            new = lines_of(matrix if change is None else change, 0, start, stop)
+            new = new - before if change is None else new
+            moved, length = moved + new.square().sum().cpu(), length + before.square().sum().cpu()
+        return float((moved / length.clamp_min(torch.finfo(length.dtype).tiny)).sqrt())
+
+
+def _change_behind(module: nn.Module) -> float:
+    """How far the outputs of a module are from its inputs, relative to these."""
+    with torch.no_grad():
+        wide: Any = copy.deepcopy(module).double()
+        device = next(wide.parameters()).device
+        inputs = torch.randn(64, wide.width, dtype=torch.float64, generator=Generator().manual_seed(0)).to(device)
+        return float((wide(inputs) - inputs).norm() / inputs.norm())
 
 
 def _owned(optimizers: Iterable[torch.optim.Optimizer]) -> set[int]:

@@ -2,36 +2,32 @@
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, nn
 
-from .core.adapted import adapted, own_tensors
+from .core.adapted import adapted, own_tensors, suggested_rates
 from .core.data import batches_of, digest_of_batches, parted
+from .core.extended import Extended
 from .core.fingerprint import digest_of
-from .core.healing import output_of
-from .core.labels import Labels, count_given, given
-from .core.memory import (
-    activation_bytes,
-    gradient_bytes,
-    held_bytes,
-    memory_bytes,
-    optimizer_bytes,
-    peak_memory_bytes,
-    reset_peak_memory,
-)
-from .core.rates import Cosine
+from .core.following import Follower
+from .core.labels import Labels, given
+from .core.memory import memory_bytes, peak_memory_bytes, reset_peak_memory, training_bytes
+from .core.modes import kept, recomputing, training
+from .core.rates import GENERAL, WHOLE, Cosine
 from .core.report import Report
-from .core.running import Follower, Piece, Plan, Run, in_float32
+from .core.running import Plan, Run, in_float32
 from .core.statistics import Batch
+from .core.supervised import Supervised
 from .following import follow
-from .matrices import Scheduled
+from .guarding import Guard
+from .matrices import Base, Scheduled
 
 CHECKPOINT = "training.safetensors"
 
@@ -42,7 +38,7 @@ def finetune(
     *,
     held_out: float | Sequence[Batch] = 0.1,
     optimizer: torch.optim.Optimizer | None = None,
-    lr: float = 5e-4,
+    lr: float | None = None,
     loss: Labels = given,
     steps: int | None = None,
     accumulate: int = 1,
@@ -61,7 +57,8 @@ def finetune(
 
     Some data judges the model. What was best there remains, which is the start where nothing was better; that
     holds after an interrupt or an error, too. Of adapters that change by a schedule the last numbers remain.
-    Dropout is on while training; frozen batch normalisations keep their statistics.
+    Dropout is on while training; frozen batch normalisations keep their statistics. At the first look after two
+    steps :func:`rankwise.check_adapters` says whether each adapter trains; what does not is warned of.
 
     Args:
         model: any module.
@@ -70,13 +67,14 @@ def finetune(
         held_out: share of the batches kept aside to judge by, in (0, 1), or other batches for that.
         optimizer: over the trained parameters; its learning rates are the largest ones. None means AdamW without
             weight decay.
-        lr: learning rate of that AdamW. The default, and that of ``rate``, are what EVA's authors used.
+        lr: learning rate of that AdamW. None means what each adapter's class suggests as ``lr``, 5e-4 where it
+            suggests nothing and for what trains whole beside adapters, and 5e-5 without adapters.
         loss: (model output, batch, generator) -> loss, summed over the labels; by default the cross entropy with
             the ``labels`` (-100 where there is none), else with the next tokens.
         steps: how many; None means one pass over the data.
         accumulate: batches of a step. Each label of a step counts the same, in whichever batch it is.
         rate: share of the learning rate where a share of the run is done; None means
-            :class:`rankwise.core.rates.Cosine`.
+            :class:`rankwise.core.rates.Cosine`, as EVA's authors do.
         clip: largest 2-norm of the gradient of all parameters, or None.
         every: steps between two looks at what judges, each followed by a checkpoint; None means ten looks.
         patience: stop after so many looks without a better one; None goes on to the end.
@@ -90,14 +88,16 @@ def finetune(
 
     Returns:
         a row for each look: step, seconds, labels seen, mean loss while training and on what judges. Totals say
-        both before and after, what trains, and ``memory`` in bytes: ``weights``, ``gradients`` and ``optimizer``
-        by count; ``activations`` that the largest batch keeps for the backward pass, measured, without what is
-        needed for a moment only; their sum ``predicted``; and, measured, the ``peak`` of the whole process while
-        training and its ``rise`` above what was there before, None where the system does not tell.
+        both before and after, what trains, the largest learning rates ``lr`` of the optimiser's groups, and
+        ``memory`` in bytes: ``weights``, ``gradients`` and ``optimizer`` by count; ``activations`` that the
+        largest batch keeps for the backward pass, measured, without what is needed for a moment only; their sum
+        ``predicted``; and, measured, the ``peak`` of the whole process while training and its ``rise`` above what
+        was there before, None where the system does not tell. ``adapters`` is what
+        :func:`rankwise.check_adapters` said, None if there are none.
 
     Raises:
-        ValueError: if an argument is wrong, nothing trains, there are no labels, numbers are not finite, or the
-            checkpoint is of another task or damaged.
+        ValueError: if an argument is wrong, nothing trains, no adapter gets a gradient or changes, there are no
+            labels, numbers are not finite, or the checkpoint is of another task or damaged.
         CalibrationError: if the data is empty.
 
     >>> import torch, rankwise
@@ -122,7 +122,7 @@ def finetune(
     pieces, judges = ([Supervised(batch, loss, autocast) for batch in part] for part in (train, held))
     steps = math.ceil(len(pieces) / accumulate) if steps is None else steps
     buffers = _buffers(model, trained)
-    optimizer = optimizer or torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0)
+    optimizer = optimizer or torch.optim.AdamW(_groups(model, trained, lr), weight_decay=0.0)
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if lost := next((name for name, p in trained.items() if id(p) not in owned), None):
         raise ValueError(f"the optimizer lacks {lost}, which asks for gradients; make it after rankwise.adapt.")
@@ -141,90 +141,77 @@ def finetune(
     identity = ""
     if file is not None:
         identity = _identity(model, plan, optimizer, loss, [*trained, *buffers], batches, held)
-    mode = functools.partial(_training, model)
+    mode = functools.partial(training, model)
+    scheduled = any(isinstance(part, Scheduled) for part in model.modules())
     with (
+        _following(model, optimizer, steps) as follower,  # ends last: what it leaves is rounded already
         in_float32(list(trained.values())),
-        _checkpointing(model, gradient_checkpointing),
-        _following(model, optimizer, steps) as followers,
+        recomputing(model, gradient_checkpointing),
     ):
-        with _kept(model, buffers):
-            memory = _memory(model, mode, optimizer, max(pieces, key=lambda piece: piece.size))
+        largest = max(pieces, key=lambda piece: piece.size)
+        with kept(model, buffers), mode():
+            memory = training_bytes(model, optimizer, lambda: largest.loss(model))
         if notify is not None:
             notify(memory)
+        guard = Guard(model, optimizer, follower, steps)
         run = Run(
             model,
             trained,
             optimizer,
-            dataclasses.replace(plan, last=bool(followers)),
+            dataclasses.replace(plan, last=scheduled),
             mode,
             buffers=buffers,
-            followers=followers,
+            followers={"schedules": follower} if scheduled and follower is not None else {},
             identity=identity,
             file=file,
+            looking=guard,
         )
         rising, before = reset_peak_memory(run.device), memory_bytes(run.device)
         reason = run.run(pieces, judges)
     peak = peak_memory_bytes(run.device)
     rise = max(peak - before, 0) if rising else None
-    return _report(run, reason, {**memory, "peak": peak, "rise": rise})
+    return _report(run, reason, {**memory, "peak": peak, "rise": rise}, guard.report)
 
 
-class Supervised(Piece):
-    """A batch with labels.
-
-    Args:
-        batch: see :func:`finetune`.
-        loss: (model output, batch, generator) -> loss, summed over the labels.
-        autocast: run the model in this type.
-
-    Raises:
-        ValueError: if there is no label.
-    """
-
-    def __init__(self, batch: Batch, loss: Labels, autocast: torch.dtype | None) -> None:
-        self.batch, self.compute, self.autocast = batch, loss, autocast
-        self.count = count_given(batch)
-        if self.count == 0:
-            raise ValueError("a batch has no label that counts; leave it out.")
-
-    @property
-    def rows(self) -> int:
-        """How many labels there are."""
-        return self.count
-
-    @property
-    def size(self) -> int:
-        """How many numbers its largest tensor has."""
-        values = self.batch.values() if isinstance(self.batch, Mapping) else self.batch
-        return max(value.numel() for value in [self.batch, *values] if isinstance(value, Tensor))
-
-    def loss(self, model: nn.Module) -> Tensor:
-        """Sum the loss over the labels."""
-        output = output_of(model, _unlabelled(self.batch), self.autocast)
-        return self.compute(output, self.batch, Generator())
+@contextmanager
+def _following(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Iterator[Follower | None]:
+    """Let schedules act around the optimiser's steps, and watch the gradients of adapters, if there are any."""
+    if not any(isinstance(part, (Base, Extended)) for part in model.modules()):
+        yield None
+        return
+    follower = follow(model, optimizer, steps=steps)
+    try:
+        yield follower
+    except BaseException:
+        follower.stop()
+        raise
+    follower.finish()
 
 
-def _report(run: Run, reason: str, memory: Mapping[str, int | None]) -> Report:
+def _groups(model: nn.Module, trained: Mapping[str, nn.Parameter], lr: float | None) -> list[dict[str, Any]]:
+    """Put parameters of one learning rate together."""
+    suggested = suggested_rates(model)
+    other = GENERAL if suggested else WHOLE
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in trained.values():
+        groups.setdefault(lr if lr is not None else suggested.get(id(parameter), other), []).append(parameter)
+    return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
+
+
+def _report(run: Run, reason: str, memory: Mapping[str, int | None], checked: Report | None) -> Report:
     """Say how a run went."""
     progress = run.progress
     first = progress.history[0]["held_out"]
     totals = {
         "optimizer": type(run.optimizer).__name__,
+        "lr": run.rates,
         **run.summary(),
         "stopped": reason,
         "memory": dict(memory),
+        "adapters": None if checked is None else {"title": checked.title, **checked.to_dict()},
     }
     change = f"{first:.4f} -> {progress.best:.4f} nats a label"
     return Report(f"held-out loss {change} in {progress.step} steps; {reason}", progress.history, "looks", totals)
-
-
-def _unlabelled(batch: Batch) -> Batch:
-    """Return what the model is given of a batch."""
-    if isinstance(batch, Tensor):
-        return batch
-    if isinstance(batch, Mapping):
-        return {key: value for key, value in batch.items() if key != "labels"}
-    return batch[:-1]
 
 
 def _check(
@@ -250,21 +237,6 @@ def _check(
         )
 
 
-@contextmanager
-def _following(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Iterator[dict[str, Follower]]:
-    """Let schedules act around the optimiser's steps, where there are any; yield what has a state, by name."""
-    if not any(isinstance(part, Scheduled) for part in model.modules()):
-        yield {}
-        return
-    follower = follow(model, optimizer, steps=steps)
-    try:
-        yield {"schedules": follower}
-    except BaseException:
-        follower.stop()
-        raise
-    follower.finish()
-
-
 def _buffers(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> list[str]:
     """Name what else may change or must fit: the rest of adapters, and buffers beside trained parameters."""
     names: dict[str, None] = {}
@@ -277,70 +249,6 @@ def _buffers(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> list[str]
     return [name for name in names if name not in trained]
 
 
-@contextmanager
-def _kept(model: nn.Module, buffers: Sequence[str]) -> Iterator[None]:
-    """Give buffers, such as running means, the values back that they had."""
-    state = model.state_dict(keep_vars=True)
-    before = {name: state[name].detach().clone() for name in buffers}
-    yield
-    with torch.no_grad():
-        for name, value in before.items():
-            state[name].copy_(value)
-
-
-@contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
-    """Put a model in training mode, but for batch normalisations that do not train, and put it back."""
-    before = {module: module.training for module in model.modules()}
-    try:
-        model.train()
-        for module in model.modules():
-            if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters()):
-                module.eval()
-        yield
-    finally:
-        for module, flag in before.items():
-            module.training = flag
-
-
-@runtime_checkable
-class _Checkpoints(Protocol):
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict[str, Any]) -> None: ...
-    def activation_checkpointing_disable(self) -> None: ...
-
-
-@contextmanager
-def _checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Let a model compute activations again in the backward pass instead of keeping them."""
-    if not wanted:
-        yield
-        return
-    if not isinstance(model, _Checkpoints):
-        raise ValueError(
-            f"{type(model).__name__} has no activation_checkpointing_enable; leave gradient_checkpointing out."
-        )
-    model.activation_checkpointing_enable({"use_reentrant": False})
-    try:
-        yield
-    finally:
-        model.activation_checkpointing_disable()
-
-
-def _memory(
-    model: nn.Module, mode: Callable[[], Any], optimizer: torch.optim.Optimizer, piece: Supervised
-) -> dict[str, int | None]:
-    """Predict what training will hold."""
-    device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), mode():
-        parts = {
-            "weights": held_bytes(model),
-            "gradients": gradient_bytes(model),
-            "optimizer": optimizer_bytes(optimizer),
-            "activations": activation_bytes(model, lambda: piece.loss(model)),
-        }
-    return {**parts, "predicted": sum(size or 0 for size in parts.values())}
-
-
 def _identity(
     model: nn.Module,
     plan: Plan,
@@ -349,12 +257,18 @@ def _identity(
     names: Sequence[str],
     *data: Sequence[Batch],
 ) -> str:
-    """Say in words what a checkpoint is about."""
+    """Say what a checkpoint is about, part by part."""
     changing = set(names)
     rest = {name: tensor for name, tensor in model.state_dict().items() if name not in changing}
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    settings = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
-    settings["rate"] = getattr(plan.rate, "__qualname__", repr(plan.rate))
-    digests = [digest_of_batches(part) for part in data]
-    about = [type(optimizer).__name__, groups, settings, getattr(loss, "__qualname__", repr(loss)), *digests]
-    return f"{about} {digest_of(rest)}"
+    groups = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
+    about = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
+    about |= {
+        "rate": getattr(plan.rate, "__qualname__", repr(plan.rate)),
+        "optimizer": [type(optimizer).__name__, groups],
+        "lr": [group["lr"] for group in optimizer.param_groups],
+        "loss": getattr(loss, "__qualname__", repr(loss)),
+        "data": [digest_of_batches(part) for part in data],
+        "adapters": {name: layer.matrix.spec() for name, layer in adapted(model).items()},
+        "model": digest_of(rest),
+    }
+    return json.dumps(about, default=str, sort_keys=True)

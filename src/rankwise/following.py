@@ -11,19 +11,22 @@ from .core.extended import Extended
 from .core.following import Follower, Group, finished
 from .core.methods import Schedule
 from .core.report import Report
+from .core.several import layers_with
+from .core.surgery import refuse_followed
 from .matrices import Base, Scheduled
 
 
 def follow(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int) -> Follower:
     """Let the schedules of an adapted model act around each step of its optimiser; nothing else has to be called.
 
-    Call it once, after :func:`rankwise.adapt` and before the first step. It works in any loop, with summed
-    gradients, ``GradScaler``, Accelerate, and a Trainer, see :func:`rankwise.trainer_callback`. Models whose
-    adapters have no schedule can be followed, too: :func:`rankwise.check_adapters` then says which parameters
-    never had a gradient. Parameters that FSDP or ZeRO cut into pieces cannot be followed.
+    Call it once, after :func:`rankwise.adapt` or :func:`rankwise.initialise` and before the first step. It works
+    in any loop, with summed gradients, ``GradScaler``, Accelerate, and a Trainer, see
+    :func:`rankwise.trainer_callback`. Models whose adapters have no schedule can be followed, too:
+    :func:`rankwise.check_adapters` then says which parameters never had a gradient. Parameters that FSDP or ZeRO
+    cut into pieces cannot be followed.
 
     Args:
-        model: has adapters.
+        model: has adapters, or matrices to train from scratch that have a schedule.
         optimizer: over their trained parameters.
         steps: how many steps the optimiser will take.
 
@@ -51,7 +54,7 @@ def follow(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int) ->
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be an integer >= 1, the number of optimiser steps; got {steps!r}.")
     optimizer = _inner(optimizer)
-    if not any(isinstance(part, (Base, Extended)) for part in model.modules()):
+    if not any(isinstance(part, (Base, Extended, Scheduled)) for part in model.modules()):
         raise ValueError("the model has no adapter to follow; call rankwise.adapt first.")
     groups = _groups(model)
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -85,19 +88,16 @@ def finish(model: nn.Module) -> Report:
       (2): Linear(in_features=16, out_features=8, bias=True)
     ))
     """
-    groups = _groups(model)
-    for _, matrices in groups:
-        name = next((name for name, part in matrices.items() if part.followed), None)
-        if name is not None:
-            raise ValueError(f"layer {name} is followed still; call finish() of what rankwise.follow returned.")
-    return finished(model, groups)
+    refuse_followed(model)
+    return finished(model, _groups(model))
 
 
 def _groups(model: nn.Module) -> list[Group]:
-    """Collect the matrices that share a schedule."""
+    """Collect the matrices that share a schedule, but for adapters that are not in use."""
     groups: list[tuple[Schedule, dict[str, Scheduled]]] = []
+    idle = {id(part) for several in layers_with(model).values() for part in several.idle()}
     for name, part in model.named_modules():
-        if isinstance(part, Scheduled):
+        if isinstance(part, Scheduled) and id(part) not in idle:
             schedule = _schedule_of(name, part)
             known = next((matrices for other, matrices in groups if other == schedule), None)
             if known is None:

@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .api import sampled
-from .core.adapted import refuse_adapted
+from .core.adapted import adapted, refuse_adapted
 from .core.data import batches_of, digest_of_batches, parted
 from .core.fingerprint import fingerprint
 from .core.healing import Likeness, still
@@ -21,8 +21,8 @@ from .core.progress import track
 from .core.report import Report
 from .core.running import Plan, Run, in_float32
 from .core.statistics import Batch
-from .core.surgery import StructuredLinear, Where, replace, select, structured
-from .matrices import LowRank, PivotedLowRank
+from .core.surgery import Where, base_of, replace, select, structured
+from .matrices import LowRank, PivotedLowRank, Scheduled, StructuredMatrix
 
 MOST_ASIDE = 4  # batches that are judged by: each look runs them all
 BETAS = (0.9, 0.95)  # of Adam: a short memory, since steps are few
@@ -47,7 +47,10 @@ def heal(
     seed: int = 0,
     autocast: torch.dtype | None = None,
 ) -> Report:
-    """Train the stored numbers of a compressed model's matrices, in place, to agree with the model before.
+    """Train a compressed model's matrices, or adapters, in place, to agree with the model before.
+
+    What trains are the stored numbers of the structured matrices, or, where the model has adapters, those of the
+    adapters alone; :func:`rankwise.absorb` then puts them into the matrices.
 
     The loss is KL(reference || model) per token, or half the squared distance per row where the outputs are
     features. Part of the data is kept aside: training stops when the model gets no better on it, and what
@@ -55,11 +58,11 @@ def heal(
     error, too. Models in half precision are kept in float32 meanwhile, and rounded at the end.
 
     Args:
-        model: holds structured matrices; layers left dense do not change.
+        model: holds structured matrices; layers left dense do not change unless they are adapted.
         reference: the model before compression.
         data: as in :func:`calibrate`; "self" samples from the reference.
         lr: the largest learning rate of Adam. Weights are of the order of 0.1. The default made the healed
-            rows of docs/results.md; it was chosen on other texts.
+            rows of docs/results.md; it was chosen on other texts. Adapters take a larger one.
         budget: seconds, everything but the sampling of "self" counted.
         steps: the largest number of steps. Only a run that ends by it, not by the clock, can be repeated exactly.
         also: which other parameters to train, by name, such as ``lambda name: "norm" in name``; None means none.
@@ -78,8 +81,8 @@ def heal(
         a row for each look: step, seconds, rows seen, mean divergence while training and on what was kept aside.
 
     Raises:
-        ValueError: if an argument is wrong, nothing is structured, numbers are not finite, or the checkpoint is
-            of another task or damaged.
+        ValueError: if an argument is wrong, nothing is structured, an adapter trains by a schedule, numbers are
+            not finite, or the checkpoint is of another task or damaged.
         CalibrationError: if the data is empty.
     """
     plan = Plan(
@@ -89,21 +92,19 @@ def heal(
         raise ValueError(f"held_out must be > 0 and < 1, got {held_out}.")
     if not lr > 0:
         raise ValueError(f"lr must be > 0, got {lr}.")
-    refuse_adapted(model)
-    layers: dict[int, tuple[str, StructuredLinear]] = {}
-    for name, layer in structured(model).items():
-        layers.setdefault(id(layer.matrix), (name, layer))
-    named = dict(layers.values())
-    if not named:
-        raise ValueError("the model has no structured matrix to heal; compress it first.")
+    matrices = _to_heal(model)
     if isinstance(data, str):
         data = sampled(reference, data, tokens, window, seed)
     start = time.perf_counter()
     batches = portions([data], window) if isinstance(data, Tensor) else batches_of(data)
     train, held = parted(batches, held_out, seed, most=MOST_ASIDE)
-    matrices = {name: layer.matrix for name, layer in named.items()}
-    trained = {f"{n}.matrix.{k}": p for n, matrix in matrices.items() for k, p in matrix.named_parameters()}
-    known = {id(parameter) for parameter in trained.values()}
+    trained = {
+        f"{name}.matrix.{key}": parameter
+        for name, matrix in matrices.items()
+        for key, parameter in matrix.named_parameters()
+        if base_of(matrix) is None or parameter.requires_grad
+    }
+    known = {id(parameter) for matrix in matrices.values() for parameter in matrix.parameters()}
     chosen = {n: p for n, p in model.named_parameters() if also is not None and also(n) and id(p) not in known}
     folder = None if checkpoint is None else Path(checkpoint)
     if folder is not None:
@@ -111,6 +112,8 @@ def heal(
     specs = {name: matrix.spec() for name, matrix in matrices.items()}
     identity = [lr, dataclasses.asdict(plan), specs, list(chosen), held_out, digest_of_batches(batches)]
     numbers = trained | chosen
+    if not numbers:
+        raise ValueError("all numbers of the adapters are frozen; let some ask for gradients.")
     with in_float32(list(model.parameters())):
         healing = Run(
             model,
@@ -138,8 +141,22 @@ def heal(
     return Report(f"healing, held-out divergence {change}; {reason}", progress.history, "looks", totals)
 
 
+def _to_heal(model: nn.Module) -> dict[str, StructuredMatrix]:
+    """Return the adapted matrices of a model, or, where there are none, all structured ones, each once."""
+    layers: dict[int, tuple[str, StructuredMatrix]] = {}
+    for name, layer in (adapted(model) or structured(model)).items():
+        layers.setdefault(id(layer.matrix), (name, layer.matrix))
+        if any(isinstance(part, Scheduled) for part in layer.matrix.modules()):
+            raise ValueError(f"layer {name} has an adapter that trains by a schedule; use rankwise.finetune.")
+    if not layers:
+        raise ValueError("the model has no structured matrix to heal; compress it first.")
+    return dict(layers.values())
+
+
 def initialise(model: nn.Module, start: Start, *, where: Where | None = None, seed: int = 0) -> Report:
-    """Replace the weights of a model by structured ones to train from scratch, in place; their values are lost.
+    """Replace the weights of a model by structured ones to train, in place.
+
+    Their values are lost, unless the start says that it takes them.
 
     Args:
         model: any module, freshly made.
@@ -162,8 +179,7 @@ def initialise(model: nn.Module, start: Start, *, where: Where | None = None, se
     sites, generator = select(model, where), Generator().manual_seed(seed)
     rows = []
     for name, site in track(sites.items(), "new matrices"):
-        m, n = site.weight.shape
-        matrix = start.matrix(m, n, generator).to(device=site.weight.device, dtype=site.weight.dtype)
+        matrix = start.of(site.weight, generator).to(device=site.weight.device, dtype=site.weight.dtype)
         rows.append(
             {
                 "name": name,
@@ -174,7 +190,7 @@ def initialise(model: nn.Module, start: Start, *, where: Where | None = None, se
         )
         replace(model, site, matrix)
     before, after = (sum(row[key] for row in rows) for key in ("params_before", "params_after"))
-    title = f"{type(start).__name__}: {len(sites)} layers to train from scratch"
+    title = f"{type(start).__name__}: {len(sites)} layers to train"
     return Report(title, rows, "layers", {"keep": {"params": after / before}})
 
 

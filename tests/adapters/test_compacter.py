@@ -1,5 +1,7 @@
 """Bottlenecks stand where blocks write into their stream, start as nothing, and share what they should."""
 
+import copy
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 import transformers
 from mixtures import MIXTURES
+from safetensors.torch import load_file
 from tiny import gpt2, ids, llama
 from torch import Generator, Tensor, nn
 
@@ -131,15 +134,93 @@ def test_a_compressed_layer_is_followed_too():
     torch.testing.assert_close(output(model), before)
 
 
-def test_what_cannot_be_folded_or_saved_says_so(tmp_path):
+def moved(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for i, p in enumerate(p for p in model.parameters() if p.requires_grad):
+            p += 0.1 * torch.randn(p.shape, generator=Generator().manual_seed(i))
+    return model
+
+
+def compressed() -> nn.Module:
     model = llama()
+    rankwise.compress(model, rankwise.compressors.PlainSvd(), keep=0.6)
+    return model
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "with LoRA inside"])
+@pytest.mark.parametrize("make", [llama, gpt2, compressed])
+def test_written_and_read_it_is_the_same(make: Callable[[], Any], inside: bool, tmp_path):
+    torch.manual_seed(0)
+    model = make().eval()
+    again = copy.deepcopy(model)
+    if inside:
+        rankwise.adapt(model, Lora(rank=2))
+    rankwise.adapt(model, Compacter(reduction=4), also=lambda name: ("norm" in name) or ("c_proj.bias" in name))
+    for layer in rankwise.core.adapted.adapted(model).values():
+        layer.matrix.members[1].requires_grad_(True)
+    moved(model)
+    rankwise.save(model, tmp_path / "out", format="rankwise")
+    report = rankwise.load_adapter(again, tmp_path / "out")
+    assert torch.equal(output(again), output(model))
+    for one, two in zip(again.named_parameters(), model.named_parameters(), strict=True):
+        assert one[0] == two[0]
+        assert one[1].requires_grad == two[1].requires_grad
+    made = [module.after for module in extended(again).values()]
+    assert len({id(matrix.mixers) for module in made for matrix in (module.down, module.up)}) == 1
+    assert report.totals["trained"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    own = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert not own & load_file(tmp_path / "out" / "rankwise_adapter.safetensors").keys()
+
+
+def damaged(change: Callable[[Any], object], folder) -> None:
+    file = folder / "rankwise_adapter.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["modules"][0]["spec"].update(kind="Path"), "o_proj.* unknown kind of module"),
+        (lambda c: c["modules"][0]["spec"].pop("up"), "mapping"),
+        (lambda c: c["modules"][0]["spec"]["up"].update(shape=[8, 32]), "disagree"),
+        (lambda c: c["modules"][0].pop("names"), "damaged entry"),
+        (lambda c: c["modules"][0]["base"].update(shape=[4, 4]), "belongs to another model"),
+        (lambda c: c["modules"][0]["base"].update(digest="0"), "made for other values of the layers under it: "),
+        (lambda c: c["modules"].pop(), "nothing in this model reads"),
+    ],
+)
+def test_a_damaged_file_is_refused(change: Callable[[Any], object], message: str, tmp_path):
+    model = llama()
+    rankwise.adapt(model, Compacter(reduction=4))
+    rankwise.save(model, tmp_path / "out", format="rankwise")
+    damaged(change, tmp_path / "out")
+    fresh = llama()
+    with pytest.raises(ValueError, match=message):
+        rankwise.load_adapter(fresh, tmp_path / "out")
+    assert not extended(fresh)
+    assert all(p.requires_grad for p in fresh.parameters())
+
+
+def test_what_cannot_be_folded_or_exported_says_so(tmp_path):
+    model = llama()
+    model.save_pretrained(tmp_path / "base")
     rankwise.adapt(model, Compacter(reduction=4))
     with pytest.raises(ValueError, match=r"self_attn\.o_proj has a module behind it .* cannot be folded"):
         rankwise.fold(model)
-    with pytest.raises(ValueError, match="no place in this format"):
-        rankwise.save(model, tmp_path / "out")
+    for form in ("model", "peft"):
+        with pytest.raises(ValueError, match=r"no place in this format; give format='rankwise'"):
+            rankwise.save(model, tmp_path / "out", format=form)
+    folder = rankwise.save(model, tmp_path / "adapter", format="rankwise")
+    for kind in (rankwise.exporters.Merged, rankwise.exporters.Lora, rankwise.exporters.Delta):
+        for source in (folder, model):
+            with pytest.raises(ValueError, match=r"module behind .*o_proj.* neither merged nor exported"):
+                rankwise.export(source, kind(base=str(tmp_path / "base")), tmp_path / "out")
     with pytest.raises(ValueError, match="has a module behind it already"):
         rankwise.adapt(model, Compacter(reduction=4))
+    with pytest.raises(ValueError, match=r"has a module behind it .* load the model anew"):
+        rankwise.load_adapter(model, folder)
 
 
 def test_where_chooses_other_layers_and_other_adapters_go_inside():

@@ -46,6 +46,28 @@ def test_they_start_exactly_train_and_fold(method: Adapter):
     torch.testing.assert_close(net(x), after, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", WITHOUT_DATA, ids=str)
+def test_the_padding_token_keeps_its_vector(method: Adapter):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(20, 8, padding_idx=3), nn.Flatten(), nn.Linear(24, 4)).double()
+    with torch.no_grad():
+        net[0].weight[3] = draw(8)  # nothing says that it is zero
+    before = net[0].weight.detach().clone()
+    rankwise.adapt(net, method, where=table, embeddings=True)
+    net[2].requires_grad_(True)
+    optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=0.05)
+    x = torch.tensor([[3, 1, 2], [7, 3, 3], [2, 2, 3]])
+    for _ in range(3):
+        optimizer.zero_grad()
+        functional.cross_entropy(net(x), torch.tensor([0, 1, 2])).backward()
+        optimizer.step()
+    assert torch.equal(net[0](torch.tensor([3])), before[[3]])
+    rankwise.fold(net)
+    moved = (net[0].weight != before).any(1)
+    assert not bool(moved[3])
+    assert bool(moved[[1, 2, 7]].all())
+
+
 def test_lora_of_a_table_by_its_formula():
     net, x = nn.Sequential(nn.Embedding(20, 8)).double(), torch.tensor([[4, 0], [19, 4]])
     weight = net[0].weight.detach().clone()

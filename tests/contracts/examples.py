@@ -10,11 +10,14 @@ from rankwise.matrices import (
     Base,
     BlockAffine,
     Branch,
+    ChangedFactors,
+    Companded,
     Dense,
     Diagonal,
     Frozen,
     Hypercomplex,
     IndexedSparse,
+    KeptColumn,
     Kernelled,
     Kronecker,
     LowRank,
@@ -29,6 +32,7 @@ from rankwise.matrices import (
     Scheduled,
     Seeded,
     SemiSparse,
+    Several,
     Sparse,
     Spectral,
     StructuredMatrix,
@@ -57,6 +61,11 @@ def _row_normalised() -> StructuredMatrix:
     return matrix
 
 
+def _changed_factors() -> StructuredMatrix:
+    base = Sum(Dense(draw(5, 4)), PivotedLowRank.from_factors(draw(5, 2), draw(2, 4)))
+    return ChangedFactors(Base(base), {"members.1.mix": LowRank(draw(2, 1, seed=1), draw(1, 2, seed=2))})
+
+
 def _quantized() -> StructuredMatrix:
     codes = torch.arange(20).view(5, 4) % 8
     return Quantized.from_codes(codes, draw(5, 2), draw(5, 2, seed=1), bits=3, group=3)
@@ -68,15 +77,27 @@ def _kernelled() -> StructuredMatrix:
     return Kernelled(*points, (0.4, -0.3), kernel=distance, shrink=soft, density=0.5, mixing=mixing)
 
 
+def _several() -> StructuredMatrix:
+    base = Base(Dense(draw(5, 4)))
+    low = Sum(base, Branch(LowRank(draw(5, 2, seed=1), draw(2, 4, seed=2)), 0.5))
+    rotated = Product(base, Reflections(draw(2, 4, seed=3)))
+    return Several(
+        base, {"low": low, "rotated": rotated, "idle": _row_normalised()}, {"low": 0.7, "rotated": -0.2}
+    )
+
+
 EXAMPLES: dict[str, Callable[[], StructuredMatrix]] = {
     "Base": lambda: Base(_sum()),
     "BlockAffine": lambda: BlockAffine(Base(Dense(draw(6, 4))), draw(3, 2, 2, seed=1)),
     "Branch": lambda: Branch(_sum(), 0.7),
+    "ChangedFactors": _changed_factors,
+    "Companded": lambda: Companded(draw(5, 4), height=0.7, width=1.3, learned=True),
     "Dense": lambda: Dense(draw(5, 4)),
     "Diagonal": lambda: Diagonal(draw(5)),
     "Frozen": lambda: Frozen(_sum()),
     "Hypercomplex": lambda: Hypercomplex(draw(2, 2, 2), draw(2, 3, 1), draw(2, 1, 2)),
     "IndexedSparse": lambda: IndexedSparse.from_dense(draw(5, 4) * (draw(5, 4, seed=1) > 0)),
+    "KeptColumn": lambda: KeptColumn(Sum(Base(Dense(draw(5, 4))), LowRank(draw(5, 2), draw(2, 4))), 1),
     "Kernelled": _kernelled,
     "Kronecker": lambda: Kronecker(Dense(draw(2, 3)), LowRank(draw(3, 2), draw(2, 2, seed=1))),
     "LowRank": lambda: LowRank(draw(5, 2), draw(2, 4)),
@@ -91,6 +112,7 @@ EXAMPLES: dict[str, Callable[[], StructuredMatrix]] = {
     "Scheduled": lambda: Scheduled(_sum(), {"kind": "FreezeColumns", "until": 0.3}).eval(),
     "Seeded": lambda: Seeded(5, 4, seed=3),
     "SemiSparse": lambda: SemiSparse.from_dense(draw(5, 6), kept=2, group=3),
+    "Several": _several,
     "Sparse": lambda: Sparse.from_dense(draw(5, 4) * (draw(5, 4, seed=1) > 0)),
     "Spectral": lambda: Spectral(draw(5, 3), draw(3), draw(3, 4, seed=1), torch.tensor([2, 0])).eval(),
     "Sum": _sum,

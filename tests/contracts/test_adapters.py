@@ -21,6 +21,13 @@ from rankwise.matrices import Base, Dense, LowRank, StructuredMatrix, from_spec
 SETTINGS: dict[str, list[Adapter]] = {
     "AdaLora": [adapters.AdaLora(rank=3, target=2), adapters.AdaLora(rank=2, target=1, alpha=3.0, tail=0.0)],
     "Eva": [adapters.Eva(rank=2), adapters.Eva(rank=2, alpha=3.0, whiten=True, centred=False)],
+    "FactorLora": [adapters.FactorLora(rank=2), adapters.FactorLora(rank=3, alpha=6.0)],
+    "GradNormLorp": [
+        adapters.GradNormLorp(rank=2, dropout=0.0),
+        adapters.GradNormLorp(
+            rank=2, alpha=None, dropout=0.0, constant=False, start=rankwise.initialisers.Uniform()
+        ),
+    ],
     "Lamda": [adapters.Lamda(rank=2), adapters.Lamda(rank=8, alpha=3.0, until=1.0)],
     "Bat": [adapters.Bat(block=4), adapters.Bat(block=2)],
     "Loldu": [adapters.Loldu(rank=3), adapters.Loldu(rank=8, alpha=None)],
@@ -30,6 +37,7 @@ SETTINGS: dict[str, list[Adapter]] = {
         adapters.Lora(rank=2),
         adapters.Lora(rank=2, alpha=4.0, rank_stabilised=True),
         adapters.Lora(rank=2, magnitudes=True),
+        adapters.Lora(rank=2, magnitudes=True, alpha=3.0, start=rankwise.initialisers.SingularVectors()),
         adapters.Lora(rank=2, start=rankwise.initialisers.SingularVectors()),
         adapters.Lora(rank=2, start=rankwise.initialisers.SingularVectors(iterations=2), alpha=3.0),
         adapters.Lora(rank=2, start=rankwise.initialisers.GradientSvd(), alpha=4.0, rank_stabilised=True),
@@ -42,6 +50,7 @@ SETTINGS: dict[str, list[Adapter]] = {
     "Snella": [
         adapters.Snella(rank=4),
         adapters.Snella(rank=6, mixed=False, shrink=linalg.hard, density=0.4, scale=2.0),
+        adapters.Snella(rank=4, density=0.9, target=0.3),
         adapters.Snella(rank=4, shrink=linalg.magnitude, weight=1.0),
         adapters.Snella(rank=4, kernel=linalg.inner, mixed=False, weight=1.0),
     ],
@@ -184,6 +193,27 @@ def test_a_model_is_adapted_and_folded(method: Adapter):
     assert not torch.allclose(after, before)
     assert [type(layer) for layer in rankwise.fold(model)] == kinds
     torch.testing.assert_close(model(x), after, rtol=1e-6, atol=1e-6)
+
+
+def squares(output: Tensor, batch: tuple[Tensor, Tensor], generator: Generator) -> Tensor:
+    """A loss for outputs that are no logits, of batches with labels."""
+    return output.float().square().sum()
+
+
+def test_a_model_cast_after_it_was_adapted_has_one_type(method: Adapter):
+    model, x = net().float(), draw(3, 8, seed=9).bfloat16()
+    rankwise.adapt(model, method, data=[batch.float() for batch in batches()], labels=toward_zero)
+    model.bfloat16()
+    data = [(draw(6, 8, seed=i).bfloat16(), torch.zeros(6, dtype=torch.long)) for i in range(4)]
+    for train in (False, True):
+        if train:
+            rankwise.finetune(model, data, loss=squares, steps=4, autocast=torch.bfloat16)
+        kinds = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
+        assert kinds == {torch.bfloat16}
+        y = model(x).detach()
+        folded = rankwise.fold(copy.deepcopy(model)) if rankwise.core.surgery.structured(model) else model
+        assert {p.dtype for p in folded.parameters()} == {y.dtype} == {torch.bfloat16}
+        torch.testing.assert_close(folded(x), y, rtol=0.05, atol=0.05)
 
 
 def test_a_written_adapter_is_the_same_again(method: Adapter, tmp_path: Path):

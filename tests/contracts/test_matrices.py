@@ -127,12 +127,15 @@ def test_macs_are_the_multiplications_of_forward():
         "Base": 20 + 18,
         "BlockAffine": 24 + 24,
         "Branch": 20 + 18 + 5,
+        "ChangedFactors": 20 + 14,
+        "Companded": 20,
         "Dense": 20,
         "Diagonal": 5,
         "Frozen": 20 + 18,
         "Hypercomplex": 2 * 4 + 2 * 2 * 2 + 2 * 6,
         "IndexedSparse": EXAMPLES["Sparse"]().macs,
         "Kernelled": 20,
+        "KeptColumn": 20 + 18 + 5,
         "Kronecker": 2 * (2 * 3) + 2 * (3 * 2 + 2 * 2),
         "LowRank": 18,
         "Permutation": 0,
@@ -146,6 +149,7 @@ def test_macs_are_the_multiplications_of_forward():
         "Scheduled": 20 + 18,
         "Seeded": 20,
         "SemiSparse": 5 * 4,
+        "Several": 20 + (18 + 5 + 5) + (20 + 2 * 2 * 4 + 2 * 2 + 5) + (20 + 5),
         "Sparse": EXAMPLES["Sparse"]().params - 3,
         "Spectral": (3 + 2) * (5 + 1 + 4),
         "Sum": 20 + 18,
@@ -166,6 +170,10 @@ def _deep(levels: int) -> dict:
     for _ in range(levels):
         spec = {"kind": "Sum", "members": [spec]}
     return spec
+
+
+def _base(size: int) -> dict:
+    return {"kind": "Base", "matrix": {"kind": "Diagonal", "size": size}}
 
 
 def test_nested_expressions_round_trip():
@@ -191,6 +199,7 @@ def test_nested_expressions_round_trip():
         ({"kind": "Dense", "shape": [3, 2.0]}, "positive integer"),
         ({"kind": "Dense", "shape": [3, True]}, "positive integer"),
         ({"kind": "Dense", "shape": [2**40, 2**40]}, "must be <="),
+        ({"kind": "Companded", "shape": [3, 2], "learned": 1}, "learned"),
         ({"kind": "LowRank", "shape": [3, 2]}, "rank"),
         ({"kind": "LowRank", "shape": [3, 2], "rank": 3}, "rank must be <="),
         ({"kind": "PivotedLowRank", "shape": [3, 2], "rank": "1"}, "positive integer 'rank'"),
@@ -212,18 +221,25 @@ def test_nested_expressions_round_trip():
         ({"kind": "Product", "members": [{"kind": "Diagonal", "size": n} for n in (1, 2)]}, "disagree"),
         ({"kind": "Scaled", "scale": 2.0}, "mapping"),
         ({"kind": "Recomputed"}, "mapping"),
+        ({"kind": "KeptColumn", "matrix": {"kind": "Diagonal", "size": 2}, "column": 0}, "a Base in it"),
+        ({"kind": "KeptColumn", "matrix": _base(2), "column": 2}, "column must be an integer from 0 to 1"),
         ({"kind": "Scheduled", "matrix": {"kind": "Diagonal", "size": 1}}, "kind"),
         ({"kind": "Scheduled", "matrix": {"kind": "Diagonal", "size": 1}, "schedule": {"kind": []}}, "kind"),
         ({"kind": "Tiled", "shape": [3, 2], "rows": 4, "columns": 1}, "rows must be <="),
         ({"kind": "BlockAffine", "length": 1, "base": {"kind": "Diagonal", "size": 1}}, "needs 'base'"),
         (
-            {
-                "kind": "BlockAffine",
-                "length": 2,
-                "base": {"kind": "Base", "matrix": {"kind": "Diagonal", "size": 3}},
-            },
-            "fit",
+            {"kind": "ChangedFactors", "base": {"kind": "Diagonal", "size": 1}, "changes": {}},
+            "needs 'base'",
         ),
+        (
+            {
+                "kind": "ChangedFactors",
+                "base": _base(3),
+                "changes": {"left": {"kind": "Dense", "shape": [3, 1]}},
+            },
+            "no factor 'left'",
+        ),
+        ({"kind": "BlockAffine", "length": 2, "base": _base(3)}, "fit"),
         ({"kind": "IndexedSparse", "shape": [3, 2], "kept": 7}, "kept must be <="),
         ({"kind": "Scaled", "matrix": {"kind": "Diagonal", "size": 1}}, "scale"),
         ({"kind": "Scaled", "matrix": {"kind": "Diagonal", "size": 1}, "scale": "2"}, "scale"),

@@ -56,6 +56,12 @@ SETTINGS: dict[str, list[Transform]] = {
         galore(rank=0.5, every=3, scale=1.0, projector=Svd(), inner=sgd(beta=0.9), carry=Rotate()),
         galore(rank=2, every=4, inner=adafactor()),
     ],
+    "grad_norm_lorp": [
+        optimizers.grad_norm_lorp(rank=2, every=4, scale=1.0),
+        optimizers.grad_norm_lorp(rank=2, every=3, scale=1.0, two_sided=True, projector=Svd()),
+    ],
+    "hard_cap": [chain(adam(), optimizers.hard_cap(limit=1.5))],
+    "lipschitz": [optimizers.lipschitz(limit=1.5), optimizers.lipschitz(constraint=sgd(), nesterov=False)],
     "muon": [muon(), muon(nesterov=False, beta=0.5)],
     "project": [project(Cosine(), adam(), rank=3, every=EnergyDrop(steps=2), carry=Reset())],
     "q_galore": [
@@ -68,8 +74,21 @@ SETTINGS: dict[str, list[Transform]] = {
         galore(rank=2, every=3, inner=quantised(adam(), least=1, block=16), carry=Rotate()),
         quantised(chain(adafactor(), sgd(beta=0.9)), least=1),
     ],
+    "row_cap": [chain(adam(), optimizers.row_cap(limit=0.8))],
     "sgd": [sgd(), sgd(beta=0.9), sgd(beta=0.9, nesterov=True)],
     "sign": [sign()],
+    "soft_cap": [chain(adam(), optimizers.soft_cap(limit=1.5)), optimizers.soft_cap(limit=1.5, step=2.0)],
+    "spectral_decay": [chain(adam(), optimizers.spectral_decay(rate=0.1))],
+    "spectral_hammer": [chain(adam(), optimizers.spectral_hammer(limit=0.3, steps=1))],
+    "spectral_normalize": [
+        chain(adam(), optimizers.spectral_normalize(limit=1.5)),
+        optimizers.spectral_normalize(limit=1.5),
+    ],
+    "tscnc": [optimizers.tscnc(), optimizers.tscnc(condition=0.1, inner=galore(rank=2, every=4))],
+    "weight_norm": [
+        optimizers.weight_norm(),
+        optimizers.weight_norm(inner=galore(rank=2, every=4), magnitude=sgd(beta=0.9)),
+    ],
 }
 SHAPES = [(6, 9), (6, 9), (6, 9), (9, 6), (5, 3, 2, 2), (7,), (7,), (), (1, 4), (0, 3)]
 
@@ -317,6 +336,25 @@ def test_stop_save_load_and_go_on_is_exact(made: Transform, dtype: torch.dtype):
         map_state(lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0), state, right["state"][number])
 
 
+def test_a_state_that_was_dropped_begins_again(transform: Transform):
+    """As schedules do; the other parameters of its stack go on."""
+    params, others = parameters(), parameters()
+    one, two = Optimizer([(params, transform)], lr=0.05), Optimizer([(others, transform)], lr=0.05)
+    for optimizer in (one, two):
+        trained(optimizer, range(3))
+    one.state.pop(params[1])
+    fresh = Optimizer([(others, transform)], lr=0.05)
+    state = two.state_dict()
+    del state["state"][1]
+    fresh.load_state_dict(state)
+    for optimizer in (one, fresh):
+        trained(optimizer, range(3, 6))
+    same(params, others)
+    saved, wanted = one.state_dict()["state"], fresh.state_dict()["state"]
+    for number, state in wanted.items():
+        map_state(lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0), state, saved[number])
+
+
 def test_copies_and_pickles_go_on_alone(transform: Transform):
     params = parameters()
     optimizer = Optimizer([(params, transform)], lr=0.05, stack_bytes=1000)
@@ -384,6 +422,17 @@ def test_a_state_of_something_else_is_refused():
         (lambda p: galore(rank=2, every=0), "steps"),
         (lambda p: muon(polynomials=()), "polynomials"),
         (lambda p: adafactor(decay=0.0), "decay"),
+        (lambda p: optimizers.soft_cap(limit=0.0), "limit"),
+        (lambda p: optimizers.soft_cap(limit=1.0, step=0.0), "step"),
+        (lambda p: optimizers.hard_cap(limit=-1.0), "limit"),
+        (lambda p: optimizers.row_cap(limit=float("nan")), "limit"),
+        (lambda p: optimizers.spectral_normalize(limit=float("inf")), "limit"),
+        (lambda p: optimizers.spectral_hammer(limit=0.0), "limit"),
+        (lambda p: optimizers.spectral_hammer(limit=1.0, steps=0), "steps"),
+        (lambda p: optimizers.spectral_decay(rate=-1.0), "rate"),
+        (lambda p: optimizers.tscnc(sparsity=-1.0), "weight"),
+        (lambda p: optimizers.tscnc(sharpness=0.0), "sharpness"),
+        (lambda p: optimizers.tscnc(damping=0.0), "damping"),
     ],
 )
 def test_bad_arguments_are_refused(make: Any, text: str):

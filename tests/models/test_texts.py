@@ -47,7 +47,7 @@ def test_missing_files_folders_and_other_encodings_are_named(tmp_path):
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     with pytest.raises(ValueError, match="does not exist"):
         read_text(tmp_path / "none.txt")
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match="is a folder"):
         read_text(tmp_path)
     with pytest.raises(ValueError, match="not UTF-8"):
         read_text(tmp_path / "latin.txt")

@@ -4,6 +4,8 @@ from .ada_lora import AdaLora
 from .bat import Bat
 from .compacter import Compacter
 from .eva import Eva
+from .factor_lora import FactorLora
+from .grad_norm_lorp import GradNormLorp
 from .householder import Householder
 from .kron_lora import KronLora
 from .lamda import Lamda
@@ -21,6 +23,8 @@ __all__ = [
     "Bat",
     "Compacter",
     "Eva",
+    "FactorLora",
+    "GradNormLorp",
     "Householder",
     "KronLora",
     "Lamda",

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator
@@ -9,6 +10,7 @@ from torch import Generator
 from ..core.methods import Adapter, check_count
 from ..core.statistics import Stats
 from ..matrices import Base, BlockAffine, StructuredMatrix
+from ..matrices.base import TooSmallError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,8 @@ class Bat(Adapter):
     Args:
         block: b, which must divide both sides of W; 64 is the published choice.
 
+    Learning rate: 2e-5, that of its authors' script, the same for both forms; small models bear more.
+
     References: Kang et al., "Bone: Block affine transformation as parameter efficient fine-tuning methods for
         large language models", the first version (2024) of arXiv 2409.15371.
 
@@ -37,6 +41,7 @@ class Bat(Adapter):
     8
     """
 
+    lr: ClassVar[float | None] = 2e-5
     block: int = 64
 
     def __post_init__(self) -> None:
@@ -45,6 +50,8 @@ class Bat(Adapter):
     def attach(self, base: Base, stats: Stats, generator: Generator) -> StructuredMatrix:
         """Return W' with T = 0."""
         m, n = base.shape
+        if self.block > min(m, n):
+            raise TooSmallError(f"block {self.block} is larger than a side of ({m}, {n}); give a smaller one.")
         if m % self.block or n % self.block:
             divisor = math.gcd(self.block, m, n)
             raise ValueError(

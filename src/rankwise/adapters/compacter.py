@@ -2,36 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn import functional
 
+from ..core.bottleneck import Bottleneck
 from ..core.methods import BlockAdapter
 from ..matrices import Hypercomplex
-from ..matrices.base import autocast_of
 from ..matrices.hypercomplex import glorot
-
-
-class Bottleneck(nn.Module):
-    """h + Up(gelu(Down(h) + b) + c), in the type of its own numbers, which may be wider than that of h.
-
-    Args:
-        down: (w, d).
-        up: (d, w).
-    """
-
-    def __init__(self, down: Hypercomplex, up: Hypercomplex) -> None:
-        super().__init__()
-        self.down, self.up = down, up
-        self.inner_bias = nn.Parameter(down.left.new_zeros(down.shape[0]))
-        self.outer_bias = nn.Parameter(down.left.new_zeros(up.shape[0]))
-
-    def forward(self, h: Tensor) -> Tensor:
-        """(..., d) -> (..., d)."""
-        x = h if autocast_of(h.device) is not None else h.to(self.down.dtype)
-        inner = functional.gelu(self.down(x) + self.inner_bias, approximate="tanh")
-        return h + (self.up(inner) + self.outer_bias).to(h.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +20,8 @@ class Compacter(BlockAdapter):
     Down (d / reduction, d) and Up are sum_i A_i x (s_i t_i) with ``count`` terms
     (:class:`~rankwise.matrices.Hypercomplex`), and biases. All layers share the A_i, and each has its own s_i and
     t_i. A module stands behind each linear layer that writes into the stream of a block, before the residual sum
-    (:func:`rankwise.core.insertion.writers`). It is not linear: it cannot be folded into a weight, and stays.
+    (:func:`rankwise.core.insertion.writers`). It is not linear: it cannot be folded into a weight, nor exported,
+    but is saved with ``format="rankwise"`` and loaded by :func:`rankwise.load_adapter`.
     With ``also`` of :func:`rankwise.adapt` layer norms train too, as in the paper: ``lambda name: "norm" in
     name``; whether its counts of numbers hold these is unverified.
 
@@ -56,10 +36,13 @@ class Compacter(BlockAdapter):
         rank: of the blocks s_i t_i; 1 as published.
         last: only behind the last part of each block, the feed-forward one (Compacter++). ``where`` overrules it.
 
+    Learning rate: 3e-3, that of its authors' settings for T5-base.
+
     References: Karimi Mahabadi, Henderson, Ruder, "Compacter: Efficient low-rank hypercomplex adapter layers",
         NeurIPS 2021, arXiv 2106.04647.
     """
 
+    lr: ClassVar[float | None] = 3e-3
     count: int = 4
     reduction: int = 32
     rank: int = 1

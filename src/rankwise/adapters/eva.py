@@ -1,6 +1,7 @@
 """LoRA that starts at, and is spread by, the principal components of the inputs (EVA)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Generator
 
@@ -27,10 +28,13 @@ class Eva(Adapter):
         whiten: divide the rows of A by their components' standard deviations.
         dropout: share of the branch's inputs that are dropped while training.
 
+    Learning rate: 5e-4, that of its authors' scripts for models of 7B.
+
     References: Paischer et al., "Parameter efficient fine-tuning via explained variance adaptation", 2024,
         arXiv 2410.07170.
     """
 
+    lr: ClassVar[float | None] = 5e-4
     rank: int = 16
     alpha: float | None = None
     most: float = 2.0

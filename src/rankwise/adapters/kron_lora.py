@@ -6,14 +6,15 @@ from dataclasses import dataclass
 import torch
 from torch import Generator
 
-from ..core.methods import Adapter
+from ..core.methods import Ranked
 from ..core.statistics import Stats
 from ..matrices import Base, Branch, Hypercomplex, StructuredMatrix, Sum
+from ..matrices.base import TooSmallError
 from ..matrices.hypercomplex import glorot
 
 
 @dataclass(frozen=True, kw_only=True)
-class KronLora(Adapter):
+class KronLora(Ranked):
     """Train W + s sum_i A_i x (S_i T_i), x the Kronecker product, with k matrices A_i (k, k) and W frozen.
 
     The linear form of :class:`Compacter`: it folds into W. At the count of numbers of LoRA of the same rank r,
@@ -27,6 +28,9 @@ class KronLora(Adapter):
         rank: r, of the blocks S_i T_i.
         scale: s.
         dropout: share of the branch's inputs that are dropped while training.
+        ranks: from :mod:`rankwise.rank_rules`; None gives all layers the same.
+
+    Learning rate: none is published; the general one holds.
 
     References: Karimi Mahabadi, Henderson, Ruder, "Compacter", NeurIPS 2021, arXiv 2106.04647, for the matrices.
 
@@ -42,6 +46,7 @@ class KronLora(Adapter):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("count", "rank"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -54,10 +59,12 @@ class KronLora(Adapter):
     def attach(self, base: Base, stats: Stats, generator: Generator) -> StructuredMatrix:
         """Return W + s sum_i A_i x (S_i T_i)."""
         (m, n), k, r = base.shape, self.count, self.rank
+        if k > min(m, n):
+            raise TooSmallError(f"count {k} is larger than a side of ({m}, {n}); give a smaller one.")
         if m % k or n % k:
             raise ValueError(f"count {k} must divide both sizes of ({m}, {n}); change count.")
         if r > min(m // k, n // k):
-            raise ValueError(f"blocks of ({m // k}, {n // k}) have a rank of at most that, got {r}; lower rank.")
+            raise TooSmallError(f"blocks of ({m // k}, {n // k}) have no rank {r}; lower rank.")
         mixers = torch.randn(k, k, k, generator=generator) / math.sqrt(k)
         right = glorot(k, r, n // k, generator=generator)
         kind = {"device": base.device, "dtype": torch.promote_types(base.dtype, torch.float32)}

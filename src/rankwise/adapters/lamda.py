@@ -1,20 +1,22 @@
 """A small square core between singular vectors, of which the left ones train for a while (LaMDA)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Generator
 
-from ..core.methods import Adapter
+from ..core.methods import Ranked
 from ..core.statistics import Stats
 from ..initialisers import SingularVectors
 from ..matrices import Base, Branch, Dense, Diagonal, Frozen, Product, Scaled, Scheduled, StructuredMatrix, Sum
 from ..matrices.base import check_rank
 from ..schedules import FreezeColumns
+from ..schedules.freeze_columns import FreezeSettings
 from .lora import Lora
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lamda(Adapter):
+class Lamda(Ranked, FreezeSettings):
     """Train the core D (r, r), and at first B (m, r), in W + s B (S + D) A - s U S A with W frozen.
 
     A (r, n) holds the r leading right singular vectors of W and never trains; B starts at the left ones, U; s S
@@ -27,17 +29,21 @@ class Lamda(Adapter):
         alpha: s = alpha / rank; None means s = 1.
         dropout: share of the branch's inputs that are dropped while training.
         until: B trains less and less, and no more after this share of the steps, in (0, 1].
+        ranks: from :mod:`rankwise.rank_rules`; None gives all layers the same, and SpectralEnergy() is LaMDA++.
+
+    Learning rate: 3e-4, that of its authors' script for LLaMA-2 7B on WikiText-2.
 
     References: Azizi, Kundu, Pedram, "LaMDA", Findings of EMNLP 2024, arXiv 2406.12832. That the core starts at
         the singular values was not checked against the paper, and the released code has no spectral start at all.
     """
 
+    lr: ClassVar[float | None] = 3e-4
     rank: int = 32
     alpha: float | None = None
     dropout: float = 0.0
-    until: float = 0.3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _ = self._lora, self.schedule  # they check the fields
 
     @property
@@ -47,7 +53,7 @@ class Lamda(Adapter):
     @property
     def schedule(self) -> FreezeColumns:
         """What freezes B."""
-        return FreezeColumns(until=self.until)
+        return FreezeColumns.of(self)
 
     def attach(self, base: Base, stats: Stats, generator: Generator) -> StructuredMatrix:
         """Return W + s (B (S + D) - U S) A."""

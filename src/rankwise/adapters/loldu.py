@@ -2,20 +2,22 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
-from ..core.methods import Adapter, check_count
+from ..core.methods import Ranked, check_count
 from ..core.statistics import Stats
 from ..matrices import Base, StructuredMatrix
+from ..matrices.base import TooSmallError
 from .diagonal_core import diagonal_core, written_out
 
 SMALL = 1e-6  # of the largest pivot, close to the rounding of float32; a row is not divided by a smaller one
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loldu(Adapter):
+class Loldu(Ranked):
     """Train d (r,), from zero, in W + s P L_r diag(d) U_r, with W = P L D U and d the change of r entries of D.
 
     P L are the columns of the LU decomposition with partial pivoting, put in the order of W's rows, and U has
@@ -36,16 +38,22 @@ class Loldu(Adapter):
         rank: r; the published code takes 4, and 768 in its example.
         alpha: s = alpha / rank; None means s = 1. The published code takes 1.
         dropout: share of the branch's inputs that are dropped while training.
+        ranks: from :mod:`rankwise.rank_rules`; None gives all layers the same.
+
+    Learning rate: 1e-3, the lower end of what is said to be needed; not verified in the paper, and the code
+    names none.
 
     References: Shi et al., "LoLDU: Low-rank adaptation via lower-diag-upper decomposition for parameter-efficient
         fine-tuning", 2024, arXiv 2410.13618.
     """
 
+    lr: ClassVar[float | None] = 1e-3
     rank: int = 4
     alpha: float | None = 1.0
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_count("rank", self.rank)
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha must be a positive number, got {self.alpha!r}.")
@@ -55,7 +63,9 @@ class Loldu(Adapter):
     def attach(self, base: Base, stats: Stats, generator: Generator) -> StructuredMatrix:
         """Return W + s P L_r diag(d) U_r."""
         if self.rank > min(base.shape):
-            raise ValueError(f"rank {self.rank} is larger than the {min(base.shape)} pivots; give a smaller one.")
+            raise TooSmallError(
+                f"rank {self.rank} is larger than the {min(base.shape)} pivots; give a smaller one."
+            )
         lower, _, upper = lower_diagonal_upper(written_out(base))
         scale = 1.0 if self.alpha is None else self.alpha / self.rank
         return diagonal_core(base, lower[:, : self.rank], upper[: self.rank], scale, self.dropout)

@@ -2,17 +2,19 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator
 
-from ..core.methods import Adapter, check_count
+from ..core.methods import Ranked, check_count
 from ..core.statistics import Stats
 from ..matrices import Base, Branch, StructuredMatrix, Sum, Tiled
+from ..matrices.base import TooSmallError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Miss(Adapter):
+class Miss(Ranked):
     """Train D (m, r), from zero, in W + [D D ... D]: shards of r inputs are added, and D maps their sum.
 
     The same as :class:`Lora` with A = [I I ... I] frozen, B = D and scale 1, which leaves m r numbers to train.
@@ -32,6 +34,9 @@ class Miss(Adapter):
         mini: how many rows of D are trained; they are repeated down the m outputs, a multiple of it. None
             trains all.
         dropout: share of the branch's inputs that are dropped while training.
+        ranks: from :mod:`rankwise.rank_rules`; None gives all layers the same.
+
+    Learning rate: 2e-5, that of its authors' script for models of 2B; small models bear more.
 
     References: Kang et al., arXiv 2409.15371, titled "Bone" (2024), "DiSHA" and "MiSS: Matrix shard sharing"
         (2025) one after the other; ``mini`` is that of the code of PEFT.
@@ -43,11 +48,13 @@ class Miss(Adapter):
     8
     """
 
+    lr: ClassVar[float | None] = 2e-5
     rank: int = 64
     mini: int | None = None
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_count("rank", self.rank)
         if self.mini is not None:
             check_count("mini", self.mini)
@@ -59,7 +66,7 @@ class Miss(Adapter):
         m, n = base.shape
         rows = m if self.mini is None else self.mini
         if self.rank > n:
-            raise ValueError(f"rank {self.rank} is larger than the {n} inputs; give a smaller one.")
+            raise TooSmallError(f"rank {self.rank} is larger than the {n} inputs; give a smaller one.")
         if m % rows:
             divisor = math.gcd(rows, m)
             raise ValueError(f"mini {rows} does not divide the {m} outputs; give a divisor, such as {divisor}.")

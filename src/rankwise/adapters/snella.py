@@ -2,19 +2,22 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
-from ..core.methods import Adapter
+from ..core.methods import Ranked
 from ..core.statistics import Stats
 from ..linalg import distance, magnitude, soft
-from ..matrices import Base, Branch, Frozen, Kernelled, Recomputed, Scaled, StructuredMatrix, Sum
+from ..matrices import Base, Branch, Frozen, Kernelled, Recomputed, Scaled, Scheduled, StructuredMatrix, Sum
 from ..matrices.kernelled import Kernel, Shrink
+from ..schedules import DensityBudget
+from ..schedules.density_budget import DensitySettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Snella(Adapter):
+class Snella(Ranked, DensitySettings):
     """Train points p and q in W + s D, where D keeps the largest entries of a kernel matrix K, with W frozen.
 
     K_ij = c (k(p_1i, q_1j) - k(p_2i, q_2j)), with two heads. Its entries compete anew in each step, so which of
@@ -35,9 +38,14 @@ class Snella(Adapter):
     threshold is selected; the density of a layer stands in its spec, and is changed by setting ``density`` of its
     :class:`~rankwise.matrices.Kernelled`.
 
+    With a ``target`` the layers compete, too: :class:`~rankwise.schedules.DensityBudget` gives those for which
+    the loss is sensitive more entries, and all together fewer while they train: training needs
+    :func:`rankwise.follow`. SNELLA goes from ``density=0.99`` to ``target=0.2``.
+
     Args:
         rank: numbers of a row or column over both heads, even.
-        density: share of the entries that change. 0.1 is SNELL's; SNELLA's allocator ends at 0.2.
+        density: share of the entries that change, at first if there is a target. 0.1 is SNELL's.
+        target: share of all layers' entries that change in the end; None leaves all layers at ``density``.
         kernel: ``distance`` or ``inner`` of :mod:`rankwise.linalg`; distances as published.
         shrink: how entries are left, of :mod:`rankwise.linalg`: ``soft``, as the paper says and without jumps;
             ``hard``; or ``magnitude``, as the code does.
@@ -45,6 +53,10 @@ class Snella(Adapter):
         scale: s.
         weight: c; 0.1 as published.
         dropout: share of the branch's inputs that are dropped while training.
+        ranks: from :mod:`rankwise.rank_rules`; None gives all layers the same.
+        warmup: it and all others are the fields of :class:`~rankwise.schedules.DensityBudget`.
+
+    Learning rate: 1e-3, that of SNELL's experiments with AdamW.
 
     References: Shen et al., "Expanding sparse tuning for low memory usage" (SNELL), NeurIPS 2024,
         arXiv 2411.01800; "Kernelized sparse fine-tuning with bi-level parameter competition for vision models"
@@ -56,8 +68,12 @@ class Snella(Adapter):
     64
     """
 
+    step: ClassVar[int] = 2
+    lr: ClassVar[float | None] = 1e-3
+
     rank: int = 32
     density: float = 0.1
+    target: float | None = None
     kernel: Kernel = distance
     shrink: Shrink = soft
     mixed: bool = True
@@ -66,6 +82,7 @@ class Snella(Adapter):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 2 or self.rank % 2:
             raise ValueError(f"rank must be even and >= 2 (there are two heads), got {self.rank!r}.")
         for name in ("scale", "weight"):
@@ -73,7 +90,16 @@ class Snella(Adapter):
                 raise ValueError(f"{name} must be a positive number, got {getattr(self, name)!r}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be >= 0 and < 1, got {self.dropout!r}.")
-        _ = self._matrix(torch.ones(2, 1, 1), torch.ones(2, 1, 1), 0.0)  # checks the others
+        _ = self._matrix(torch.ones(2, 1, 1), torch.ones(2, 1, 1), 0.0), self.schedule  # they check the others
+        if self.target is not None and self.target > self.density:
+            raise ValueError(
+                f"target must be <= density {self.density}, at which layers begin, or None; got {self.target!r}."
+            )
+
+    @property
+    def schedule(self) -> DensityBudget | None:
+        """What spreads the entries over layers, if anything does."""
+        return None if self.target is None else DensityBudget.of(self)
 
     def _matrix(self, outputs: Tensor, inputs: Tensor, share: float) -> Kernelled:
         return Kernelled(
@@ -91,11 +117,14 @@ class Snella(Adapter):
         wide = torch.promote_types(base.dtype, torch.float32)
         outputs, inputs = (self._points(size, generator).to(base.device, wide) for size in base.shape)
         if self.shrink is magnitude:
-            trained, start = (self._matrix(outputs.clone(), inputs.clone(), 1.0) for _ in range(2))
-            change = Sum(trained, Scaled(Frozen(start), -1.0))
+            moving, start = (self._matrix(outputs.clone(), inputs.clone(), 1.0) for _ in range(2))
+            change = Sum(moving, Scaled(Frozen(start), -1.0))
         else:
             change = self._matrix(outputs[:1].repeat(2, 1, 1), inputs[:1].repeat(2, 1, 1), 0.0)
-        return Sum(base, Branch(Recomputed(change), self.scale, self.dropout))
+        trained, schedule = Recomputed(change), self.schedule
+        if schedule is not None:
+            trained = Scheduled(trained, schedule.data())
+        return Sum(base, Branch(trained, self.scale, self.dropout))
 
     def _points(self, count: int, generator: Generator) -> Tensor:
         """(2, count, rank / 2), uniform as in the published code."""

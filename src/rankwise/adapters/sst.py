@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Generator
 
-from ..core.methods import Adapter
+from ..core.methods import Ranked
 from ..core.statistics import Stats
 from ..initialisers import SingularVectors
 from ..matrices import (
@@ -22,11 +22,12 @@ from ..matrices import (
 )
 from ..matrices.base import check_rank
 from ..schedules import SampledVectors
+from ..schedules.sampled_vectors import SamplingSettings
 from .lora import Lora
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sst(Adapter):
+class Sst(Ranked, SamplingSettings):
     """Train all values s, and r pairs of vectors at a time, in W + U diag(s) V - U0 diag(s0) V0 with W frozen.
 
     It starts at the singular value decomposition of W, or the leading part of it.
@@ -38,9 +39,10 @@ class Sst(Adapter):
     Args:
         rank: r, how many pairs of vectors train at a time.
         components: how many pairs there are; None means as many as the shorter side of W.
-        hold: as in :class:`~rankwise.schedules.SampledVectors`, and so all below.
-        warmup: see there.
-        seed: see there.
+        ranks: from :mod:`rankwise.rank_rules`; None gives all layers the same.
+        hold: it and all others are the fields of :class:`~rankwise.schedules.SampledVectors`.
+
+    Learning rate: the published ones are for training from scratch; here the general one holds.
 
     References: Zhao et al., "Sparse spectral training", ICML 2025, arXiv 2405.15481; see there for what is not
         verified.
@@ -48,11 +50,9 @@ class Sst(Adapter):
 
     rank: int = 8
     components: int | None = None
-    hold: int = 200
-    warmup: int = 5
-    seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _ = Lora(rank=self.rank), self.schedule  # they check the fields
         if self.components is not None and self.components < self.rank:
             raise ValueError(f"components must be >= rank {self.rank} or None, got {self.components}.")
@@ -60,7 +60,7 @@ class Sst(Adapter):
     @property
     def schedule(self) -> SampledVectors:
         """What draws the vectors."""
-        return SampledVectors(hold=self.hold, warmup=self.warmup, seed=self.seed)
+        return SampledVectors.of(self)
 
     def attach(self, base: Base, stats: Stats, generator: Generator) -> StructuredMatrix:
         """Return W + U diag(s) V - U0 diag(s0) V0."""

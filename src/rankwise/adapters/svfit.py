@@ -1,18 +1,20 @@
 """Trained singular values (SVFit)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
-from ..core.methods import Adapter, check_count
+from ..core.methods import Ranked, check_count
 from ..core.statistics import Stats
 from ..matrices import Base, StructuredMatrix
+from ..matrices.base import TooSmallError
 from .diagonal_core import diagonal_core, written_out
 
 
 @dataclass(frozen=True, kw_only=True)
-class Svfit(Adapter):
+class Svfit(Ranked):
     """Train d (r,), from zero, in W + U diag(d) V', with U and V the leading singular vectors of W.
 
     The singular values are then sigma + d: d is their change, so that weight decay pulls to the weight as it was,
@@ -29,6 +31,9 @@ class Svfit(Adapter):
             the information" is the paper's; that squares are meant is our reading.
         relative: multiply d by sigma, so that a step changes large and small singular values by the same share.
         dropout: share of the branch's inputs that are dropped while training.
+        ranks: from :mod:`rankwise.rank_rules`; None gives all layers the same.
+
+    Learning rate: 1e-3, the lower end of what is said to be needed, 1e-3 to 1e-2; not verified in the paper.
 
     References: Sun et al., "SVFit: Parameter-efficient fine-tuning of large pre-trained models using singular
         values", 2024, arXiv 2409.05926. No published code was found.
@@ -41,12 +46,14 @@ class Svfit(Adapter):
     2
     """
 
+    lr: ClassVar[float | None] = 1e-3
     rank: int | None = None
     energy: float = 0.99
     relative: bool = False
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rank is not None:
             check_count("rank", self.rank)
         if not 0 < self.energy <= 1:
@@ -67,5 +74,7 @@ class Svfit(Adapter):
             shares = s.double().square().cumsum(0)
             return 1 + int((shares < self.energy * shares[-1]).sum())
         if self.rank > len(s):
-            raise ValueError(f"rank {self.rank} is larger than the {len(s)} singular values; give a smaller one.")
+            raise TooSmallError(
+                f"rank {self.rank} is larger than the {len(s)} singular values; give a smaller one."
+            )
         return self.rank

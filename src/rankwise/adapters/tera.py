@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator
@@ -41,6 +42,9 @@ class Tera(Adapter):
         scale: see above.
         seed: of all frozen numbers.
 
+    Learning rate: 1e-3, the lower end of 1e-3 to 1e-2, a guess of ours; the published rates are not known to
+    us.
+
     References: Gu, Zhou, Iacovides, Mandic, "TeRA: Vector-based random tensor network for high-rank adaptation of
         large language models", 2025, arXiv 2509.03234.
 
@@ -50,6 +54,7 @@ class Tera(Adapter):
     32
     """
 
+    lr: ClassVar[float | None] = 1e-3
     modes: int = 2
     core: int | None = None
     scale: float = 1.0

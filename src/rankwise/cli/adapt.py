@@ -3,17 +3,15 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from torch import nn
 
-from ..core.files import write_text
 from ..core.methods import BlockAdapter
 from ..core.report import Report
-from ..core.surgery import Where
 from .app import app, say
 from .arguments import Dtype, Json, Model, Settings, WherePattern
 from .files import check_file, check_folder, write_report
@@ -35,7 +33,9 @@ def adapt(
     eval_: Annotated[Path | None, typer.Option("--eval", help="Judge by this, not by a tenth of --data.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps; default: --epochs over the data.")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
-    lr: Annotated[float, typer.Option(help="Largest learning rate of AdamW.")] = 5e-4,
+    lr: Annotated[
+        float | None, typer.Option(help="Largest learning rate of AdamW; default: the method's.")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Windows, or texts of a classifier, at a time.")] = 4,
     accumulate: Annotated[int, typer.Option(help="Batches of a step.")] = 1,
     window: Annotated[int, typer.Option(help="Most tokens of a sequence.")] = 512,
@@ -69,14 +69,12 @@ def adapt(
     at_least("--patience", patience, 1)
     at_least("--calibration-tokens", calibration_tokens, 1)
     for flag, value in (("--lr", lr), ("--clip", clip), ("--epochs", epochs)):
-        if not 0 < value < float("inf"):
+        if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{flag} must be a positive number, got {value}.")
     from .. import adapters
 
     words = [*(settings or []), *([] if rank is None else [f"rank={rank}"])]
     chosen = build(pick("--method", method, registry(adapters)), words)
-    if out is not None and isinstance(chosen, BlockAdapter):
-        raise ValueError(f"--out: no file format holds what {method} puts between layers; use it from Python.")
     layers, beside = where_option(where), where_option(also, "--also")
     precision = pick("--dtype", dtype, DTYPES)
     check_folder("--out", out)
@@ -90,6 +88,11 @@ def adapt(
     network = task.network
 
     from .. import adapting, finetuning
+    from ..models import save
+
+    def adapted(name: str, module: nn.Module) -> bool:
+        assert layers is not None
+        return layers(name, module) and f"{name}.weight" not in task.whole
 
     def also_trained(name: str) -> bool:
         return name in task.whole or (beside is not None and beside(name, network))
@@ -98,7 +101,7 @@ def adapt(
     made = adapting.adapt(
         network,
         chosen,
-        where=layers if isinstance(chosen, BlockAdapter) else _both(task.layers, layers),
+        where=None if layers is None else adapted,
         data=None if isinstance(chosen, BlockAdapter) else task.calibration,
         also=also_trained if task.whole or beside is not None else None,
         seed=seed,
@@ -130,10 +133,12 @@ def adapt(
         raise
     measured = {name: trained.totals["memory"][name] for name in ("rise", "peak")}
     say(f"measured    {_in_words(measured)} of the whole process")
+    if trained.totals["adapters"] is not None:
+        say(f"checked     {trained.totals['adapters']['title']}")
     after = task.figures(network)
     if out is not None:
         say(f"saving to {out}")
-        _write(network, out, task.labels)
+        save(network, out, format="rankwise")
         if state is not None:
             shutil.rmtree(state)
     figures = {name: {"before": before[name], "after": after[name]} for name in before}
@@ -172,7 +177,6 @@ class Task:
         judges: batches to judge by.
         calibration: batches without labels, for statistics.
         whole: names of parameters that train whole: a classifier's head.
-        labels: of a classifier, in the order of its outputs.
     """
 
     network: Any
@@ -180,12 +184,6 @@ class Task:
     judges: Sequence[dict[str, Any]]
     calibration: Sequence[dict[str, Any]]
     whole: frozenset[str] = frozenset()
-    labels: tuple[str, ...] = ()
-
-    @property
-    def layers(self) -> Where | None:
-        """Which layers may get an adapter: those that do not train whole."""
-        return (lambda name, _: f"{name}.weight" not in self.whole) if self.whole else None
 
     def figures(self, network: Any) -> dict[str, float]:
         """Measure what people want to know beside the loss."""
@@ -226,11 +224,11 @@ def _texts(source: str, dtype: torch.dtype | None, data: Path, other: Path | Non
 
 def _classes(source: str, dtype: torch.dtype | None, data: Path, other: Path | None, shape: Shape) -> Task:
     from ..models.classifier import is_head, labelled_batches, load_classifier
-    from ..models.examples import kept_aside, read_labelled
+    from ..models.examples import in_order, kept_aside, read_labelled
     from ..models.packing import unlabelled
 
     learned = read_labelled(data)
-    labels = sorted({label for _, label in learned})
+    labels = in_order(label for _, label in learned)
     if len(labels) < 2:
         raise ValueError(f"{data} has one label only, {labels[0]!r}; a classifier needs two or more.")
     if other is None:
@@ -242,8 +240,7 @@ def _classes(source: str, dtype: torch.dtype | None, data: Path, other: Path | N
     train = labelled_batches(learned, network, tokenizer, **sizes)
     judges = labelled_batches(held, network, tokenizer, **sizes)
     whole = frozenset(name for name, _ in network.named_parameters() if is_head(network, name))
-    order = tuple(str(network.config.id2label[i]) for i in range(network.config.num_labels))
-    return Task(network, train, judges, unlabelled(train, shape.calibration), whole, order)
+    return Task(network, train, judges, unlabelled(train, shape.calibration), whole)
 
 
 def _state(out: Path | None, resume: bool) -> Path | None:
@@ -264,21 +261,6 @@ def _state(out: Path | None, resume: bool) -> Path | None:
     return state
 
 
-def _both(one: Where | None, other: Where | None) -> Where | None:
-    if one is None or other is None:
-        return one or other
-    return lambda name, module: one(name, module) and other(name, module)
-
-
 def _in_words(memory: Mapping[str, int | None]) -> str:
     sizes = {name: "unknown" if size is None else f"{size / 1e6:,.1f} MB" for name, size in memory.items()}
     return "  ".join(f"{name} {size}" for name, size in sizes.items())
-
-
-def _write(network: Any, out: Path, labels: Sequence[str]) -> None:
-    """Save the adapter; of a classifier also the labels, with which its model is loaded again."""
-    from .. import models
-
-    models.save(network, out, format="rankwise")
-    if labels:
-        write_text(out / "labels.json", dumps(labels) + "\n")

@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from ..core.rates import GENERAL
 from .app import app
 from .options import describe, registry
 
@@ -30,7 +31,13 @@ def methods() -> None:
             if isinstance(entry, type) and dataclasses.is_dataclass(entry):
                 for field in describe(entry):
                     typer.echo(f"      {field}")
+            if package is adapters:
+                typer.echo(f"      learning rate without --lr: {_rate(entry):g}")
         typer.echo("")
+
+
+def _rate(adapter: Any) -> float:
+    return GENERAL if adapter.lr is None else adapter.lr
 
 
 def _summary(entry: Any) -> str:

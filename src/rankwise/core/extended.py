@@ -1,6 +1,6 @@
 """Layers that a module stands behind."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,11 +12,12 @@ class Extended(nn.Module):
     Args:
         layer: any layer; its ``weight`` and ``bias`` are found here too, for code that asks for their types.
         after: takes its outputs.
+        lr: the learning rate that is suggested for it.
     """
 
-    def __init__(self, layer: nn.Module, after: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, after: nn.Module, lr: float | None = None) -> None:
         super().__init__()
-        self.layer, self.after = layer, after
+        self.layer, self.after, self.lr = layer, after, lr
 
     @property
     def weight(self) -> Any:
@@ -36,6 +37,17 @@ class Extended(nn.Module):
 def extended(model: nn.Module) -> Mapping[str, Extended]:
     """Return the layers that something stands behind, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Extended)}
+
+
+def name_without(model: nn.Module) -> Callable[[str], str]:
+    """Return what gives a name in a model the one that it would have if nothing stood behind layers."""
+    inner = {f"{path}.layer": path for path in extended(model)}
+
+    def plain(name: str) -> str:
+        found = next((path for path in inner if f"{name}.".startswith(f"{path}.")), None)
+        return name if found is None else inner[found] + name.removeprefix(found)
+
+    return plain
 
 
 def refuse_extended(model: nn.Module, why: str) -> None:

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..matrices import Dense, Scheduled
+from ..matrices import Scheduled, Several
 from .methods import Course, Schedule, State
 from .report import Report
-from .surgery import base_of, set_module, structured
+from .several import take_off
+from .surgery import base_of, restack, set_module, structured
 
 Group = tuple[Schedule, Mapping[str, Scheduled]]
 
@@ -140,20 +141,22 @@ def finished(model: nn.Module, groups: Sequence[Group]) -> Report:
                 _take_off(model, each, plain)
             else:
                 set_module(model, name, rest.train(each.training))
+    restack(model)
     return Report(f"{len(rows)} matrices are finished", rows, "matrices", {"rank": sum(r["rank"] for r in rows)})
 
 
 def _take_off(model: nn.Module, each: Scheduled, plain: dict[int, nn.Module]) -> None:
-    """Give the layers that hold a matrix their base back, as an ordinary layer where it is dense."""
-    for name, layer in list(structured(model).items()):
-        if any(part is each for part in layer.matrix.modules()):
-            base = base_of(layer.matrix)
-            assert base is not None
-            layer.matrix = base.matrix
-            if isinstance(base.matrix, Dense):
-                new: Any = layer.dense().train(layer.training)  # with its own bias, which may train
-                new.weight = plain.setdefault(id(base), new).weight.requires_grad_(False)
-                set_module(model, name, new)
+    """Take the adapter that a matrix is part of off the layers that hold it."""
+    for path, layer in list(structured(model).items()):
+        if all(part is not each for part in layer.matrix.modules()):
+            continue
+        base = base_of(layer.matrix)
+        assert base is not None
+        if isinstance(layer.matrix, Several):
+            known = layer.matrix.adapters.items()
+            layer.matrix.remove(next(n for n, e in known if any(part is each for part in e.modules())))
+        else:
+            take_off(model, path, base, plain)
 
 
 def _copied(state: State, devices: Mapping[str, torch.device] | None = None) -> State:

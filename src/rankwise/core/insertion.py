@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from .extended import Extended, extended
+from .extended import extended
 from .methods import BlockAdapter
-from .surgery import Site, StructuredLinear, Where, select, set_module
+from .surgery import Site, StructuredLinear, Where, put_behind, select, sizes_of
 from .views import LinearView
 
 
@@ -30,11 +30,10 @@ def insert(model: nn.Module, method: BlockAdapter, where: Where | None, seed: in
     model.requires_grad_(False)
     rows, seen = [], set()
     for name, site in sites.items():
-        for path in site.names:
-            set_module(model, path, Extended(model.get_submodule(path), made[name]).train(site.layer.training))
+        put_behind(model, site, made[name], method.lr)
         new = {id(p): p.numel() for p in made[name].parameters() if id(p) not in seen}
         seen |= new.keys()
-        rows.append({"name": name, "shape": list(_sizes_of(site)), "rank": None, "trained": sum(new.values())})
+        rows.append({"name": name, "shape": list(sizes_of(site)), "rank": None, "trained": sum(new.values())})
     return rows
 
 
@@ -58,10 +57,10 @@ def writers(model: nn.Module) -> list[dict[str, Site]]:
         inside = [name for name in linear if name.startswith(f"{path}.")]
         if not inside:
             continue
-        width, last = _sizes_of(linear[inside[0]])[1], {}
+        width, last = sizes_of(linear[inside[0]])[1], {}
         for part in _parts(path, block):
             own = [name for name in inside if f"{name}.".startswith(f"{part}.")]
-            if own and _sizes_of(linear[own[-1]])[0] == width:
+            if own and sizes_of(linear[own[-1]])[0] == width:
                 last[own[-1]] = linear[own[-1]]
         found.append(last)
     if not any(found):
@@ -88,16 +87,10 @@ def _places(model: nn.Module, method: BlockAdapter, where: Where | None) -> dict
     return sites
 
 
-def _sizes_of(site: Site) -> tuple[int, int]:
-    """Return the (m, n) of a layer without writing its weight out."""
-    m, n = site.layer.matrix.shape if isinstance(site.layer, StructuredLinear) else site.weight.shape
-    return m, n
-
-
 def _output_of(site: Site) -> Tensor:
     """Return (m,) numbers of the type of a layer's outputs, where they are."""
     like: Any = site.layer.matrix if isinstance(site.layer, StructuredLinear) else site.weight
-    return torch.empty(_sizes_of(site)[0], dtype=like.dtype, device=like.device)
+    return torch.empty(sizes_of(site)[0], dtype=like.dtype, device=like.device)
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -113,6 +113,27 @@ def activation_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
     return sum(size for place, size in kept.items() if place not in own)
 
 
+def training_bytes(
+    model: nn.Module, optimizer: torch.optim.Optimizer, forward: Callable[[], object]
+) -> dict[str, int | None]:
+    """Predict what training will hold: its parts, and their sum ``predicted``.
+
+    Args:
+        model: that trains.
+        optimizer: trains it.
+        forward: computes the loss of the largest batch. Random numbers that it draws are drawn again later.
+    """
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        parts = {
+            "weights": held_bytes(model),
+            "gradients": gradient_bytes(model),
+            "optimizer": optimizer_bytes(optimizer),
+            "activations": activation_bytes(model, forward),
+        }
+    return {**parts, "predicted": sum(size or 0 for size in parts.values())}
+
+
 @contextlib.contextmanager
 def _watching(note: Callable[[Tensor], object]) -> Iterator[None]:
     def pack(tensor: Tensor) -> Tensor:

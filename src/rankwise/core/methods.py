@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Generator, Tensor, nn
@@ -33,8 +33,12 @@ class Compressor(abc.ABC):
 class Adapter(abc.ABC):
     """Puts a few trained numbers beside a frozen matrix; the result is the same matrix at the start.
 
-    An adapter is a frozen dataclass. If it has a ``rank``, ``ranks`` may give each layer its own.
+    An adapter is a frozen dataclass. If it has a ``rank``, ``ranks`` may give each layer its own, a multiple of
+    ``step``. ``lr`` is the learning rate of AdamW that its class suggests, None where no published one is known.
     """
+
+    step: ClassVar[int] = 1
+    lr: ClassVar[float | None] = None
 
     @property
     def needs(self) -> tuple[type[Statistic], ...]:
@@ -56,16 +60,45 @@ class Adapter(abc.ABC):
         """Return an expression that contains ``base``; its parameters outside ``base`` and ``Frozen`` train.
 
         Raises:
-            ValueError: if the adapter does not fit the shape, or a statistic is not what it needs.
+            TooSmallError: if the shape is too small for the adapter.
+            ValueError: if the adapter does not fit the shape otherwise, or a statistic is not what it needs.
         """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ranked(Adapter):
+    """An adapter of a rank that any rule may spread over layers.
+
+    Args:
+        ranks: from :mod:`rankwise.rank_rules`; ``rank`` is then the average. None gives all layers the same.
+    """
+
+    ranks: "RankRule | None" = None  # pyright: ignore[reportIncompatibleMethodOverride] (a field is a property)
+
+    def __post_init__(self) -> None:
+        if self.ranks is None:
+            return
+        if not isinstance(self.ranks, RankRule):
+            raise TypeError(f"ranks must be an object from rankwise.rank_rules, got {self.ranks!r}.")
+        if getattr(self, "rank", None) is None:
+            raise ValueError("ranks spreads the ranks of layers, whose average is rank; give it.")
+
+    def with_rank(self, rank: int) -> Adapter:
+        """The same with another rank; where alpha is divided by it, alpha grows as much."""
+        method: Any = self
+        alpha = getattr(method, "alpha", None)
+        scaled = {} if alpha is None else {"alpha": alpha * rank / method.rank}
+        return dataclasses.replace(method, rank=rank, **scaled)
 
 
 class BlockAdapter(abc.ABC):
     """Puts small modules behind layers, which may be non-linear and cannot be folded into a weight.
 
-    An adapter is a frozen dataclass. ``last`` says that only the last part of each block gets one.
+    An adapter is a frozen dataclass. ``last`` says that only the last part of each block gets one, and ``lr`` is
+    as in :class:`Adapter`.
     """
 
+    lr: ClassVar[float | None] = None
     last: bool
 
     @abc.abstractmethod
@@ -151,6 +184,12 @@ class Schedule(abc.ABC):
     resumed.
     """
 
+    @classmethod
+    def of(cls, settings: object) -> Self:
+        """Take the fields from something that has them all, such as the adapter that is to follow it."""
+        kind: Any = cls
+        return cls(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(kind)})
+
     @abc.abstractmethod
     def check(self, matrix: StructuredMatrix) -> None:
         """Raise ValueError unless this is a form of matrix that it can act on."""
@@ -205,3 +244,7 @@ class Start(abc.ABC):
     @abc.abstractmethod
     def matrix(self, m: int, n: int, generator: Generator) -> StructuredMatrix:
         """Return a random (m, n) matrix in float32, drawn from the generator alone."""
+
+    def of(self, weight: Tensor, generator: Generator) -> StructuredMatrix:
+        """Return the matrix that replaces a weight (m, n), whose values few starts take."""
+        return self.matrix(weight.shape[0], weight.shape[1], generator)

@@ -246,7 +246,10 @@ class Optimizer(torch.optim.Optimizer):
     def _stacked(self, transform: Transform, params: list[Tensor]) -> "_Stack":
         """Return the states of parameters in one stack, of which the states of each are views."""
         stack = self._stacks.get(params[0])
-        if stack is None or not stack.holds(params) or any(self._stacks.get(p) is not stack for p in params):
+        known = all(
+            self._stacks.get(p) is stack and p in self.state for p in params
+        )  # a schedule may drop states
+        if stack is None or not known or not stack.holds(params):
             states = [self.state[p] or self._first(transform, p) for p in params]
             if len(params) == 1:
                 joined = map_state(lambda value: value.unsqueeze(0), states[0])

@@ -1,8 +1,10 @@
-"""How the learning rate goes over a run."""
+"""How large the learning rate is, and how it goes over a run."""
 
 import math
 from dataclasses import dataclass
 
+GENERAL = 5e-4  # of AdamW, where a method suggests none: that of LoRA
+WHOLE = 5e-5  # of AdamW, where a model trains without adapters: transformers' default, a tenth of LoRA's
 OFFSET = 1e-3  # of the run: the first step counts a little
 
 

@@ -1,6 +1,7 @@
 """Training some parameters of a model: budgets, held-out checks, exact resume."""
 
 import abc
+import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -116,6 +117,7 @@ class Run:
         followers: what else goes into a checkpoint, by name.
         identity: names the task; a checkpoint of another one is refused.
         file: where the checkpoint is kept, or None.
+        looking: is called before each look at what judges.
         started: ``time.perf_counter()`` when the budget began to run.
 
     Raises:
@@ -135,8 +137,10 @@ class Run:
         followers: Mapping[str, Follower] | None = None,
         identity: str = "",
         file: Path | None = None,
+        looking: Callable[[], None] | None = None,
         started: float | None = None,
     ) -> None:
+        self.looking = looking
         self.model, self.trained, self.optimizer, self.plan = model, dict(trained), optimizer, plan
         self.mode, self.word, self.identity, self.file = mode, word, identity, file
         self.buffers = tuple(buffers)
@@ -273,6 +277,8 @@ class Run:
 
     def _look(self, train: float | None) -> None:
         """Judge the model by the held-out data, and keep it if it is the best so far."""
+        if self.looking is not None:
+            self.looking()
         with frozen(self.model), torch.no_grad():
             total = sum(float(piece.loss(self.model)) for piece in self.held)
         p, held = self.progress, total / sum(piece.rows for piece in self.held)
@@ -334,8 +340,9 @@ class Run:
         tree = load_tree(self.file)
         known = self.start in (tree["start"], digest_of(tree["best"]))
         if tree["identity"] != self.identity or not known:
+            others = _differences(tree["identity"], self.identity)
             raise ValueError(
-                f"{self.file} is about another model, reference, data or setting; "
+                f"{self.file} is about another model, reference, data or setting{others}; "
                 "give another folder, or remove it to start anew."
             )
         self.start = tree["start"]
@@ -346,6 +353,16 @@ class Run:
         self._put(tree["trained"])
         for name, each in self.stateful.items():  # the optimiser first
             each.load_state_dict(tree["stateful"][name])
+
+
+def _differences(one: str, other: str) -> str:
+    """Name the parts in which two identities differ, if they have parts."""
+    try:
+        parts, others = json.loads(one), json.loads(other)
+    except ValueError:
+        return ""
+    names = sorted(name for name in parts.keys() | others.keys() if parts.get(name) != others.get(name))
+    return f" (other {', '.join(names)})" if names else ""
 
 
 def _mean(losses: Sequence[float]) -> float | None:

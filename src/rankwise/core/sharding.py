@@ -6,14 +6,12 @@ of a low-rank matrix, each part holds whole.
 
 import math
 from functools import singledispatch
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..linalg import unpack
 from ..matrices import Dense, LowRank, PivotedLowRank, Product, Quantized, Scaled, Sparse, StructuredMatrix, Sum
-from ..matrices.low_rank import Side
 
 
 def span(whole: int, part: int, rank: int, world: int) -> tuple[int, int]:
@@ -63,14 +61,14 @@ def _(matrix: LowRank, start: int, stop: int) -> StructuredMatrix:
 @rows.register
 def _(matrix: PivotedLowRank, start: int, stop: int) -> StructuredMatrix:
     if matrix.side == "rows":
-        return _low_rank(_combinations(matrix)[start:stop], matrix.kept)
+        return _low_rank(matrix.factors()[0][start:stop], matrix.kept)
     return _shorter_lines(matrix, start, stop)
 
 
 @columns.register
 def _(matrix: PivotedLowRank, start: int, stop: int) -> StructuredMatrix:
     if matrix.side == "columns":
-        return _low_rank(matrix.kept.mT, _combinations(matrix)[start:stop].mT)
+        return _low_rank(matrix.kept.mT, matrix.factors()[1][:, start:stop])
     return _shorter_lines(matrix, start, stop)
 
 
@@ -151,16 +149,11 @@ def _low_rank(left: Tensor, right: Tensor) -> StructuredMatrix:
     return Dense((left @ right).detach())
 
 
-def _combinations(matrix: PivotedLowRank) -> Tensor:
-    """Return (lines, r): every line, in its place, as a combination of the kept ones."""
-    kept = torch.eye(matrix.rank, dtype=matrix.mix.dtype, device=matrix.mix.device)
-    return torch.cat([kept, matrix.mix])[matrix.order.argsort()]
-
-
 def _shorter_lines(matrix: PivotedLowRank, start: int, stop: int) -> StructuredMatrix:
     """Cut every line to a part of its length; the combinations stay."""
     if matrix.rank <= stop - start:  # never more numbers than written out
         kept = matrix.kept.detach()[:, start:stop].clone()
-        return PivotedLowRank(kept, matrix.mix.detach().clone(), matrix.order.clone(), cast(Side, matrix.side))
-    lines = (_combinations(matrix) @ matrix.kept[:, start:stop]).detach()
-    return Dense(lines if matrix.side == "rows" else lines.mT.contiguous())
+        return PivotedLowRank(kept, matrix.mix.detach().clone(), matrix.order.clone(), matrix.side)
+    left, right = matrix.factors()
+    cut = left @ right[:, start:stop] if matrix.side == "rows" else left[start:stop] @ right
+    return Dense(cut.detach().contiguous())

@@ -96,6 +96,7 @@ class Stack(_Like, nn.Module):
     def __init__(self, parameter: nn.Parameter, transposed: bool) -> None:
         super().__init__()
         self.shape, self.transposed, self.requires = parameter.shape, transposed, parameter.requires_grad
+        self.order: tuple[str, ...] = ()  # the names of all parameters that its module had
         self.batched = False  # whether it was used in a batched product, which gives every matrix as many rows
         for i, part in enumerate(parameter.detach().unbind()):
             self.add_module(str(i), Slice(nn.Parameter(part, requires_grad=self.requires), transposed))

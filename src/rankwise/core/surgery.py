@@ -8,8 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ..matrices import Base, Dense, StructuredMatrix
-from .extended import refuse_extended
+from ..matrices import Base, Dense, Scheduled, Several, StructuredMatrix
+from .extended import Extended, refuse_extended
 from .stacks import ChoosesExperts, Stack, one_by_one, stack_at, stacks, stacks_of
 from .views import VIEWS, EmbeddingView, LinearView, SliceView, View, parameter_of, view_of
 
@@ -39,6 +39,7 @@ class StructuredLinear(nn.Module):
         if bias is not None and bias.shape != (matrix.shape[0],):
             raise ValueError(f"bias must have shape ({matrix.shape[0]},), got {tuple(bias.shape)}.")
         self.matrix, self.biased = matrix, False  # whether the layer got a bias that its architecture lacks
+        self.lr: float | None = None  # the learning rate that its adapter suggests
         self.bias = None if bias is None else parameter_of(bias)
         self.view = view or LinearView()
         like = next((t for t in matrix.state_dict().values() if t.is_floating_point()), None)
@@ -93,6 +94,12 @@ class Site:
     def matrix(self) -> StructuredMatrix:
         """The matrix as it is kept."""
         return self.layer.matrix if isinstance(self.layer, StructuredLinear) else Dense(self.weight)
+
+    @property
+    def under(self) -> StructuredMatrix:
+        """The matrix without adapters that have names."""
+        matrix = self.matrix
+        return matrix.base.matrix if isinstance(matrix, Several) else matrix
 
     @property
     def weight(self) -> Tensor:
@@ -168,8 +175,17 @@ def _sites_at(path: str, layer: nn.Module) -> Iterator[tuple[nn.Module | nn.Para
             yield weight, Site((full,), layer, SliceView(transposed), (name, i))
 
 
-def replace(model: nn.Module, site: Site, matrix: StructuredMatrix, shift: Tensor | None = None) -> None:
-    """Put a structured matrix in all places of a site; biases stay where they are, or move by ``shift`` (m,)."""
+def replace(
+    model: nn.Module,
+    site: Site,
+    matrix: StructuredMatrix,
+    shift: Tensor | None = None,
+    lr: float | None = None,
+) -> None:
+    """Put a structured matrix in all places of a site; biases stay where they are, or move by ``shift`` (m,).
+
+    ``lr`` is the learning rate that an adapter suggests.
+    """
     dtype = site.matrix.dtype
     for name in site.names:
         unstack(model, name)
@@ -179,7 +195,21 @@ def replace(model: nn.Module, site: Site, matrix: StructuredMatrix, shift: Tenso
             bias = shift.to(dtype) if bias is None else (bias.detach() + shift).to(bias.dtype)
         new = StructuredLinear(matrix, bias, site.view).train(old.training)
         new.biased = shift is not None and old.bias is None
+        new.lr = lr
         set_module(model, name, new)
+
+
+def put_behind(model: nn.Module, site: Site, module: nn.Module, lr: float | None = None) -> None:
+    """Have the outputs of a layer go through a module, in all places of a site; ``lr`` as in :func:`replace`."""
+    for path in site.names:
+        new = Extended(model.get_submodule(path), module, lr).train(site.layer.training)
+        set_module(model, path, new)
+
+
+def sizes_of(site: Site) -> tuple[int, int]:
+    """Return the (m, n) of a layer without writing its weight out."""
+    m, n = site.layer.matrix.shape if isinstance(site.layer, StructuredLinear) else site.weight.shape
+    return m, n
 
 
 def unstack(model: nn.Module, name: str) -> Stack | None:
@@ -192,7 +222,9 @@ def unstack(model: nn.Module, name: str) -> Stack | None:
     weight = owner.get_parameter(last)
     if not number.isdecimal() or int(number) >= len(weight):
         return None
+    before = [part.order for part in owner.children() if isinstance(part, Stack)]
     stack = Stack(weight, transposed).detached().train(owner.training)
+    stack.order = before[0] if before else tuple(owner._parameters)
     set_module(model, path, stack)
     one_by_one(model)
     return stack
@@ -219,8 +251,8 @@ def unstacked(model: nn.Module, sites: Iterable[Site]) -> Iterator[None]:
         back()
 
 
-def fold(model: nn.Module) -> nn.Module:
-    """Turn every :class:`StructuredLinear` of a model back into an ordinary layer, in place.
+def fold(model: nn.Module, where: Callable[[StructuredLinear], bool] = lambda layer: True) -> nn.Module:
+    """Turn every :class:`StructuredLinear` of a model that ``where`` accepts into an ordinary layer, in place.
 
     Layers that share a matrix share the weight again, and the slices of a 3-D parameter are one again, unless one
     got a bias. A transformers model then computes its experts in its default way again.
@@ -229,26 +261,46 @@ def fold(model: nn.Module) -> nn.Module:
         the same model; a layer given as the model itself is returned as a new one.
 
     Raises:
-        ValueError: if something that is no matrix stands behind a layer, such as a bottleneck.
+        ValueError: if something that is no matrix stands behind a layer, such as a bottleneck, a matrix is
+            followed still, or each row of a batch has its own adapter; the model is then as before.
     """
+    refuse_followed(model)
     refuse_extended(model, "cannot be folded; train an adapter of matrices instead, such as Lora")
+    for layer in structured(model).values():
+        if isinstance(layer.matrix, Several):
+            layer.matrix.check_one()
     if isinstance(model, StructuredLinear):
         return model.dense()
     weights: dict[int, Any] = {}
     for name, layer in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(layer, StructuredLinear):
+        if isinstance(layer, StructuredLinear) and where(layer):
             plain: Any = layer.dense().train(layer.training)
             plain.biased = layer.biased
             plain.weight = weights.setdefault(id(layer.matrix), plain.weight)
             set_module(model, name, plain)
+    restack(model)
+    return model
+
+
+def restack(model: nn.Module) -> None:
+    """Make stacks 3-D parameters again where all their matrices are what they were, or have been folded."""
     wholes: dict[int, Any] = {}
     for path, stack in list(stacks(model)):
         whole = wholes.setdefault(id(stack), stack.parameter())
         if whole is not None:
             set_module(model, path, whole)
+            held = model.get_submodule(path.rpartition(".")[0])._parameters
+            for name in [name for name in stack.order if name in held]:  # in the order that they had
+                held[name] = held.pop(name)
     if wholes and isinstance(model, ChoosesExperts) and not any(True for _ in stacks(model)):
         model.set_experts_implementation(None)  # the model's own choice
-    return model
+
+
+def refuse_followed(model: nn.Module) -> None:
+    """Raise ValueError if a schedule acts on a matrix while an optimiser takes steps."""
+    for name, part in model.named_modules():
+        if isinstance(part, Scheduled) and part.followed:
+            raise ValueError(f"layer {name} is followed still; call finish() of what rankwise.follow returned.")
 
 
 def structured(model: nn.Module) -> Mapping[str, StructuredLinear]:

@@ -1,8 +1,8 @@
-"""Files of safetensors that are written one tensor at a time."""
+"""Files of safetensors that are written some numbers at a time."""
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -26,16 +26,17 @@ KINDS = {
 }
 
 
-def write_tensors(file: Path, empty: Mapping[str, Tensor], value: Callable[[str], Tensor]) -> None:
-    """Write tensors into a file, one after the other, and check that they read back the same.
+def write_tensors(file: Path, empty: Mapping[str, Tensor], parts: Callable[[str], Iterable[Tensor]]) -> None:
+    """Write tensors into a file, part after part, and check that they read back the same.
 
     Args:
         file: to be made.
         empty: of each name a tensor of the shape and type that its value will have; the meta device will do.
-        value: makes the tensor of a name; it is let go before the next is made.
+        parts: makes the tensor of a name, or consecutive parts of it; nothing of a tensor is held when the next
+            is made.
 
     Raises:
-        ValueError: if a value has another shape or type, or does not read back.
+        ValueError: if the parts have another type or together another size, or do not read back.
         OSError: if the disk is full.
     """
     names = sorted(empty, key=lambda name: (-empty[name].element_size(), name))  # so that all are aligned
@@ -48,14 +49,15 @@ def write_tensors(file: Path, empty: Mapping[str, Tensor], value: Callable[[str]
 
         write(_header({name: empty[name] for name in names}))
         for name in names:
-            tensor = value(name)
-            if tensor.dtype != empty[name].dtype or tensor.shape != empty[name].shape:
+            planned, made, found = empty[name].dtype, 0, set()
+            for part in parts(name):
+                made, found = made + part.numel(), found | {part.dtype}
+                write(_bytes(part))
+                del part
+            if found != {planned} or made != empty[name].numel():
                 raise ValueError(
-                    f"{name} is {tensor.dtype} {tuple(tensor.shape)}, but {empty[name].dtype} "
-                    f"{tuple(empty[name].shape)} was planned."
+                    f"{name} is {made} of {found}, but {empty[name].numel()} of {planned} was planned."
                 )
-            write(_bytes(tensor))
-            del tensor
     sync(file)
     if _digest(file) != digest.digest():
         raise ValueError(f"{file} does not read back as it was written; is the disk sound?")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..matrices import StructuredMatrix
+from ..matrices import KeptColumn, StructuredMatrix
 from .errors import CalibrationError
 from .stacks import Slice
 
@@ -36,6 +36,10 @@ class View(abc.ABC):
     @abc.abstractmethod
     def apply(self, matrix: StructuredMatrix, x: Tensor, bias: Tensor | None) -> Tensor:
         """Compute what the layer computes, with its weight replaced by ``matrix``."""
+
+    def adapted(self, matrix: StructuredMatrix) -> StructuredMatrix:
+        """Return an adapted matrix with what the layer leaves alone when it trains left alone."""
+        return matrix
 
     @abc.abstractmethod
     def restore(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
@@ -213,6 +217,10 @@ class EmbeddingView(View):
     def apply(self, matrix: StructuredMatrix, x: Tensor, bias: Tensor | None) -> Tensor:
         """Look the columns up."""
         return matrix.lookup(x)
+
+    def adapted(self, matrix: StructuredMatrix) -> StructuredMatrix:
+        """Keep the vector of the padding token, which ``nn.Embedding`` does not train either."""
+        return matrix if self.padding is None else KeptColumn(matrix, self.padding)
 
     def restore(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """Build an ``nn.Embedding``."""

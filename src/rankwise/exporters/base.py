@@ -1,6 +1,7 @@
 """What all export formats share: what they are given, and what they promise."""
 
 import abc
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ class Source:
     """A model to export, as a folder or in memory; each is made from the other when a format asks for it.
 
     Args:
-        given: a module, or what :func:`rankwise.load` takes.
+        given: a module, or what :func:`rankwise.load` takes; or folders of adapters with their weights.
         tokenizer: that belongs to a module.
         scratch: a folder for temporary files.
     """
 
-    given: nn.Module | str | Path
+    given: nn.Module | str | Path | Mapping[Any, float]
     tokenizer: Any
     scratch: Path
 
@@ -35,7 +36,7 @@ class Source:
         if isinstance(self.given, nn.Module):
             kept = self.scratch / "model"
             return kept if kept.is_dir() else save(self.given, kept, self.tokenizer)
-        folder = find(self.given)
+        folder = find(self._one())
         if not folder.is_dir():
             raise ValueError(
                 f"{self.given} is a file; give the folder of a model that rankwise or transformers wrote."
@@ -48,7 +49,12 @@ class Source:
         Raises:
             ValueError: if it cannot be loaded.
         """
-        return self.given if isinstance(self.given, nn.Module) else load(self.given, dtype=dtype)[0]
+        return self.given if isinstance(self.given, nn.Module) else load(self._one(), dtype=dtype)[0]
+
+    def _one(self) -> str | Path:
+        if not isinstance(self.given, (str, Path)):
+            raise ValueError("several adapters with weights need a format that takes adapters, such as Merged.")
+        return self.given
 
 
 class Exporter(abc.ABC):

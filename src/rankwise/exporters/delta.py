@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..models.adapted_weights import AdaptedWeights
@@ -17,12 +16,14 @@ from .shards import check_shard, write_shards
 class Delta(AdaptedExporter):
     """Files of safetensors with new minus old of each changed weight, in float32, under the weights' own names.
 
-    This is what rules for merging take. One tensor is made at a time; beside the new one there is the stored one.
+    This is what rules for merging take. Old is what the model computes with: of a compressed or low-bit matrix
+    the value of its parts, not that rounded to the type of the files. Some lines of a tensor are made at a time.
 
     Args:
         base: the model that was adapted, compressed or not: a folder, a hub id, or an embedded model.
         memory: the most that making one tensor may take beside the adapter, such as 2GiB or 500MB; None needs
-            about twice the largest tensor, and more for adapters that do not just add something to a matrix.
+            little more than the largest tensor, and a float32 copy for adapters that do not just add something to
+            a matrix.
         shard: largest size of a file, in megabytes; a larger tensor has its own.
     """
 
@@ -52,12 +53,8 @@ class _Changes:
     def __iter__(self) -> Iterator[str]:
         yield from (*self.weights.names, *self.weights.whole)
 
-    def __getitem__(self, name: str) -> Tensor:
-        if name in self.weights.names:
-            new = self.weights.merged(name, torch.float32)
-        else:
-            new = self.weights.replaced(name, torch.float32)
-        return new.sub_(self.weights.before(name))
+    def parts(self, name: str) -> Iterator[Tensor]:
+        return self.weights.change(name)
 
     def empty(self, name: str) -> Tensor:
         return self.weights.empty(name).float()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..core.progress import track
 from ..models.adapted_weights import AdaptedWeights
+from ..models.classifier import write_labels
 from ..models.peft_files import biases_of, modules_of, tied_to, write_pieces
 from ..models.peft_kinds import LoraKind
 from .adapted import AdaptedExporter
@@ -46,9 +47,14 @@ class Lora(AdaptedExporter):
         pieces, errors = {}, {}
         for name, layer in track(weights.names.items(), "layers"):
             matrix, view = weights.matrix(name), weights.site(name).view
+            if not kind.fits(view):
+                raise ValueError(
+                    f"layer {layer} is no linear layer or convolution, the only ones that are written as a LoRA; "
+                    "export to merged instead."
+                )
             pieces[layer] = piece = kind.piece(matrix, view, self.rank)
             if piece is None:
-                raise ValueError(f"layer {layer}: its change is of no low rank; give a rank to cut it to.")
+                raise ValueError(f"layer {layer}: its change is of no low rank: give a rank to cut it to.")
             errors[layer] = piece.error
         fields = kind.describe(pieces)
         if fields is None:
@@ -56,6 +62,7 @@ class Lora(AdaptedExporter):
         views = {layer: weights.site(name).view for name, layer in weights.names.items()}
         _fill(weights, views)
         write_pieces(weights.model, views, kind, pieces, fields, out)
+        write_labels(weights.model, out)
         weights.finish()
         (out / ERRORS).write_text(json.dumps(errors, indent=1) + "\n", encoding="utf-8")
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Generator
 
-from ..models import load, load_adapter
+from ..models import load
 from ..models.adapted_weights import AdaptedWeights
 from ..models.exchange import outputs_of
 from .adapted import AdaptedExporter, bytes_of
@@ -19,13 +19,15 @@ from .shards import check_shard, copy_beside, write_shards
 class Merged(AdaptedExporter):
     """A folder that plain transformers loads without rankwise, with the adapter put into the weights.
 
-    One tensor is made at a time, in float32, and rounded once to the type in which the model is stored. Matrices
-    of a compressed model are written out.
+    Of a classifier's adapter it is the folder of the classifier, with its head and the names of its classes.
+    Some lines of a matrix are made at a time, in float32, and rounded once to the type in which the model is
+    stored. Matrices of a compressed model are written out.
 
     Args:
         base: the model that was adapted, compressed or not: a folder, a hub id, or an embedded model.
         memory: the most that making one tensor may take beside the adapter, such as 2GiB or 500MB; None needs
-            about twice the largest tensor, and more for adapters that do not just add something to a matrix.
+            little more than the largest tensor, and a float32 copy for adapters that do not just add something to
+            a matrix.
         shard: largest size of a file of weights, in megabytes; a larger tensor has its own.
         compare: the largest model, in megabytes as stored, of which outputs are compared at the end; that takes
             two copies in float32. 0 compares tensors alone.
@@ -54,15 +56,15 @@ class Merged(AdaptedExporter):
         write_shards(weights, weights, out, self.shard)
         weights.finish()
         copy_beside(weights.folder, weights.config, out)
+        weights.save_tokenizer(out)
         stored = sum(file.stat().st_size for file in out.glob("*.safetensors"))
         if stored <= self.compare * 10**6 and "vocab_size" in weights.config:
-            _compare(self.base, weights, out)
+            _compare(weights, out)
 
 
-def _compare(base: str, weights: AdaptedWeights, out: Path) -> None:
+def _compare(weights: AdaptedWeights, out: Path) -> None:
     """Raise unless a merged model computes what the adapted one does, up to the rounding of its weights."""
-    adapted: Any = load(base, dtype=torch.float32)[0]
-    load_adapter(adapted, weights.adapter.folder)
+    adapted = weights.load(torch.float32)
     merged: Any = load(out, dtype=torch.float32)[0]
     if adapted.main_input_name != "input_ids":
         return

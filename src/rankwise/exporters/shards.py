@@ -1,4 +1,4 @@
-"""Folders of ordinary weights, written one tensor at a time."""
+"""Folders of ordinary weights, written some numbers at a time."""
 
 import json
 import shutil
@@ -16,8 +16,8 @@ from ..models.load import BESIDE
 class Weights(Protocol):
     """Tensors by name, each made when it is asked for."""
 
-    def __getitem__(self, name: str) -> Tensor:
-        """Make one."""
+    def parts(self, name: str) -> Iterable[Tensor]:
+        """Make one, whole or in consecutive parts."""
         ...
 
     def empty(self, name: str) -> Tensor:
@@ -34,7 +34,7 @@ def write_shards(weights: Weights, names: Iterable[str], out: Path, shard: int, 
         empty, max_shard_size=shard * 10**6, filename_pattern=f"{stem}{{suffix}}.safetensors"
     )
     for file, inside in track(plan.filename_to_tensors.items(), "shards"):
-        write_tensors(out / file, {name: empty[name] for name in inside}, weights.__getitem__)
+        write_tensors(out / file, {name: empty[name] for name in inside}, weights.parts)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (out / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -11,15 +11,17 @@ from .k_svd import k_svd
 from .kernels import distance, inner
 from .masks import draw_places, largest, largest_in_groups
 from .metric import Metric, metric_norm, metric_svd, truncated_factors
-from .newton_schulz import MUON, POLAR_EXPRESS, newton_schulz
+from .newton_schulz import MUON, POLAR_EXPRESS, newton_schulz, odd_polynomials, odd_range
 from .orthonormal import draw_normal, orthonormal, power_steps, product, seeded
 from .packing import pack, pack_fitting, packed_bytes, unpack
 from .parabola import log_parabola
 from .principal import principal_components
+from .recompression import recompressed
 from .rounding import Rounded, choose_grids, nearest_codes, round_to_grid
 from .shrinking import hard, magnitude, smallest_kept, soft
 from .sparse_coding import matching_pursuit
 from .sparse_plus_low_rank import sparse_plus_low_rank
+from .spectral_norm import leading_pair, spectral_bound
 from .splitting import Splitting
 from .stochastic import add_to_integers, integer_grid, stochastic_bfloat16
 
@@ -49,6 +51,7 @@ __all__ = [
     "k_svd",
     "largest",
     "largest_in_groups",
+    "leading_pair",
     "learned_dictionary",
     "log_parabola",
     "magnitude",
@@ -57,6 +60,8 @@ __all__ = [
     "metric_svd",
     "nearest_codes",
     "newton_schulz",
+    "odd_polynomials",
+    "odd_range",
     "orthogonal_dictionary",
     "orthonormal",
     "pack",
@@ -65,12 +70,14 @@ __all__ = [
     "power_steps",
     "principal_components",
     "product",
+    "recompressed",
     "refit_columns",
     "round_to_grid",
     "seeded",
     "smallest_kept",
     "soft",
     "sparse_plus_low_rank",
+    "spectral_bound",
     "stochastic_bfloat16",
     "truncated_factors",
     "unpack",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 Polynomial = tuple[float, float, float]
+Factor = float | Tensor
 
 MUON: Polynomial = (3.4445, -4.7750, 2.0315)
 """Fast, but does not converge: after five steps values from 0.01 to 1 are in (0.68, 1.14)."""
@@ -38,10 +39,53 @@ def newton_schulz(values: Tensor, polynomials: Sequence[Polynomial], floor: floa
     tensor([[ 1.,  0.],
             [ 0., -1.]])
     """
+    size = torch.linalg.matrix_norm(values, keepdim=True) + floor
+    return odd_polynomials(values / size, polynomials)
+
+
+def odd_polynomials(values: Tensor, polynomials: Sequence[tuple[Factor, Factor, Factor]]) -> Tensor:
+    """Return U f(S) V' of matrices (..., m, n) = U S V', where f is a s + b s^3 + c s^5 again and again.
+
+    Args:
+        values: (..., m, n).
+        polynomials: (a, b, c), in order; numbers, or tensors that fit (..., 1, 1).
+
+    >>> odd_polynomials(torch.diag(torch.tensor([2.0, -1.0])), [(1.0, 0.5, 0.0)])
+    tensor([[ 6.0000,  0.0000],
+            [ 0.0000, -1.5000]])
+    """
     tall = values.shape[-2] > values.shape[-1]
     x = values.mT if tall else values
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + floor)
     for a, b, c in polynomials:
         gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
+        even = b * gram if isinstance(c, float) and not c else b * gram + c * (gram @ gram)
+        x = a * x + even @ x
     return x.mT if tall else x
+
+
+def odd_range(polynomials: Sequence[Polynomial], largest: float) -> tuple[float, float]:
+    """Return the least and the largest value that polynomials, one after the other, take on [0, largest].
+
+    It is exact but for rounding: a polynomial takes an interval to an interval, whose ends are values at the ends
+    or where the slope is zero.
+
+    >>> odd_range([(1.5, -0.5, 0.0)], 1.5)
+    (0.0, 1.0)
+    """
+    low, high = 0.0, largest
+    for a, b, c in polynomials:
+        ends = [low, high, *(s for s in _flat(a, b, c) if low < s < high)]
+        values = [s * (a + s * s * (b + s * s * c)) for s in ends]
+        low, high = min(values), max(values)
+    return low, high
+
+
+def _flat(a: float, b: float, c: float) -> list[float]:
+    """Where a + 3 b s^2 + 5 c s^4 is zero."""
+    if c:
+        inside = 9 * b * b - 20 * a * c
+        squares = [(-3 * b + sign * inside**0.5) / (10 * c) for sign in (-1, 1)] if inside >= 0 else []
+    else:
+        squares = [-a / (3 * b)] if b else []
+    roots = [square**0.5 for square in squares if square >= 0]
+    return [sign * root for root in roots for sign in (-1, 1)]

@@ -9,12 +9,15 @@ import torch
 from .base import StructuredMatrix
 from .block_affine import BlockAffine
 from .branch import Branch
+from .changed_factors import ChangedFactors
+from .companded import Companded
 from .dense import Dense
 from .diagonal import Diagonal
 from .expressions import Product, Scaled, Sum
 from .frozen import Base, Frozen
 from .hypercomplex import Hypercomplex
 from .indexed_sparse import IndexedSparse
+from .kept_column import KeptColumn
 from .kernelled import Kernelled
 from .kronecker import Kronecker
 from .low_rank import LowRank, PivotedLowRank
@@ -26,6 +29,7 @@ from .row_normalised import RowNormalised
 from .scheduled import Scheduled
 from .seeded import Seeded
 from .semi_sparse import SemiSparse
+from .several import Several
 from .sparse import Sparse
 from .spectral import Spectral
 from .tiled import Tiled
@@ -34,11 +38,14 @@ __all__ = [
     "Base",
     "BlockAffine",
     "Branch",
+    "ChangedFactors",
+    "Companded",
     "Dense",
     "Diagonal",
     "Frozen",
     "Hypercomplex",
     "IndexedSparse",
+    "KeptColumn",
     "Kernelled",
     "Kronecker",
     "LowRank",
@@ -53,6 +60,7 @@ __all__ = [
     "Scheduled",
     "Seeded",
     "SemiSparse",
+    "Several",
     "Sparse",
     "Spectral",
     "StructuredMatrix",

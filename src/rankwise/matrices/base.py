@@ -80,6 +80,10 @@ class StructuredMatrix(nn.Module, abc.ABC):
         """Apply the transpose: (..., m) -> (..., n), equal to ``y @ self.dense()``."""
         return y @ self.dense()
 
+    def added(self, x: Tensor, product: Tensor) -> Tensor:
+        """Return what an adapter adds to its base's product with x: (..., n), (..., m) -> (..., m)."""
+        return self(x) - product
+
     def lookup(self, index: Tensor) -> Tensor:
         """Return columns: (...) integers -> (..., m), what forward makes of rows that are zero but for a one.
 
@@ -145,10 +149,16 @@ def check_2d(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be a 2-D floating-point tensor, got {tensor.dtype} {tuple(tensor.shape)}.")
 
 
+class TooSmallError(ValueError):
+    """A matrix has too few rows or columns for what is asked of it."""
+
+
 def check_rank(rank: int, m: int, n: int) -> None:
     """Raise unless an (m, n) matrix can have the rank."""
     if not 1 <= rank <= min(m, n):
-        raise ValueError(f"the rank of an ({m}, {n}) matrix is in 1 ... {min(m, n)}, got {rank}.")
+        raise (TooSmallError if rank > 0 else ValueError)(
+            f"the rank of an ({m}, {n}) matrix is in 1 ... {min(m, n)}, got {rank}."
+        )
 
 
 def check_permutation(order: Tensor) -> None:

@@ -49,7 +49,14 @@ class BlockAffine(StructuredMatrix):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) -> (..., m)."""
-        return self.base(x) + as_given(product(self.change, widened(x, self.change.blocks.dtype)), x)
+        return self.base(x) + self._moved(x)
+
+    def added(self, x: Tensor, product: Tensor) -> Tensor:
+        """(..., n), (..., m) -> (..., m)."""
+        return self._moved(x)
+
+    def _moved(self, x: Tensor) -> Tensor:
+        return as_given(product(self.change, widened(x, self.change.blocks.dtype)), x)
 
     def adjoint(self, y: Tensor) -> Tensor:
         """(..., m) -> (..., n)."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import StructuredMatrix
+from .frozen import Base
 from .wrapper import Wrapper
 
 
@@ -92,6 +93,17 @@ class Sum(Expression):
         for part in others:
             x = x + part.adjoint(y)
         return x
+
+    def added(self, x: Tensor, product: Tensor) -> Tensor:
+        """(..., n), (..., m) -> (..., m): the other terms, where one is the base."""
+        i = next((i for i, part in enumerate(self.parts) if isinstance(part, Base)), None)
+        if i is None or len(self.parts) == 1:
+            return super().added(x, product)
+        first, *others = (part for j, part in enumerate(self.parts) if j != i)
+        y = first(x)
+        for part in others:
+            y = y + part(x)
+        return y
 
     def lookup(self, index: Tensor) -> Tensor:
         """(...) -> (..., m), added in the widest type of the terms and rounded once."""

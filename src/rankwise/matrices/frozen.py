@@ -25,6 +25,13 @@ class Base(_Untrained):
     """
 
 
+def put_base(expression: StructuredMatrix, matrix: StructuredMatrix) -> None:
+    """Have all bases in an expression stand around one matrix."""
+    for part in list(expression.modules()):
+        if isinstance(part, Base):
+            part.matrix = matrix
+
+
 class Frozen(_Untrained):
     """A part of an adapter that does not train but is written with it.
 

@@ -42,6 +42,14 @@ class LowRank(StructuredMatrix):
         scale = torch.where((scale > 0) & scale.isfinite(), scale, torch.ones_like(scale))
         return cls(left * scale, right / scale[:, None])
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return (m, r) and (r, n) factors."""
+        return self.left, self.right
+
+    def refitted(self, left: Tensor, right: Tensor) -> "LowRank":
+        """Return a matrix of the same form and type with the values of other (m, r) and (r, n) factors."""
+        return LowRank.from_factors(left, right).to(self.dtype)
+
     @staticmethod
     def stored(m: int, n: int, r: Tensor) -> tuple[Tensor, Tensor]:
         """How many floating-point numbers and how many int32 indices rank r takes."""
@@ -109,6 +117,7 @@ class PivotedLowRank(StructuredMatrix):
     """
 
     order: Tensor
+    side: Side
 
     def __init__(self, kept: Tensor, mix: Tensor, order: Tensor, side: Side = "rows") -> None:
         super().__init__()
@@ -125,15 +134,25 @@ class PivotedLowRank(StructuredMatrix):
         self.shape = (lines, kept.shape[1]) if side == "rows" else (kept.shape[1], lines)
 
     @classmethod
-    def from_factors(cls, left: Tensor, right: Tensor) -> Self:
+    def from_factors(cls, left: Tensor, right: Tensor, side: Side | None = None) -> Self:
         """Choose r independent lines of ``left @ right`` such that the other combinations stay small.
 
-        These are columns where there are at most as many columns as rows.
+        Unless a side is given, these are columns where there are at most as many columns as rows.
         """
-        side = _shorter(left.shape[0], right.shape[1])
+        side = side or _shorter(left.shape[0], right.shape[1])
         tall, wide = (left, right) if side == "rows" else (right.mT, left.mT)
         kept, others, mix = interpolative_rows(tall)
         return cls(tall[kept] @ wide, mix, torch.cat([kept, others]), side)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return (m, r) and (r, n) factors, one of them the kept lines."""
+        one = torch.eye(self.rank, dtype=self.mix.dtype, device=self.mix.device)
+        combinations = torch.cat([one, self.mix])[self.order.argsort()]
+        return (combinations, self.kept) if self.side == "rows" else (self.kept.mT, combinations.mT)
+
+    def refitted(self, left: Tensor, right: Tensor) -> "PivotedLowRank":
+        """Return a matrix of the same form and type with the values of (m, r) and (r, n) factors."""
+        return PivotedLowRank.from_factors(left, right, self.side).to(self.dtype)
 
     @staticmethod
     def stored(m: int, n: int, r: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Models in and out, and what they are measured with."""
 
 from .causal import generate
-from .classifier import load_classifier
+from .classifier import load_classifier, read_labels
 from .evaluate import evaluate, sizes
 from .examples import read_examples
 from .load import load, load_tokenizer
@@ -25,6 +25,7 @@ __all__ = [
     "packed",
     "predicted_bytes",
     "read_examples",
+    "read_labels",
     "read_text",
     "sample",
     "save",

@@ -1,6 +1,6 @@
 """The weights of a model on disk with an adapter put into them, one tensor at a time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,22 @@ from ..core.surgery import Site, StructuredLinear
 from ..core.views import SliceView
 from ..matrices import Dense, StructuredMatrix
 from .adapter_folder import AdapterFolder, head_of, sites_of
+from .classifier import load_classifier
+from .classifier_weights import ClassifierWeights
 from .folded import Folded, file_names
-from .load import kind_of, quiet
-from .rows import rows_of, takes_any_type
+from .lines import lines_of, lines_of_change, takes_any_type
+from .load import kind_of, load, quiet
 
-PARTS = 16  # of a matrix that is made at a time, without a limit of memory
+Source = Folded | ClassifierWeights
+BLOCK = 2**18  # numbers of a matrix that are made at a time
 
 
-class AdaptedWeights(Mapping[str, Tensor]):
+class AdaptedWeights:
     """The tensors of a model by the names that they have in its files, with an adapter put into them.
 
-    Each access makes one: in float32 or wider, some rows at a time, and rounded once. Beside the adapter that
-    takes the stored tensor, the new one and these rows; where the adapter does not just add something to the
-    matrix, also a copy of it in float32.
+    Each is made some lines at a time, in float32 or wider, and rounded once. Beside the adapter that takes the
+    stored tensor and these lines, never the new tensor; where the adapter does not just add something to the
+    matrix, a copy of it in float32.
 
     Args:
         base: the model, compressed or not.
@@ -37,18 +40,26 @@ class AdaptedWeights(Mapping[str, Tensor]):
         config: of the model.
 
     Raises:
-        ValueError: if a layer does not exist, or is a slice of a 3-D parameter.
+        ValueError: if a layer does not exist, is a slice of a 3-D parameter, or has a module behind it.
     """
 
-    def __init__(self, base: Folded, adapter: AdapterFolder, memory: int | None = None) -> None:
+    def __init__(
+        self, base: Folded | ClassifierWeights, adapter: AdapterFolder, memory: int | None = None
+    ) -> None:
         self.adapter, self.memory, self._base = adapter, memory, base
         self.folder, self.config = base.folder, base.config
+        for name in adapter.extended:
+            raise ValueError(
+                f"{adapter.folder} has a module behind {name}, which is no change of a weight: it can be neither "
+                "merged nor exported; use load_adapter."
+            )
         self.model = _without_values(base.config)
         self._sites: Mapping[str, Site] = sites_of(self.model)
+        adapter.prepare(self.model)
         layers = list(dict.fromkeys([*adapter.layers, *adapter.wanted(self._sites, head_of(self.model))]))
         for name in layers:
             if name not in self._sites:
-                raise ValueError(f"{adapter.folder} adapts {name}, which {base.folder} does not have.")
+                raise ValueError(f"{adapter.title} adapts {name}, which {base.folder} does not have.")
             if isinstance(self._sites[name].view, SliceView):
                 raise ValueError(
                     f"{name} is a slice of a 3-D parameter; use load_adapter, fold and save instead."
@@ -58,6 +69,18 @@ class AdaptedWeights(Mapping[str, Tensor]):
         self.names = self._in_files({f"{other}.weight": name for other, name in shared.items()})
         self.whole = self._in_files(adapter.whole)
 
+    def load(self, dtype: torch.dtype) -> Any:
+        """Return the adapted model in memory."""
+        labels, folder = self.adapter.labels, self.folder.absolute()  # a short name may be an embedded model's
+        model, _ = load_classifier(folder, labels, dtype=dtype) if labels else load(folder, dtype=dtype)
+        self.adapter.adaptation(model).apply(model, self.adapter.title)
+        return model
+
+    def save_tokenizer(self, out: Path) -> None:
+        """Write the tokenizer of a classifier, which can pad texts though that of the model may not."""
+        if isinstance(self._base, ClassifierWeights):
+            self._base.tokenizer.save_pretrained(out)
+
     @property
     def layers(self) -> Mapping[str, StructuredLinear]:
         """The layers that are compressed, by their names in the files, without values."""
@@ -66,21 +89,16 @@ class AdaptedWeights(Mapping[str, Tensor]):
     def __iter__(self) -> Iterator[str]:
         return iter(self._base)
 
-    def __len__(self) -> int:
-        return len(self._base)
-
-    def __getitem__(self, name: str) -> Tensor:
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """Yield a tensor in parts, in the order of its file, in the type of the files."""
         if name in self.names:
-            return self.merged(name)
-        return self.replaced(name) if name in self.whole else self._base[name]
+            yield from self._made(name, lines_of, self.empty(name).dtype)
+        else:
+            yield self._replaced(name) if name in self.whole else self._base[name]
 
     def empty(self, name: str) -> Tensor:
         """Return a tensor on the meta device of the shape and type that ``self[name]`` has."""
         return self._base.empty(name)
-
-    def before(self, name: str) -> Tensor:
-        """Return a tensor without the adapter."""
-        return self._base[name]
 
     def site(self, name: str) -> Site:
         """Return the layer whose weight has a name."""
@@ -104,24 +122,32 @@ class AdaptedWeights(Mapping[str, Tensor]):
         wide = torch.promote_types(base.dtype, torch.float32)
         return matrix.eval().requires_grad_(False) if takes_any_type(matrix) else matrix.to(wide).eval()
 
-    def merged(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Write out an adapted matrix as its layer stores it, in the type of the files or another one."""
-        with torch.no_grad():
-            matrix, empty = self.matrix(name), self.empty(name)
-            out = torch.empty(empty.shape, dtype=dtype or empty.dtype)
-            rows = self.site(name).view.matrix(out)
-            step = self._rows(name, matrix, out)
-            for start in range(0, len(rows), step):
-                stop = min(start + step, len(rows))
-                rows[start:stop] = rows_of(matrix, start, stop)
-            return out
+    def change(self, name: str) -> Iterator[Tensor]:
+        """Yield in parts, in float32, what the adapter adds to a tensor of ``names`` or ``whole``.
+
+        To a matrix it adds to what its parts say, not to that as it is rounded when it is written out.
+        """
+        if name in self.names:
+            yield from self._made(name, lines_of_change, torch.float32)
+        else:
+            yield (self._replaced(name, torch.float32) - self._base[name]).float()
+
+    @torch.no_grad()
+    def _made(self, name: str, lines_from: Callable[..., Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+        """Make a tensor of a layer from an adapted matrix, some lines at a time as the layer stores them."""
+        matrix = self.matrix(name)
+        axis = 0 if self.site(name).view.matrix(self.empty(name)).is_contiguous() else 1
+        lines, step = matrix.shape[axis], self._step(name, matrix, axis)
+        for start in range(0, lines, step):
+            part = lines_from(matrix, axis, start, min(start + step, lines)).to(dtype)
+            yield part if axis == 0 else part.mT
 
     def parameter(self, name: str) -> Tensor:
         """Return a parameter by its name in the model, which no adapter changes but may replace."""
         (place,) = self._in_files({name: name})
-        return self[place]
+        return self._replaced(place) if place in self.whole else self._base[place]
 
-    def replaced(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def _replaced(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Return a parameter that the adapter holds whole, in the type of the files or another one."""
         value, empty = self.adapter.take(self.whole[name]), self.empty(name)
         self._check()
@@ -140,7 +166,7 @@ class AdaptedWeights(Mapping[str, Tensor]):
         """
         repeated = {key for key in self.adapter.unexpected if self._repeats(key)}
         if rest := [key for key in self.adapter.unexpected if key not in repeated]:
-            raise ValueError(f"{self.adapter.folder} holds tensors that nothing reads: {', '.join(rest)}.")
+            raise ValueError(f"{self.adapter.title} holds tensors that nothing reads: {', '.join(rest)}.")
 
     def _repeats(self, key: str) -> bool:
         """Whether a tensor says again what the model or the adapter says, as those of tied embeddings do."""
@@ -157,23 +183,22 @@ class AdaptedWeights(Mapping[str, Tensor]):
         ):
             if names:
                 raise ValueError(
-                    f"{self.adapter.folder} {words} {', '.join(names)}; give the model that was adapted."
+                    f"{self.adapter.title} {words} {', '.join(names)}; give the model that was adapted."
                 )
 
-    def _rows(self, name: str, matrix: StructuredMatrix, out: Tensor) -> int:
-        """How many rows to make at a time."""
-        m, n = matrix.shape
+    def _step(self, name: str, matrix: StructuredMatrix, axis: int) -> int:
+        """How many lines to make at a time."""
+        (m, n), length = matrix.shape, matrix.shape[1 - axis]
+        step = max(1, BLOCK // length)
         if self.memory is None:
-            return -(-m // PARTS)
-        wide = 0 if takes_any_type(matrix) else 4 * m * n
-        free = self.memory - 2 * out.numel() * out.element_size() - wide
-        each = (
-            4 * 4 * (n if takes_any_type(matrix) else m + n)
-        )  # the row of the base, of the change, and their sum
+            return step
+        beside, empty = takes_any_type(matrix), self.empty(name)
+        free = self.memory - empty.numel() * empty.element_size() - (0 if beside else 4 * m * n)
+        each = 4 * 4 * (length if beside else m + n)  # of the base, of the change, their sum, and that rounded
         if free < each:
             needed = self.memory - free + each
             raise ValueError(f"{name} takes {needed} bytes of memory at least; give more, or no limit.")
-        return min(m, free // each)
+        return min(step, free // each)
 
     def _in_files(self, wanted: Mapping[str, str], strict: bool = True) -> dict[str, str]:
         """Give the keys of a mapping, names in the model, the names that they have in the files."""
@@ -186,15 +211,18 @@ class AdaptedWeights(Mapping[str, Tensor]):
             (lost if place is None else found)[place or name] = value
         if lone := [name for name, value in lost.items() if strict and value not in found.values()]:
             raise ValueError(
-                f"{lone[0]} is adapted, but {self.folder} has no tensor of this name. If it is the head of a "
-                "classifier, use load_classifier, load_adapter, fold and save instead."
+                f"{lone[0]} is adapted, but {self.folder} has no tensor of this name; give the model that was "
+                "adapted."
             )
         return found
 
 
 def open_weights(base: str | Path, adapter: AdapterFolder, memory: int | None) -> AdaptedWeights:
-    """Open the folder of a model, and put an adapter around its weights."""
-    return AdaptedWeights(Folded(base), adapter, memory)
+    """Open the folder of a model, and put an adapter around its weights, or around those of its classifier."""
+    folded = Folded(base)
+    return AdaptedWeights(
+        ClassifierWeights(folded, adapter.labels) if adapter.labels else folded, adapter, memory
+    )
 
 
 def _without_values(config: Mapping[str, Any]) -> Any:

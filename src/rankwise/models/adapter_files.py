@@ -1,7 +1,9 @@
 """The project's own files of adapters: everything of an adapter but the matrices that it changes."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +11,22 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..core.adapted import adapted, own_tensors, whole_parameters
+from ..core.adapted import in_use, own_tensors, whole_parameters
+from ..core.bottleneck import Bottleneck
+from ..core.extended import Extended, extended, name_without
 from ..core.files import write_text
 from ..core.fingerprint import values_digest
-from ..core.surgery import base_of
+from ..core.surgery import Site, base_of, select, structured
 from ..core.views import View
 from ..matrices import Base, StructuredMatrix, from_spec
-from .adapter_folder import AdapterFolder, check_shape, put_base
+from ..matrices.frozen import put_base
+from .adapter_folder import NONE, AdapterFolder, check_shape
 from .model_files import verify
 
 NAME = "rankwise_adapter.json"
 TENSORS = "rankwise_adapter.safetensors"
 VERSION = 1
+MODULES = {"Bottleneck": Bottleneck}  # that may stand behind layers
 
 
 def write_adapter(model: nn.Module, folder: Path) -> None:
@@ -31,38 +37,67 @@ def write_adapter(model: nn.Module, folder: Path) -> None:
     """
     from .. import __version__
 
-    layers, tensors, first, shared, turned = [], {}, {}, {}, {}
+    layers, modules, file, plain = [], [], _Tensors(), name_without(model)
     for names, matrix in groups(model):
         base = base_of(matrix)
         assert base is not None
         spec = _mapped(matrix.spec(), _without_matrix)
-        about = {"shape": list(base.shape), "digest": base_digest(base.matrix)}
-        layers.append({"names": names, "spec": spec, "base": about})
         usual = own_tensors(_empty(spec, base.matrix.spec()))
-        for key, tensor in own_tensors(matrix).items():
-            name = f"{names[0]}.matrix.{key}"
-            owner = first.setdefault(_memory(tensor), name)
-            if owner != name:
-                shared[name] = owner
-            else:
-                tensors[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
-            if tensor.requires_grad != usual[key].requires_grad:
-                turned[name] = tensor.requires_grad
-    if not layers:
-        raise ValueError("the model has no adapter; make one with rankwise.adapt, or save it as a model.")
+        file.add(f"{plain(names[0])}.matrix", own_tensors(matrix), usual)
+        about = {"base": _about(base.matrix), "lr": structured(model)[names[0]].lr}
+        layers.append({"names": [plain(name) for name in names], "spec": spec, **about})
+    for names, module, matrix in _behind(model):
+        if not isinstance(module, tuple(MODULES.values())):
+            raise ValueError(f"layer {names[0]}: no file holds the {type(module).__name__} behind it.")
+        usual = module.empty(module.spec(), device="meta").state_dict(keep_vars=True)
+        file.add(f"{names[0]}.after", module.state_dict(keep_vars=True), usual)
+        about = {"base": _about(matrix), "lr": extended(model)[names[0]].lr}
+        modules.append({"names": names, "spec": module.spec(), **about})
+    if not layers and not modules:
+        raise ValueError(NONE)
     whole = {name: parameter.detach().contiguous() for name, parameter in whole_parameters(model).items()}
     content = {
         "version": VERSION,
         "rankwise_version": __version__,
         "layers": layers,
+        "modules": modules,
         "whole": sorted(whole),
-        "shared": shared,
-        "turned": turned,
+        "shared": file.shared,
+        "turned": file.turned,
     }
     folder.mkdir(exist_ok=True)
-    save_file(tensors | whole, folder / TENSORS, metadata={"format": "pt"})
-    verify(tensors | whole, folder)
+    save_file(file.tensors | whole, folder / TENSORS, metadata={"format": "pt"})
+    verify(file.tensors | whole, folder)
     write_text(folder / NAME, json.dumps(content, indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class _Tensors:
+    """What goes into a file.
+
+    Args:
+        tensors: by name, each once.
+        shared: other names, and the name that the same tensor has in the file.
+        turned: whether a tensor trains, where that is not as usual.
+        owners: the names of tensors by where they are in memory.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
+    turned: dict[str, bool] = field(default_factory=dict)
+    owners: dict[Any, str] = field(default_factory=dict)
+
+    def add(self, prefix: str, found: Mapping[str, Tensor], usual: Mapping[str, Tensor]) -> None:
+        """Take the tensors of one layer, and those that a new one would have."""
+        for key, tensor in found.items():
+            name = f"{prefix}.{key}"
+            owner = self.owners.setdefault(_memory(tensor), name)
+            if owner != name:
+                self.shared[name] = owner
+            else:
+                self.tensors[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
+            if tensor.requires_grad != usual[key].requires_grad:
+                self.turned[name] = tensor.requires_grad
 
 
 class OwnFolder(AdapterFolder):
@@ -73,7 +108,10 @@ class OwnFolder(AdapterFolder):
         if self.config.get("version") != VERSION:
             found = self.config.get("version")
             raise ValueError(f"{folder / NAME} has version {found!r}; this rankwise reads {VERSION}.")
-        self._entries = {entry["names"][0]: entry for entry in _entries(folder / NAME, self.config)}
+        self._entries, self._modules = (
+            {entry["names"][0]: entry for entry in _entries(folder / NAME, self.config.get(key, usual))}
+            for key, usual in (("layers", None), ("modules", []))
+        )
         self._shared: Mapping[str, str] = self.config.get("shared", {})
         self._turned: Mapping[str, bool] = self.config.get("turned", {})
         self._made: dict[str, Tensor] = {}  # so that what was one tensor is one again
@@ -95,31 +133,69 @@ class OwnFolder(AdapterFolder):
     def matrix(self, name: str, base: StructuredMatrix, view: View) -> StructuredMatrix | None:
         """Build the expression, and fill it."""
         entry = self._entries[name]
-        if list(base.shape) != entry["base"]["shape"]:
-            raise ValueError(
-                f"layer {name} is {tuple(base.shape)} in the model, but {tuple(entry['base']['shape'])} in "
-                f"{self.folder}; it belongs to another model."
-            )
-        if base_digest(base) != entry["base"]["digest"]:
-            self.others.append(name)
+        self._check_base(name, entry, base)
         try:
             matrix = _empty(entry["spec"], base.spec())
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"layer {name} in {self.folder / NAME}: {error}") from error
         if matrix.shape != base.shape or base_of(matrix) is None:
             raise ValueError(f"layer {name} in {self.folder / NAME} is no adapter of a {base.shape} matrix.")
-        found = {
-            key: self._tensor(f"{name}.matrix.{key}", like, base) for key, like in own_tensors(matrix).items()
-        }
-        if any(value is None for value in found.values()):
+        if not self._fill(matrix, f"{name}.matrix", own_tensors(matrix), base.device):
             return None
-        for key, value in found.items():
-            _put(matrix, key, value)
-        _check(name, matrix)
         put_base(matrix, base)
         return matrix
 
-    def _tensor(self, name: str, like: Tensor, base: StructuredMatrix) -> Tensor | None:
+    def rate(self, name: str) -> float | None:
+        """What the file says, if it is a possible one."""
+        entry = self._entries.get(name) or self._modules.get(name) or {}
+        lr = entry.get("lr")
+        return float(lr) if isinstance(lr, (int, float)) and 0 < lr < math.inf else None
+
+    @property
+    def extended(self) -> list[str]:
+        """The first name of each."""
+        return list(self._modules)
+
+    def module(self, name: str, site: Site) -> nn.Module | None:
+        """Build the module, and fill it."""
+        entry = self._modules[name]
+        self._check_base(name, entry, site.matrix)
+        kind = MODULES.get(str(entry["spec"].get("kind")))
+        if kind is None:
+            raise ValueError(f"layer {name} in {self.folder / NAME}: unknown kind of module; get it again.")
+        try:
+            made = kind.empty(entry["spec"], device="meta")
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"layer {name} in {self.folder / NAME}: {error}") from error
+        if made.width != site.matrix.shape[0]:
+            raise ValueError(
+                f"layer {name} has {site.matrix.shape[0]} outputs, but what stands behind it in {self.folder} "
+                f"takes {made.width}."
+            )
+        filled = self._fill(made, f"{name}.after", made.state_dict(keep_vars=True), site.matrix.device)
+        return made if filled else None
+
+    def _check_base(self, name: str, entry: Mapping[str, Any], base: StructuredMatrix) -> None:
+        """Note a matrix of other values than the one that was there, and refuse one of another shape."""
+        if list(base.shape) != entry["base"]["shape"]:
+            raise ValueError(
+                f"layer {name} is {tuple(base.shape)} in the model, but {tuple(entry['base']['shape'])} in "
+                f"{self.folder}; it belongs to another model."
+            )
+        if base_digest(base) != entry["base"]["digest"] and name not in self.others:
+            self.others.append(name)
+
+    def _fill(self, made: nn.Module, prefix: str, tensors: Mapping[str, Tensor], device: torch.device) -> bool:
+        """Put the tensors of the file into what was made without values; False if some are missing."""
+        found = {key: self._tensor(f"{prefix}.{key}", like, device) for key, like in tensors.items()}
+        if any(value is None for value in found.values()):
+            return False
+        for key, value in found.items():
+            _put(made, key, value)
+        _check(prefix, made)
+        return True
+
+    def _tensor(self, name: str, like: Tensor, device: torch.device) -> Tensor | None:
         """Return a tensor of the file as the parameter or buffer that it was, or None if it is missing."""
         owner = self._shared.get(name, name)
         stored = self.take(owner)
@@ -128,17 +204,35 @@ class OwnFolder(AdapterFolder):
         check_shape(owner, stored, like.shape)
         if stored.is_floating_point() != like.is_floating_point():
             raise ValueError(f"{owner} is stored as {stored.dtype}; the file is damaged.")
-        stored = stored.to(base.device)
+        stored = stored.to(device)
         made = nn.Parameter(stored, like.requires_grad) if isinstance(like, nn.Parameter) else stored
         return self._made.setdefault(owner, made).requires_grad_(self._turned.get(name, like.requires_grad))
 
 
 def groups(model: nn.Module) -> Iterator[tuple[list[str], StructuredMatrix]]:
-    """Yield the adapted matrices of a model, each with the names of all layers that hold it."""
+    """Yield the adapted matrices in use, each with the names of all layers that hold it."""
     found: dict[int, tuple[list[str], StructuredMatrix]] = {}
-    for name, layer in adapted(model).items():
-        found.setdefault(id(layer.matrix), ([], layer.matrix))[0].append(name)
+    for name, matrix in in_use(model).items():
+        found.setdefault(id(matrix), ([], matrix))[0].append(name)
     yield from found.values()
+
+
+def _behind(model: nn.Module) -> Iterator[tuple[list[str], Any, StructuredMatrix]]:
+    """Yield what stands behind layers, each with their names and the matrix of the layer without an adapter."""
+    found: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Extended):
+            found.setdefault(id(module.after), []).append(name)
+    for names in found.values():
+        each: Any = model.get_submodule(names[0])
+        (site,) = select(each, lambda *_: True, compressed=True).values()
+        base = base_of(site.matrix)
+        yield names, each.after, site.matrix if base is None else base.matrix
+
+
+def _about(matrix: StructuredMatrix) -> dict[str, Any]:
+    """Say which matrix an adapter was made for."""
+    return {"shape": list(matrix.shape), "digest": base_digest(matrix)}
 
 
 def base_digest(matrix: StructuredMatrix) -> str:
@@ -146,8 +240,7 @@ def base_digest(matrix: StructuredMatrix) -> str:
     return values_digest(matrix.state_dict())
 
 
-def _entries(file: Path, content: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    layers = content.get("layers")
+def _entries(file: Path, layers: Any) -> Iterator[dict[str, Any]]:
     for entry in layers if isinstance(layers, list) else [None]:
         match entry:
             case {"names": [str(), *_], "spec": {}, "base": {"shape": [int(), int()], "digest": str()}}:
@@ -178,16 +271,16 @@ def _memory(tensor: Tensor) -> Any:
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _put(matrix: StructuredMatrix, key: str, value: Any) -> None:
+def _put(matrix: nn.Module, key: str, value: Any) -> None:
     path, _, name = key.rpartition(".")
     owner = matrix.get_submodule(path)
     (owner._parameters if isinstance(value, nn.Parameter) else owner._buffers)[name] = value
 
 
-def _check(name: str, matrix: StructuredMatrix) -> None:
-    for path, part in matrix.named_modules():
+def _check(prefix: str, made: nn.Module) -> None:
+    for path, part in made.named_modules():
         if isinstance(part, StructuredMatrix) and not any(t.is_meta for t in part.state_dict().values()):
             try:
                 part.check()
             except ValueError as error:
-                raise ValueError(f"{f'{name}.matrix.{path}'.rstrip('.')}: {error}") from error
+                raise ValueError(f"{f'{prefix}.{path}'.rstrip('.')}: {error}") from error

@@ -10,11 +10,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..core.adapted import Adaptation, adapted, own_tensors
+from ..core.adapted import Adaptation, own_tensors
+from ..core.extended import refuse_extended
 from ..core.surgery import Site, select
 from ..core.views import View
-from ..matrices import Base, StructuredMatrix
+from ..matrices import StructuredMatrix
+from .classifier import read_labels
 
+NONE = "the model has no adapter in use; make one with rankwise.adapt, or save it as a model."
 _UNTIE = "give each of them a parameter of its own first"
 
 
@@ -26,18 +29,25 @@ class AdapterFolder(abc.ABC):
         tensors: the file that holds their numbers.
 
     Attributes:
+        title: what messages call it.
         missing: names of tensors that were asked for in vain.
         others: layers whose matrix had other values than the one that was adapted.
+        labels: of a classifier, the names of its classes.
 
     Raises:
         ValueError: if a file is damaged.
     """
 
     def __init__(self, config: Path, tensors: Path) -> None:
-        self.folder, self.config, self.tensors = config.parent, read_json(config), read_tensors(tensors)
+        self.folder, self.title = config.parent, str(config.parent)
+        self.config, self.tensors = read_json(config), read_tensors(tensors)
+        self.labels = read_labels(self.folder)
         self.missing: list[str] = []
         self.others: list[str] = []
         self._used: set[str] = set()
+
+    def prepare(self, model: nn.Module) -> None:  # noqa: B027 (most need not)
+        """Look at the model that the adapters are for, before all else."""
 
     @property
     @abc.abstractmethod
@@ -70,6 +80,23 @@ class AdapterFolder(abc.ABC):
             ValueError: if something does not fit.
         """
 
+    def rate(self, name: str) -> float | None:
+        """Return the learning rate that was suggested for a layer."""
+        return None
+
+    @property
+    def extended(self) -> list[str]:
+        """The layers that a module goes behind; of those that share one, the first."""
+        return []
+
+    def module(self, name: str, site: Site) -> nn.Module | None:
+        """Return the module that goes behind a layer, or None if tensors are missing.
+
+        Raises:
+            ValueError: if something does not fit.
+        """
+        raise NotImplementedError
+
     def take(self, name: str) -> Tensor | None:
         """Return a tensor, or note that it is missing."""
         if name not in self.tensors:
@@ -87,19 +114,25 @@ class AdapterFolder(abc.ABC):
         """Make all adapters for a model, which stays as it is.
 
         Raises:
-            ValueError: if a layer has an adapter already, or something does not fit.
+            ValueError: if something does not fit.
         """
         sites, made = sites_of(model), {}
+        self.prepare(model)
         for name in dict.fromkeys([*self.layers, *self.wanted(sites, head_of(model))]):
             if name in sites:
                 site = sites[name]
-                matrix = self.matrix(name, site.matrix, site.view)
+                matrix = self.matrix(name, site.under, site.view)
                 if matrix is not None:
                     _, first = made.setdefault(site.name, (site, matrix.train(site.layer.training)))
                     _check_same(name, site, own_tensors(first), own_tensors(matrix))
         matrices = list(made.values())
+        behind = [(sites[name], self.module(name, sites[name])) for name in self.extended if name in sites]
+        modules = [(site, made.train(site.layer.training)) for site, made in behind if made is not None]
         whole = self._parameters(model)
-        return Adaptation(matrices, whole, sorted(set(self.missing)), self.unexpected, self.others)
+        missing = sorted(set(self.missing))
+        found = {site.name: self.rate(site.name) for site, _ in (*matrices, *modules)}
+        rates = {name: rate for name, rate in found.items() if rate is not None}
+        return Adaptation(matrices, modules, whole, missing, self.unexpected, self.others, rates)
 
     def _parameters(self, model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
         """Return the parameters that are replaced, with their values; what repeats a value counts as read."""
@@ -130,19 +163,11 @@ def sites_of(model: nn.Module) -> dict[str, Site]:
     """Return the layers of a model that can hold an adapter, by each of their names.
 
     Raises:
-        ValueError: if one has an adapter already.
+        ValueError: if one has a module behind it.
     """
-    if busy := next(iter(adapted(model)), None):
-        raise ValueError(f"layer {busy} has an adapter already; fold it first, or load the model anew.")
+    refuse_extended(model, "load the model anew")
     found = select(model, lambda name, layer: True, compressed=True, tables=True)
     return {name: site for site in found.values() for name in site.names}
-
-
-def put_base(matrix: StructuredMatrix, base: StructuredMatrix) -> None:
-    """Have all bases in an expression stand around one matrix."""
-    for part in list(matrix.modules()):
-        if isinstance(part, Base):
-            part.matrix = base
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -1,13 +1,18 @@
 """Models that sort texts into classes: loading one, with a new head where it has none, and batches for it."""
 
 from collections.abc import Sequence
+from json import dumps, loads
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Generator, nn
 
+from ..core.files import write_text
 from .load import check_files, find, quiet, tokenizer_of
+from .quantizer import register_when_ready
+
+LABELS = "labels.json"  # of an adapter's folder: the names of the classes
 
 
 def load_classifier(
@@ -26,24 +31,14 @@ def load_classifier(
     Raises:
         ValueError: if there is no such model, it has no tokenizer, or no classifier can be made of it.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
     folder = find(source)
     if folder.is_file():
         raise ValueError(f"{source} is one GGUF file; a classifier needs a folder.")
     check_files(folder)
-    tokenizer = tokenizer_of(folder)
-    if tokenizer is None:
-        raise ValueError(f"{source} has no tokenizer.")
-    config: Any = AutoConfig.from_pretrained(folder)
-    known = dict(getattr(config, "label2id", None) or {})
-    if not set(labels) <= set(known):
-        config.label2id = {label: i for i, label in enumerate(labels)}
-        config.id2label = {i: label for label, i in config.label2id.items()}
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    if config.get_text_config().pad_token_id is None:
-        config.get_text_config().pad_token_id = tokenizer.pad_token_id
-        config.pad_token_id = tokenizer.pad_token_id
+    register_when_ready()
+    config, tokenizer = classifier_config(folder, labels)
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -63,6 +58,91 @@ def load_classifier(
     if inside:
         raise ValueError(f"{sorted(inside)[0]} is not in the checkpoint, as {len(inside)} tensors in all.")
     return model.eval(), tokenizer
+
+
+def classifier_config(folder: Path, labels: Sequence[str]) -> tuple[Any, Any]:
+    """Return the config of a model's classifier, and the tokenizer, which can pad texts.
+
+    Raises:
+        ValueError: if the model has no tokenizer.
+    """
+    from transformers import AutoConfig
+
+    tokenizer = tokenizer_of(folder)
+    if tokenizer is None:
+        raise ValueError(f"{folder} has no tokenizer.")
+    config: Any = AutoConfig.from_pretrained(folder)
+    known = dict(getattr(config, "label2id", None) or {})
+    if not set(labels) <= set(known):
+        _name(config, labels)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if config.get_text_config().pad_token_id is None:
+        config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+    return config, tokenizer
+
+
+def write_labels(model: nn.Module, folder: Path) -> None:
+    """Write the names of a classifier's classes beside its adapter, if a model is one of transformers."""
+    labels = _labels_of(model)
+    if labels:
+        write_text(folder / LABELS, dumps(labels) + "\n")
+
+
+def read_labels(folder: str | Path) -> tuple[str, ...]:
+    """Return the names of the classes that an adapter tells apart, in the order of the outputs.
+
+    :func:`load_classifier` makes of them and of the model that was adapted what :func:`rankwise.load_adapter`
+    takes.
+
+    Args:
+        folder: of an adapter.
+
+    Returns:
+        none if it is no classifier's.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    file = Path(folder) / LABELS
+    if not file.is_file():
+        return ()
+    try:
+        labels = loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); get it again.") from error
+    words = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+    if not words or len(set(labels)) != len(labels) or len(labels) < 2:
+        raise ValueError(f"{file} is damaged: it must hold a list of two or more words.")
+    return tuple(labels)
+
+
+def check_labels(model: nn.Module, labels: Sequence[str], source: str) -> None:
+    """Raise ValueError unless a model is a classifier of so many classes."""
+    if len(_labels_of(model)) != len(labels):
+        raise ValueError(
+            f"{source} is of a classifier with the labels {', '.join(labels)}, which this "
+            f"{type(model).__name__} does not tell apart; give the model that load_classifier(base, "
+            "read_labels(adapter)) of rankwise.models returns."
+        )
+
+
+def put_labels(model: nn.Module, labels: Sequence[str]) -> None:
+    """Name the classes of a model, if it is a classifier of so many."""
+    if labels and len(_labels_of(model)) == len(labels):
+        _name(model.config, labels)
+
+
+def _name(config: Any, labels: Sequence[str]) -> None:
+    config.label2id = {label: i for i, label in enumerate(labels)}
+    config.id2label = {i: label for label, i in config.label2id.items()}
+
+
+def _labels_of(model: Any) -> list[str]:
+    """Return the names of a classifier's classes, or none if a model is none."""
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        return []
+    return [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
 
 
 def is_head(model: Any, name: str) -> bool:

@@ -1,7 +1,8 @@
 """Examples to train a language model or a classifier on: read from files, with the line in every error."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from torch import Generator
 from .texts import read_text
 
 PAIRS = (("prompt", "completion"), ("question", "answer"))
+FORMS = (("messages",), *PAIRS, ("text",))
 KNOWN = "text; prompt and completion; question and answer; messages; or text and label"
 T = TypeVar("T")
 Segment = tuple[str, bool]
@@ -94,7 +96,7 @@ def read_examples(path: str | Path, tokenizer: Any) -> list[Example]:
 
 
 def has_labels(path: str | Path) -> bool:
-    """Whether the first line of a file is of a text and a label.
+    """Whether the first line of a file has a label.
 
     Raises:
         ValueError: as :func:`read_lines`.
@@ -108,13 +110,31 @@ def read_labelled(path: str | Path) -> list[tuple[str, str]]:
     Raises:
         ValueError: if the file is missing, empty or damaged, or a line has no text or no label.
     """
+    if not is_lines(path):
+        raise ValueError(
+            f'{path} must be .jsonl, with a "text" and a "label" in each line, as a classifier asks.'
+        )
     found = []
     for place, record in read_lines(path):
         label = record.get("label")
-        if not isinstance(label, (str, int)) or label == "":
-            raise ValueError(f'{place} needs a "label" that is a word or a whole number, got {label!r}.')
+        word = isinstance(label, str) and label == label.strip() != ""
+        if not word and (not isinstance(label, int) or isinstance(label, bool)):
+            raise ValueError(
+                f'{place} needs a "label" that is a word, without spaces around it, or a whole number, as all '
+                f"lines for a classifier do; got {label!r}."
+            )
         found.append((_word(place, record, "text"), str(label)))
     return found
+
+
+def in_order(labels: Iterable[str]) -> list[str]:
+    """Sort labels: as numbers if all are whole ones, else as words.
+
+    >>> in_order(["10", "9", "9"]), in_order(["good", "10", "9"])
+    (['9', '10'], ['10', '9', 'good'])
+    """
+    found = sorted(set(labels))
+    return sorted(found, key=int) if all(re.fullmatch(r"-?\d+", label) for label in found) else found
 
 
 def kept_aside(examples: Sequence[T], share: float, seed: int, name: str) -> tuple[list[T], list[T]]:
@@ -141,6 +161,14 @@ def kept_aside(examples: Sequence[T], share: float, seed: int, name: str) -> tup
 
 def _segments(place: str, record: Mapping[str, Any], tokenizer: Any) -> list[Segment]:
     """Tell the parts of a record, and on which the loss counts."""
+    forms = [form for form in FORMS if any(key in record for key in form)]
+    if len(forms) > 1:
+        each = " and of ".join(" with ".join(form) for form in forms)
+        raise ValueError(f"{place} has fields of {each}, which are two forms of an example; keep one.")
+    if "label" in record:
+        raise ValueError(
+            f'{place} has a "label", which only a classifier learns: then all lines need one, and a "text".'
+        )
     if "messages" in record:
         return _ended(list(_turns(place, record["messages"], tokenizer)), None)
     for prompt, answer in PAIRS:

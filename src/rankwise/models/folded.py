@@ -92,6 +92,10 @@ class Folded(Mapping[str, Tensor]):
         matrix = self.matrix(name.removesuffix(".weight")).to(torch.promote_types(dtype, torch.float32))
         return _restored(layer, matrix.dense().detach().to(dtype))
 
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """Yield a tensor whole."""
+        yield self[name]
+
     def empty(self, name: str) -> Tensor:
         """Return a tensor on the meta device of the shape and type that ``self[name]`` has."""
         if name in self._cut:

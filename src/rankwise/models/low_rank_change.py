@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from ..core.surgery import base_of
-from ..matrices import Base, Branch, Frozen, LowRank, Product, Scaled, Scheduled, StructuredMatrix, Sum
+from ..matrices import Base, Branch, StructuredMatrix, Sum
+from ..matrices.thin import thin_factors
+from .lines import terms_beside
 
 NOISE = 1e-11  # singular values of a change that are no more than rounding in float64, relative to the base's
 
@@ -54,16 +56,6 @@ def change_of(matrix: StructuredMatrix, rank: int | None = None) -> Change | Non
         return _truncated(found, most) if found.left.shape[1] > most else found
 
 
-def bare(matrix: StructuredMatrix) -> StructuredMatrix:
-    """Take off what stands around a matrix and has the same values."""
-    while isinstance(matrix, WRAPPERS):
-        matrix = matrix.matrix
-    return matrix
-
-
-WRAPPERS = (Frozen, Scheduled)
-
-
 def branch_of(matrix: StructuredMatrix) -> Branch | None:
     """Return the one branch that is added to a base, if an expression is just that."""
     match matrix.parts if isinstance(matrix, Sum) else []:
@@ -74,55 +66,15 @@ def branch_of(matrix: StructuredMatrix) -> Branch | None:
 
 def _beside(matrix: StructuredMatrix) -> Change | None:
     """Return what is added to the base, if the expression is a sum of it and of thin matrices."""
-    if not isinstance(matrix, Sum) or sum(isinstance(part, Base) for part in matrix.parts) != 1:
-        return None
-    others = [part for part in matrix.parts if not isinstance(part, Base)]
-    if not others or any(base_of(part) is not None for part in others):
+    others = terms_beside(matrix)
+    if not others:
         return None
     branch = branch_of(matrix)
     if branch is not None:
-        factors = _factors(branch.matrix)
+        factors = thin_factors(branch.matrix)
         return factors and Change(*factors, branch.scale, branch.dropout)
-    factors = _factors(Sum(*others))
+    factors = thin_factors(Sum(*others))
     return factors and Change(*factors)
-
-
-def _factors(matrix: StructuredMatrix) -> tuple[Tensor, Tensor] | None:
-    """Return the (m, r) and (r, n) factors of a thin matrix, with the least r that its structure shows."""
-    match bare(matrix):
-        case LowRank() as low:
-            return low.left, low.right
-        case Branch() | Scaled() as multiple:
-            found = _factors(multiple.matrix)
-            return found and (multiple.scale * found[0], found[1])
-        case Sum() as total:
-            each = [_factors(part) for part in total.parts]
-            known = [found for found in each if found is not None]
-            if len(known) < len(each):
-                return None
-            lefts, rights = zip(*known, strict=True)
-            return torch.cat(lefts, 1), torch.cat(rights)
-        case Product() as product:
-            i = min(range(len(product.parts)), key=lambda i: product.parts[i].rank)
-            left, right = _factors(product.parts[i]) or _written_out(product.parts[i])
-            for part in reversed(product.parts[:i]):
-                left = part(left.mT).mT
-            for part in product.parts[i + 1 :]:
-                right = part.adjoint(right)
-            return left, right
-        case other:
-            return _written_out(other) if other.rank < min(other.shape) else None
-
-
-def _written_out(matrix: StructuredMatrix) -> tuple[Tensor, Tensor]:
-    """Return factors of a matrix, one of them itself or, where its structure has a lower rank, by its SVD."""
-    (m, n), dense = matrix.shape, matrix.dense()
-    if matrix.rank < min(m, n):
-        u, s, vt = torch.linalg.svd(dense.double(), full_matrices=False)
-        r = matrix.rank
-        return (u[:, :r] * s[:r]).to(dense.dtype), vt[:r].to(dense.dtype)
-    one = torch.eye(min(m, n), dtype=dense.dtype, device=dense.device)
-    return (dense, one) if n <= m else (one, dense)
 
 
 def _subtracted(matrix: StructuredMatrix) -> Change:

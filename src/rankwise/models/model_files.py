@@ -47,8 +47,8 @@ def save_model(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:
         )
     if layer := next(iter(adapted(model)), None):
         raise ValueError(
-            f"layer {layer} has an adapter; put it into the weights first with rankwise.fold, or write the "
-            "adapter alone with format='rankwise' or format='peft'."
+            f"layer {layer} has an adapter; put it into the weights first with rankwise.fold or absorb, or write "
+            "the adapter alone with format='rankwise' or format='peft'."
         )
     for name, layer in model.named_modules():
         if getattr(layer, "biased", False) and not isinstance(layer, StructuredLinear):

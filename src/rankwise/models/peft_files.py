@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..core.adapted import adapted, whole_parameters
+from ..core.adapted import adapted, in_use, whole_parameters
 from ..core.files import write_text
-from ..core.stacks import stacks
-from ..core.views import SliceView, TransposedView, View
+from ..core.views import TransposedView, View
 from ..matrices import Base, StructuredMatrix
-from .adapter_folder import AdapterFolder
+from .adapter_folder import NONE, AdapterFolder
 from .model_files import verify
-from .peft_kinds import KINDS, PeftKind, Piece, Settings
+from .peft_experts import Experts, experts_of, joined, parted, target_parameters, targeted
+from .peft_kinds import KINDS, LoraKind, PeftKind, Piece, Settings
 
 NAME = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -44,15 +44,14 @@ def write_peft(model: nn.Module, folder: Path) -> None:
     Raises:
         ValueError: if PEFT cannot compute an adapter, or what was written does not read back the same.
     """
-    layers = adapted(model)
-    if not layers:
-        raise ValueError("the model has no adapter; make one with rankwise.adapt, or save it as a model.")
-    inside = tuple(f"{path}." for path, _ in stacks(model))
-    for name, layer in layers.items():
-        if isinstance(layer.view, SliceView) or name.startswith(inside):
-            raise ValueError(f"layer {name} is a slice of a 3-D parameter, which is not written; {_OTHERS}.")
-    kind, pieces, fields = chosen({name: (layer.matrix, layer.view) for name, layer in layers.items()})
-    write_pieces(model, {name: layer.view for name, layer in layers.items()}, kind, pieces, fields, folder)
+    matrices, layers = in_use(model), adapted(model)
+    if not matrices:
+        raise ValueError(NONE)
+    views = {name: layers[name].view for name in matrices}
+    kind, pieces, fields = chosen(
+        {name: (matrix, views[name]) for name, matrix in matrices.items()}, experts_of(model)
+    )
+    write_pieces(model, views, kind, pieces, fields, folder)
 
 
 def write_pieces(
@@ -67,19 +66,26 @@ def write_pieces(
 
     Args:
         model: whose layers may have adapters or not; only what trains, and what stands beside that, needs values.
-        views: of the adapted layers.
+        views: of the adapted layers; matrices of 3-D parameters are passed over.
         kind: of adapter.
-        pieces: of each layer.
+        pieces: of each layer, and of each 3-D parameter.
         fields: of the description, of the kind alone.
         folder: is made.
     """
-    tensors, biases = pieces_as_tensors(pieces), biases_of(model, views)
-    tensors |= {f"{PREFIX}{name}.base_layer.bias": bias.detach() for name, bias in biases.items()}
+    experts = {path: each for path, each in experts_of(model).items() if path in pieces}
     modules = modules_of(model, views)
+    views = {name: view for name, view in views.items() if name in pieces}
+    places = {path: each.place(experts) for path, each in experts.items()}
+    tensors = pieces_as_tensors({places.get(name, name): piece for name, piece in pieces.items()})
+    biases = biases_of(model, views)
+    tensors |= {f"{PREFIX}{name}.base_layer.bias": bias.detach() for name, bias in biases.items()}
     tied = tied_to(model, modules)
     for path in (*modules, *tied):
         state = model.get_submodule(path).state_dict()
         tensors |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in state.items()}
+    if experts:
+        names = [name for name, _ in model.named_parameters()]
+        fields = {**fields, "target_parameters": target_parameters(set(experts), [*names, *experts_of(model)])}
     config = description(
         kind,
         fields,
@@ -98,15 +104,22 @@ def write_pieces(
 
 
 def chosen(
-    layers: Mapping[str, tuple[StructuredMatrix, View]],
+    layers: Mapping[str, tuple[StructuredMatrix, View]], experts: Mapping[str, Experts] | None = None
 ) -> tuple[PeftKind, dict[str, Piece], dict[str, Any]]:
     """Return the first kind that computes all layers, with what its file holds of each and its own fields.
+
+    Args:
+        layers: with adapters.
+        experts: 3-D parameters; those of which layers are matrices have one piece each.
 
     Raises:
         ValueError: if there is none.
     """
-    problem = ""
+    problem, experts = "", experts or {}
+    inside = {name: each for each in experts.values() for name in each.slices if name in layers}
     for kind in KINDS:
+        if inside and not isinstance(kind, LoraKind):
+            continue
         pieces = {}
         for name, (matrix, view) in layers.items():
             piece = kind.piece(matrix, view)
@@ -115,6 +128,8 @@ def chosen(
                 break
             pieces[name] = piece
         else:
+            for each in {each.path: each for each in inside.values()}.values():
+                pieces[each.path] = joined(each, {n: pieces.pop(n) for n in each.slices if n in pieces})
             fields = kind.describe(pieces)
             if fields is not None:
                 return kind, pieces, fields
@@ -171,26 +186,40 @@ class PeftFolder(AdapterFolder):
                 f"{folder / NAME} has the start {start!r}, for which PEFT changes the base itself; write it "
                 "again with path_initial_model_for_weight_conversion, which makes it an ordinary LoRA."
             )
+        self._experts: dict[str, tuple[Experts, str, int]] = {}  # of each slice, where its tensors are
+        self._slices: set[str] = set()
         self._parts: dict[str, dict[str, str]] = {}
         for key in self.tensors:
             for end in self.kind.ends:
                 if key.startswith(PREFIX) and key.endswith(f".{end}"):
                     self._parts.setdefault(key.removeprefix(PREFIX).removesuffix(f".{end}"), {})[end] = key
 
+    def prepare(self, model: nn.Module) -> None:
+        """Find the 3-D parameters that the description names."""
+        every = experts_of(model)
+        found = targeted(every, self.config.get("target_parameters") or ())
+        self._slices = {name for each in every.values() for name in each.slices}
+        for each in found.values():
+            place = each.place(found)
+            self._experts |= {name: (each, place, i) for i, name in enumerate(each.slices)}
+
     @property
     def layers(self) -> list[str]:
         """Those of which there is a tensor."""
-        return list(self._parts)
+        places = {place for _, place, _ in self._experts.values()}
+        return [name for name in self._parts if name not in places]
 
     def wanted(self, names: Iterable[str], head: str | None) -> list[str]:
         """Those that the description matches."""
         wanted, excluded = (self.config.get(key) or () for key in ("target_modules", "exclude_modules"))
         saved = self.config.get("modules_to_save") or ()
+        names = [name for name in names if name not in self._slices]
         found = names if wanted == "all-linear" else [name for name in names if _matches(wanted, name)]
         found = [name for name in found if not (wanted == "all-linear" and name == head)]
         found = [name for name in found if not _matches(excluded, name)]
         found = [name for name in found if not any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in saved)]
-        return found if isinstance(wanted, str) else [name for name in found if self._in_layers(name)]
+        found = found if isinstance(wanted, str) else [name for name in found if self._in_layers(name)]
+        return [*found, *self._experts]
 
     def _in_layers(self, name: str) -> bool:
         """Whether a layer stands in a block whose number is asked for."""
@@ -227,16 +256,20 @@ class PeftFolder(AdapterFolder):
 
     def matrix(self, name: str, base: StructuredMatrix, view: View) -> StructuredMatrix | None:
         """Take the tensors of a layer, and build its expression."""
-        keys, found = self._parts.get(name, {}), {}
+        experts, place, i = self._experts.get(name, (None, name, 0))
+        keys, found = self._parts.get(place, {}), {}
         for end in self.kind.ends:
             if end in keys or end not in self.kind.optional:
-                found[end] = self.take(keys.get(end, f"{PREFIX}{name}.{end}"))
+                found[end] = self.take(keys.get(end, f"{PREFIX}{place}.{end}"))
         tensors = {end: _wide(tensor, base) for end, tensor in found.items() if tensor is not None}
         if len(tensors) < len(found) or not all(tensor.numel() for tensor in tensors.values()):
             return None
-        rank = _of_pattern(self.config.get("rank_pattern"), name, self.config.get("r"))
-        alpha = _of_pattern(self.config.get("alpha_pattern"), name, self.config.get("lora_alpha", 1))
+        path = name if experts is None else experts.path
+        rank = _of_pattern(self.config.get("rank_pattern"), path, self.config.get("r"))
+        alpha = _of_pattern(self.config.get("alpha_pattern"), path, self.config.get("lora_alpha", 1))
         try:
+            if experts is not None:
+                tensors = parted(experts, tensors, i)
             return self.kind.matrix(Base(base), tensors, Settings(self.config, rank, alpha), view)
         except (ValueError, TypeError, RuntimeError) as error:
             raise ValueError(

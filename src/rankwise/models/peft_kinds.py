@@ -24,7 +24,8 @@ from ..matrices import (
     Sum,
     Tiled,
 )
-from .low_rank_change import bare, branch_of, change_of
+from ..matrices.thin import bare, thin_factors
+from .low_rank_change import branch_of, change_of
 
 
 @dataclass(frozen=True)
@@ -105,21 +106,29 @@ class LoraKind(PeftKind):
     name = "LORA"
     ends = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
     optional = ("lora_magnitude_vector",)
-    fields = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+    fields = (
+        *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
+        "target_parameters",
+    )
+
+    @staticmethod
+    def fits(view: View) -> bool:
+        """Whether such a layer is written."""
+        return isinstance(view, (LinearView, Conv2dView))
 
     def piece(self, matrix: StructuredMatrix, view: View, most: int | None = None) -> Piece | None:
         """Take the factors, or find some, of at most a rank."""
-        if not isinstance(view, (LinearView, Conv2dView)):
+        if not self.fits(view):
             return None
         if isinstance(matrix, RowNormalised) and (most is None or matrix.update.rank <= most):
-            low, branch = matrix.update.matrix, matrix.update
-            assert isinstance(low, LowRank)
+            branch, factors = matrix.update, thin_factors(matrix.update.matrix)
+            assert factors is not None
             found = {
-                "lora_A.weight": low.right,
-                "lora_B.weight": low.left,
+                "lora_A.weight": factors[1],
+                "lora_B.weight": factors[0],
                 "lora_magnitude_vector": matrix.lengths,
             }
-            return Piece(_as_layers(found, view), low.rank, branch.scale, branch.dropout)
+            return Piece(_as_layers(found, view), len(factors[1]), branch.scale, branch.dropout)
         change = change_of(matrix, most)
         if change is None:
             return None

@@ -1,6 +1,7 @@
 """Write a model, or the adapters of one."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,7 +9,9 @@ from torch import nn
 
 from ..core.extended import refuse_extended
 from ..core.files import new_folder
+from ..core.several import used
 from . import adapter_files, peft_files
+from .classifier import write_labels
 from .model_files import save_model
 
 WRITERS = {"rankwise": adapter_files.write_adapter, "peft": peft_files.write_peft}
@@ -20,6 +23,7 @@ def save(
     tokenizer: Any = None,
     *,
     format: Literal["model", "rankwise", "peft"] = "model",
+    name: str | None = None,
 ) -> Path:
     """Write a model, or the adapters of one, and read the files back before the folder gets its name.
 
@@ -29,7 +33,10 @@ def save(
         tokenizer: of transformers, saved beside the rest.
         format: "model" writes all, so that plain transformers loads it after ``import rankwise``. The others
             write adapters and parameters that train whole, but not the matrices under the adapters: "rankwise"
-            every kind, bit by bit; "peft" what Hugging Face PEFT can compute, in its files.
+            every kind, bit by bit, also modules behind layers; "peft" what Hugging Face PEFT can compute, in its
+            files. Of a classifier of transformers the names of the classes are written beside them.
+        name: of adapters with names the one to be written; None takes what is in use, also a weighted sum, which
+            is then one adapter.
 
     Returns:
         the folder.
@@ -39,15 +46,19 @@ def save(
         ValueError: if the model does not fit the format, the folder holds something already, or what was written
             does not read back the same.
     """
-    refuse_extended(model, "has no place in this format; save its parameters that train")
+    if format != "rankwise":
+        refuse_extended(model, "has no place in this format; give format='rankwise'")
     folder = Path(os.path.abspath(folder))
+    if name is not None and format not in WRITERS:
+        raise ValueError(f"format {format!r} writes no adapter; give {' or '.join(map(repr, WRITERS))}.")
     if format == "model":
         save_model(model, folder, tokenizer)
         return folder
     if format not in WRITERS:
         raise ValueError(f"format must be 'model', {', '.join(map(repr, WRITERS))}, got {format!r}.")
-    with new_folder(folder) as temporary:
+    with new_folder(folder) as temporary, nullcontext() if name is None else used(model, name):
         WRITERS[format](model, temporary)
+        write_labels(model, temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
     return folder

@@ -67,10 +67,11 @@ def read_text(path: str | Path) -> str:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f'text file "{path}" does not exist; give the path of a plain, .gz or .xz file.')
+        there = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f'text file "{path}" {there}; give the path of a plain, .gz or .xz file.')
     opener = _OPENERS.get(path.suffix, open)
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
+        with opener(path, "rt", encoding="utf-8-sig") as file:  # some tools put a mark first
             return file.read()
     except UnicodeDecodeError as error:
         raise ValueError(f'text file "{path}" is not UTF-8 ({error}); convert it first.') from error

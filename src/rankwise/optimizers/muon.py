@@ -14,21 +14,25 @@ from .sgd import Momentum
 
 @dataclass(frozen=True, kw_only=True)
 class Orthogonalize(Transform):
-    """Replace steps (k, m, n) by nearly the nearest semi-orthogonal matrices times sqrt(max(1, m / n)).
+    """Replace steps (k, m, n) by nearly the nearest semi-orthogonal matrices times sqrt(max(least, m / n)).
 
     Args:
         polynomials: one a step of the Newton-Schulz iteration; ``POLAR_EXPRESS`` for steps that converge.
+        least: 1 gives Muon's length; with 0 the norm from root mean square to root mean square is one.
     """
 
     polynomials: tuple[tuple[float, float, float], ...] = (MUON,) * 5
+    least: float = 1.0
 
     def __post_init__(self) -> None:
         check_count("the number of polynomials", len(self.polynomials))
+        if not self.least >= 0:
+            raise ValueError(f"least must be >= 0, got {self.least}.")
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
         """(k, m, n) -> (k, m, n)."""
         m, n = grad.shape[1:]
-        return newton_schulz(grad, self.polynomials).mul_(max(1.0, m / n) ** 0.5)
+        return newton_schulz(grad, self.polynomials).mul_(max(self.least, m / n) ** 0.5)
 
 
 def muon(
@@ -40,8 +44,8 @@ def muon(
 ) -> Transform:
     """Muon: momentum, orthogonalised; its state is half of Adam's.
 
-    For hidden matrices and convolutions, seen as (out, rest). Embeddings, the head and vectors should get Adam in
-    a group of their own, with its own lr; vectors in this group get ``other``.
+    For hidden matrices and convolutions, seen as (out, rest). Embeddings, the head and vectors should get Adam
+    in a group of their own, with its own lr; vectors in this group get ``other``.
 
     >>> [type(part).__name__ for part in muon().matrix.parts]
     ['Momentum', 'Orthogonalize']

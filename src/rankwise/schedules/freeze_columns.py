@@ -10,7 +10,18 @@ from ..matrices import Dense, Frozen, StructuredMatrix
 
 
 @dataclass(frozen=True, kw_only=True)
-class FreezeColumns(Schedule):
+class FreezeSettings:
+    """The fields of :class:`FreezeColumns`, which the adapter has, too."""
+
+    until: float = 0.3
+
+    def __post_init__(self) -> None:
+        if not 0 < self.until <= 1:
+            raise ValueError(f"until must be > 0 and <= 1, got {self.until!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreezeColumns(FreezeSettings, Schedule):
     """Freeze the first floor(r i / t) columns of an (m, r) matrix at step i; after t steps none trains.
 
     A frozen column keeps its bits under any optimiser: gradient, momentum and weight decay do not reach it. When
@@ -22,12 +33,6 @@ class FreezeColumns(Schedule):
     References: Azizi, Kundu, Pedram, "LaMDA", Findings of EMNLP 2024, arXiv 2406.12832. The released code zeroes
         gradients only, which momentum and weight decay do not mind, and counts far too slowly.
     """
-
-    until: float = 0.3
-
-    def __post_init__(self) -> None:
-        if not 0 < self.until <= 1:
-            raise ValueError(f"until must be > 0 and <= 1, got {self.until!r}.")
 
     def check(self, matrix: StructuredMatrix) -> None:
         """Raise unless it is a Dense."""

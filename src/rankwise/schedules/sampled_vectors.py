@@ -10,7 +10,21 @@ from ..matrices import Dense, Diagonal, Product, Spectral, StructuredMatrix
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampledVectors(Schedule):
+class SamplingSettings:
+    """The fields of :class:`SampledVectors`, which the adapter has, too."""
+
+    hold: int = 200
+    warmup: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("hold", 1), ("warmup", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledVectors(SamplingSettings, Schedule):
     """Every ``hold`` steps draw the pairs of vectors that train now, and forget the optimiser's moments of them.
 
     Of k pairs the first is drawn with probability (1 / k + s_i / sum s) / 2, the others likewise from the rest.
@@ -27,15 +41,6 @@ class SampledVectors(Schedule):
         hand; that moments are reset and vectors normalised is from a summary of the paper, and ``hold`` and the
         form of ``warmup`` are not verified.
     """
-
-    hold: int = 200
-    warmup: int = 5
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("hold", 1), ("warmup", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)!r}.")
 
     def check(self, matrix: StructuredMatrix) -> None:
         """Raise unless it is a Spectral."""

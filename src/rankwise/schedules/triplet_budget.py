@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.methods import Course, Schedule
+from ..core.budgets import BudgetSettings, FallingBudget, scores_of
+from ..core.methods import Course, check_count
 from ..matrices import Dense, Diagonal, Product, StructuredMatrix
 
 
@@ -38,7 +39,21 @@ class Triplets:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TripletBudget(Schedule):
+class TripletSettings(BudgetSettings):
+    """The fields of :class:`TripletBudget`, which the adapter has, too."""
+
+    target: int = 8
+    orthogonality: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("target", self.target)
+        if not 0 <= self.orthogonality < float("inf"):
+            raise ValueError(f"orthogonality must be >= 0, got {self.orthogonality!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TripletBudget(TripletSettings, FallingBudget):
     """Keep those triplets of all layers for which the loss is sensitive; fewer and fewer, by a cubic law.
 
     The sensitivity of a number p is |p dL/dp|. Its running mean times the running mean of its distance from that
@@ -64,46 +79,9 @@ class TripletBudget(Schedule):
         left where scores are equal, as all are at first.
     """
 
-    target: int = 8
-    warmup: float = 0.1
-    tail: float = 0.5
-    every: int = 10
-    sensitivity: float = 0.85
-    uncertainty: float = 0.85
-    orthogonality: float = 0.1
-
-    def __post_init__(self) -> None:
-        for name, least in (("target", 1), ("every", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
-        for name in ("warmup", "tail", "sensitivity", "uncertainty"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 0 and < 1, got {getattr(self, name)!r}.")
-        if not self.warmup + self.tail < 1:
-            raise ValueError(
-                f"warmup {self.warmup} and tail {self.tail} leave no steps in which the budget falls; "
-                "together they must be < 1."
-            )
-        if not 0 <= self.orthogonality < float("inf"):
-            raise ValueError(f"orthogonality must be >= 0, got {self.orthogonality!r}.")
-
     def check(self, matrix: StructuredMatrix) -> None:
         """Raise unless it is a product of triplets."""
         Triplets.of(matrix)
-
-    def last(self, steps: int) -> int:
-        """The step after which nothing is chosen any more."""
-        return max(1, steps - round(self.tail * steps))
-
-    def budget(self, done: int, steps: int, first: int, last: int) -> int:
-        """How many triplets are left after so many of the steps: ``first`` at first, ``last`` at last."""
-        start, end = round(self.warmup * steps), self.last(steps)
-        if done >= end:
-            return last
-        if done <= start:
-            return first
-        return last + int((first - last) * (1 - (done - start) / (end - start)) ** 3)
 
     @torch.no_grad()
     def before(self, course: Course) -> None:
@@ -112,7 +90,7 @@ class TripletBudget(Schedule):
         for name, triplets in layers.items():
             self._regularise(triplets, 2 * len(layers))
             if course.done < self.last(course.steps):
-                self._observe(triplets, course.state.setdefault(name, {}))
+                self.observe(triplets.named(), course.state.setdefault(name, {}))
 
     @torch.no_grad()
     def after(self, course: Course) -> None:
@@ -120,8 +98,7 @@ class TripletBudget(Schedule):
         layers, end = _layers(course), self.last(course.steps)
         first = sum(len(triplets.values) for triplets in layers.values())
         last = min(first, self.target * len(layers))
-        due = course.done % self.every == 0 and course.done > round(self.warmup * course.steps)
-        if course.done == end or (course.done < end and due):
+        if self.chooses(course):
             kept = _largest(_scores(layers, course.state), self.budget(course.done, course.steps, first, last))
             for name, triplets in layers.items():
                 triplets.values[~kept[name]] = 0
@@ -153,33 +130,17 @@ class TripletBudget(Schedule):
             slope = slope.mT if turned else slope
             rows.grad = slope.clone() if rows.grad is None else rows.grad.add_(slope)
 
-    def _observe(self, triplets: Triplets, state: dict[str, Tensor]) -> None:
-        """Move the running means."""
-        for name, p in triplets.named():
-            now = torch.zeros_like(p) if p.grad is None else (p * p.grad).abs()
-            mean = state.setdefault(f"{name}.mean", torch.zeros_like(now)).lerp_(now, 1 - self.sensitivity)
-            spread = state.setdefault(f"{name}.spread", torch.zeros_like(now))
-            spread.lerp_((now - mean).abs(), 1 - self.uncertainty)
-
 
 def _layers(course: Course) -> dict[str, Triplets]:
     return {name: Triplets.of(matrix) for name, matrix in course.matrices.items()}
 
 
 def _scores(layers: Mapping[str, Triplets], state: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """(r,) for each layer.
-
-    Raises:
-        ValueError: if a score is not finite.
-    """
+    """(r,) for each layer."""
     scores = {}
     for name, means in state.items():
-        each = {part: means[f"{part}.mean"] * means[f"{part}.spread"] for part, _ in layers[name].named()}
+        each = {part: scores_of(name, part, means) for part, _ in layers[name].named()}
         scores[name] = each["values"] + each["right"].mean(1) + each["left"].mean(0)
-        if not bool(scores[name].isfinite().all()):
-            raise ValueError(
-                f"layer {name}: gradients were not finite; lower the learning rate or look at the data."
-            )
     return scores
 
 

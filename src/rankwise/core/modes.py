@@ -1,0 +1,58 @@
+"""How a model stands while it trains, and how it goes back."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@contextmanager
+def training(model: nn.Module) -> Iterator[None]:
+    """Put a model in training mode, but for batch normalisations that do not train, and put it back."""
+    before = {module: module.training for module in model.modules()}
+    try:
+        model.train()
+        for module in model.modules():
+            if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters()):
+                module.eval()
+        yield
+    finally:
+        for module, flag in before.items():
+            module.training = flag
+
+
+@runtime_checkable
+class _Checkpoints(Protocol):
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict[str, Any]) -> None: ...
+    def activation_checkpointing_disable(self) -> None: ...
+
+
+@contextmanager
+def recomputing(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Let a model compute activations again in the backward pass instead of keeping them."""
+    if not wanted:
+        yield
+        return
+    if not isinstance(model, _Checkpoints):
+        raise ValueError(
+            f"{type(model).__name__} has no activation_checkpointing_enable; leave gradient_checkpointing out."
+        )
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        model.activation_checkpointing_disable()
+
+
+@contextmanager
+def kept(model: nn.Module, buffers: Sequence[str]) -> Iterator[None]:
+    """Give buffers, such as running means, the values back that they had."""
+    state = model.state_dict(keep_vars=True)
+    before = {name: state[name].detach().clone() for name in buffers}
+    yield
+    with torch.no_grad():
+        for name, value in before.items():
+            state[name].copy_(value)

@@ -1,0 +1,55 @@
+"""Batches with labels, as pieces of data to train on."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Generator, Tensor, nn
+
+from .healing import output_of
+from .labels import Labels, count_given
+from .running import Piece
+from .statistics import Batch
+
+
+class Supervised(Piece):
+    """A batch with labels.
+
+    Args:
+        batch: see :func:`rankwise.finetune`.
+        loss: (model output, batch, generator) -> loss, summed over the labels.
+        autocast: run the model in this type.
+
+    Raises:
+        ValueError: if there is no label.
+    """
+
+    def __init__(self, batch: Batch, loss: Labels, autocast: torch.dtype | None) -> None:
+        self.batch, self.compute, self.autocast = batch, loss, autocast
+        self.count = count_given(batch)
+        if self.count == 0:
+            raise ValueError("a batch has no label that counts; leave it out.")
+
+    @property
+    def rows(self) -> int:
+        """How many labels there are."""
+        return self.count
+
+    @property
+    def size(self) -> int:
+        """How many numbers its largest tensor has."""
+        values = self.batch.values() if isinstance(self.batch, Mapping) else self.batch
+        return max(value.numel() for value in [self.batch, *values] if isinstance(value, Tensor))
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """Sum the loss over the labels."""
+        output = output_of(model, _unlabelled(self.batch), self.autocast)
+        return self.compute(output, self.batch, Generator())
+
+
+def _unlabelled(batch: Batch) -> Batch:
+    """Return what the model is given of a batch."""
+    if isinstance(batch, Tensor):
+        return batch
+    if isinstance(batch, Mapping):
+        return {key: value for key, value in batch.items() if key != "labels"}
+    return batch[:-1]

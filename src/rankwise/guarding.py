@@ -1,0 +1,47 @@
+"""The look at adapters that a training run takes by itself."""
+
+import warnings
+
+import torch
+from torch import nn
+
+from .checking import check_adapters
+from .core.following import Follower
+from .core.report import Report
+
+ENOUGH = 2  # steps after which everything that trains has had a gradient: factors behind zeros get theirs late
+
+
+class Guard:
+    """Looks once, when some steps were taken, whether adapters train; see :func:`rankwise.check_adapters`.
+
+    Args:
+        model: that trains.
+        optimizer: trains it.
+        follower: of both, or None if there are no adapters.
+        steps: that there will be.
+
+    Attributes:
+        report: what was seen, or None.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, follower: Follower | None, steps: int
+    ) -> None:
+        self.model, self.optimizer, self.follower = model, optimizer, follower
+        self.enough = min(ENOUGH, steps)
+        self.report: Report | None = None
+
+    def __call__(self) -> None:
+        """Look, if it is time and has not been done; warn of layers that do not train.
+
+        Raises:
+            ValueError: if no layer trains.
+        """
+        if self.report is not None or self.follower is None or self.follower.done < self.enough:
+            return
+        self.report = check_adapters(self.model, self.optimizer, follower=self.follower)
+        if all(row["problem"] for row in self.report.rows):
+            raise ValueError(f"no adapter trains: {self.report.title}.")
+        if self.report.totals["problems"]:
+            warnings.warn(f"{self.report.title}.", RuntimeWarning, stacklevel=2)

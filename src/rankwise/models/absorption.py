@@ -1,0 +1,101 @@
+"""Adapters put into the stored numbers of the matrices under them, without a number more."""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.extended import refuse_extended
+from ..core.progress import track
+from ..core.surgery import Site, base_of, fold, replace, select
+from ..linalg import Metric, recompressed
+from ..matrices import ChangedFactors, Dense, LowRank, PivotedLowRank, StructuredMatrix, Sum
+from ..matrices.thin import bare
+from .low_rank_change import change_of
+
+
+def adapted_sites(model: nn.Module) -> dict[str, Site]:
+    """Return the layers of a model that have an adapter, embeddings included.
+
+    Raises:
+        ValueError: if there is none, or a module stands behind a layer.
+    """
+    refuse_extended(model, "cannot go into stored numbers; train an adapter of matrices instead, such as Lora")
+    sites = select(model, lambda name, layer: True, compressed=True, tables=True)
+    sites = {name: site for name, site in sites.items() if base_of(site.matrix) is not None}
+    if not sites:
+        raise ValueError("the model has no adapter to absorb; make one with rankwise.adapt.")
+    return sites
+
+
+def absorb_adapters(
+    model: nn.Module, sites: Mapping[str, Site], metrics: Callable[[str], tuple[Metric, Metric]]
+) -> list[dict[str, Any]]:
+    """Put the adapters of layers into the matrices under them, in place; nothing changes before all are made.
+
+    Args:
+        model: has adapters.
+        sites: from :func:`adapted_sites`.
+        metrics: gives S (m, m) and C (n, n) of a layer, in which what is lost is measured.
+
+    Returns:
+        a row for each layer; see :func:`rankwise.absorb`.
+
+    Raises:
+        ValueError: if a matrix has no place for the change; it names the layer.
+    """
+    made: dict[str, StructuredMatrix] = {}
+    rows = []
+    for name, site in track(sites.items(), "new matrices"):
+        base = base_of(site.matrix)
+        assert base is not None
+        try:
+            made[name], lost = _absorbed(site.matrix, base.matrix, metrics(name))
+        except ValueError as error:
+            raise ValueError(f"layer {name}: {error}") from error
+        about = {"kind": type(made[name]).__name__, "rank": made[name].rank}
+        counts = {"params_before": base.params, "params_after": made[name].params}
+        rows.append({"name": name, **about, **counts, **lost})
+    for name, site in sites.items():
+        replace(model, site, made[name].requires_grad_(True))
+    fold(model, lambda layer: isinstance(layer.matrix, Dense))
+    return rows
+
+
+@torch.no_grad()
+def _absorbed(
+    matrix: StructuredMatrix, base: StructuredMatrix, metrics: tuple[Metric, Metric]
+) -> tuple[StructuredMatrix, Mapping[str, float]]:
+    """Return a matrix of the form of the base in place of an adapted one, and what is lost."""
+    matrix, none = bare(matrix), {"lost": 0.0, "error": 0.0}
+    if isinstance(matrix, ChangedFactors):
+        return matrix.merged(), none
+    if isinstance(base, Dense):
+        return Dense(matrix.dense().detach()), none
+    made, change = copy.deepcopy(base), change_of(matrix)
+    part = _low_rank_in(made)
+    if part is None or change is None:
+        what = "its base has no low-rank part" if part is None else "its change is of no low rank"
+        raise ValueError(
+            f"{what} and cannot take the change in; write it out with rankwise.fold, keep the adapter beside it, "
+            "adapt its factors with FactorLora where it has some, or train what is stored with rankwise.heal."
+        )
+    left, right = change.scale * change.left.double(), change.right.double()
+    size = recompressed(left, right, 1, *metrics)[2].norm()
+    if not float(size):
+        return made, none
+    first, second = part.factors()
+    both = torch.cat([first.double(), left], dim=1), torch.cat([second.double(), right])
+    left, right, values = recompressed(*both, part.rank, *metrics)
+    part.load_state_dict(part.refitted(left, right).state_dict())
+    missing, whole = values[part.rank :].norm(), values.norm().clamp_min(torch.finfo(values.dtype).tiny)
+    return made, {"lost": float(missing / size), "error": float(missing / whole)}
+
+
+def _low_rank_in(matrix: StructuredMatrix) -> LowRank | PivotedLowRank | None:
+    """Return the matrix itself, or the term of a sum, that a low-rank change can go into."""
+    parts = matrix.parts if isinstance(matrix, Sum) else [matrix]
+    found = [part for part in parts if isinstance(part, (LowRank, PivotedLowRank))]
+    return max(found, key=lambda part: part.rank, default=None)

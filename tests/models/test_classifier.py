@@ -1,0 +1,138 @@
+"""An adapted classifier ends as a folder that plain transformers opens: head, names of classes, and logits."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from contracts.examples import draw
+from safetensors.torch import load_file
+from tiny import WORDS, llama, worded
+from torch import Tensor
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    LlamaForSequenceClassification,
+)
+
+import rankwise
+from rankwise.adapters import Lora
+from rankwise.compressors import PlainSvd
+from rankwise.models import load_classifier, read_labels
+from rankwise.models.classifier import is_head
+
+LABELS = ("bad", "fair", "good")
+COUNT = len(WORDS) + 3
+
+
+def bert() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return BertModel(BertConfig(**sizes, vocab_size=COUNT))
+
+
+def language_model(**changes) -> Any:
+    return llama(vocab_size=COUNT, initializer_range=0.2, bos_token_id=0, eos_token_id=1, **changes)
+
+
+def compressed() -> Any:
+    model = language_model()
+    rankwise.compress(model, PlainSvd(), keep=0.7)
+    return model
+
+
+def other_head() -> Any:
+    whole = language_model().config
+    whole.num_labels, whole.pad_token_id = 2, 1
+    return LlamaForSequenceClassification(whole)
+
+
+BASES: dict[str, Callable[[], Any]] = {
+    "a language model": language_model,
+    "untied": lambda: language_model(tie_word_embeddings=False),
+    "an encoder": bert,  # its files lack the prefix that the classifier's have
+    "compressed": compressed,
+    "another head": other_head,
+}
+
+
+def inputs(tokenizer: Any) -> dict[str, Tensor]:
+    texts = [" ".join(WORDS[i : i + 3 + i % 2]) for i in range(6)]
+    return dict(tokenizer(texts, padding=True, return_tensors="pt"))
+
+
+@pytest.fixture(params=BASES)
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Any, Tensor]:
+    """A folder with a base and a trained adapter, the adapted model, and its logits."""
+    rankwise.save(BASES[request.param](), tmp_path / "base", worded())
+    model, tokenizer = load_classifier(tmp_path / "base", LABELS)
+    rankwise.adapt(
+        model,
+        Lora(rank=2),
+        where=lambda name, _: not is_head(model, name),
+        also=lambda name: is_head(model, name),
+    )
+    with torch.no_grad():
+        for i, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+            parameter.add_(0.1 * draw(*parameter.shape, seed=i).float())
+        logits = model(**inputs(tokenizer)).logits
+    rankwise.save(model, tmp_path / "adapter", format="rankwise")
+    return tmp_path, model, logits
+
+
+def opened(folder: Path) -> Tensor:
+    """The logits that plain transformers gets from a folder."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    assert tuple(model.config.id2label[i] for i in range(len(LABELS))) == LABELS
+    assert model.config.label2id == {label: i for i, label in enumerate(LABELS)}
+    with torch.no_grad():
+        return model(**inputs(AutoTokenizer.from_pretrained(folder))).logits
+
+
+def test_merged_it_is_a_folder_of_transformers(case: tuple[Path, Any, Tensor]):
+    folder, _, logits = case
+    rankwise.export(folder / "adapter", rankwise.exporters.Merged(base=str(folder / "base")), folder / "out")
+    torch.testing.assert_close(opened(folder / "out"), logits, rtol=1e-4, atol=1e-5)
+    assert not any("lm_head" in name for name in load_file(folder / "out" / "model.safetensors"))
+
+
+def test_loaded_and_folded_it_is_one_too(case: tuple[Path, Any, Tensor]):
+    folder, _, logits = case
+    assert read_labels(folder / "adapter") == LABELS
+    model, tokenizer = load_classifier(folder / "base", read_labels(folder / "adapter"), seed=5)
+    rankwise.load_adapter(model, folder / "adapter")
+    with torch.no_grad():
+        assert torch.equal(model(**inputs(tokenizer)).logits, logits)
+    rankwise.save(rankwise.fold(model), folder / "out", tokenizer)
+    torch.testing.assert_close(opened(folder / "out"), logits, rtol=1e-4, atol=1e-5)
+
+
+def test_as_a_lora_it_has_head_and_labels(case: tuple[Path, Any, Tensor]):
+    folder, _, logits = case
+    rankwise.export(folder / "adapter", rankwise.exporters.Lora(base=str(folder / "base")), folder / "out")
+    model, tokenizer = load_classifier(folder / "base", read_labels(folder / "out"), seed=5)
+    rankwise.load_adapter(model, folder / "out")
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs(tokenizer)).logits, logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["a language model"], indirect=True)
+def test_what_it_is_not_put_on_is_named(case: tuple[Path, Any, Tensor]):
+    folder, _, _ = case
+    with pytest.raises(ValueError, match=r"of a classifier with the labels bad, fair, good.*load_classifier"):
+        rankwise.load_adapter(rankwise.load(folder / "base")[0], folder / "adapter")
+    two, _ = load_classifier(folder / "base", ["yes", "no"])
+    with pytest.raises(ValueError, match="of a classifier with the labels bad, fair, good"):
+        rankwise.load_adapter(two, folder / "adapter")
+    with pytest.raises(ValueError, match=r"score\.weight is of a new head, .*export to merged"):
+        rankwise.export(folder / "adapter", rankwise.exporters.Delta(base=str(folder / "base")), folder / "out")
+    unnamed = AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=3, pad_token_id=1)
+    rankwise.load_adapter(unnamed, folder / "adapter")
+    assert unnamed.config.id2label == dict(enumerate(LABELS))
+    (folder / "adapter" / "labels.json").write_text(json.dumps({"bad": 0}))
+    with pytest.raises(ValueError, match=r"labels\.json is damaged: it must hold a list of two or more words"):
+        rankwise.load_adapter(two, folder / "adapter")
