@@ -26,7 +26,18 @@ import rankwise
 from rankwise.core.states import leaves
 from rankwise.core.transforms import Transform, state_bytes
 from rankwise.matrices import IndexedSparse
-from rankwise.optimizers import adafactor, adam, adamw4bit, adamw8bit, frugal, galore, muon, project, q_galore
+from rankwise.optimizers import (
+    adafactor,
+    adam,
+    adamw4bit,
+    adamw8bit,
+    frugal,
+    galore,
+    grad_norm_lorp,
+    muon,
+    project,
+    q_galore,
+)
 from rankwise.projectors import Cosine
 
 VOCABULARY = 32_000
@@ -174,6 +185,10 @@ def claims(rows: Rows, model: Llama) -> None:
         state = kept + magnitudes
         add("GradNormLoRP, state", 0.895, 1 - (state + embedded) / adamw, how + "embeddings and head trained")
         add("GradNormLoRP, state", 0.895, 1 - state / adamw, how + "embeddings and head frozen")
+
+    both = numbers(grad_norm_lorp(rank=model.rank, two_sided=True), model.matrices)
+    how = f"8 bits, whole weights projected on both sides to rank {model.rank}, bases in 8 bits"
+    add("GradNormLoRP, state", 0.895, 1 - (both + embedded) / adamw, how)
 
     sparse = sum(int(0.05 * m * n) for m, n in model.matrices)
     left = sum(model.rank * (m + n) for m, n in model.matrices) + sparse + embedded // 2

@@ -14,9 +14,9 @@ from rankwise import Optimizer
 from rankwise.core.integer_weights import IntegerLinear, IntegerWeights, train_as_floats, train_as_integers
 from rankwise.core.memory import held_bytes
 from rankwise.core.states import leaves
-from rankwise.core.transforms import Transform
+from rankwise.core.transforms import Transform, chain
 from rankwise.linalg import add_to_integers, integer_grid
-from rankwise.optimizers import adam, q_galore
+from rankwise.optimizers import adam, q_galore, row_cap
 from rankwise.projectors import Backoff
 
 
@@ -227,5 +227,7 @@ def test_bad_choices_are_refused():
         train_as_integers(model(), lambda name: False)
     with pytest.raises(ValueError, match="divide"):
         train_as_integers(model(), lambda name: True, group=5)
+    with pytest.raises(ValueError, match="cannot be constrained"):
+        optimizer(integers(), transform=chain(adam(), row_cap(limit=1.0)))
     with pytest.raises(ValueError, match="train_as_integers"):
         IntegerWeights(model())

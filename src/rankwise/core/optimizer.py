@@ -81,6 +81,8 @@ class Optimizer(torch.optim.Optimizer):
             check_group(self.param_groups[before])
             for param in self.param_groups[before]["params"]:
                 self.write.init(param, torch.tensor([0]))
+                if group["transform"].constrains and self.write.read([param])[0] is not param:
+                    raise ValueError("weights that are kept as integers cannot be constrained by a transform.")
         except ValueError:
             del self.param_groups[before:]
             raise

@@ -32,7 +32,7 @@ def q_galore(
         inner: what runs inside, and on vectors.
         carry: what becomes of moments when the subspace changes.
 
-    References: Zhang et al., "Q-GaLore", 2024, arXiv 2407.08296. The paper's weights of 8 bits are not a part of
-    the optimiser; with bfloat16 weights, ``write=StochasticRounding()`` keeps small steps.
+    References: Zhang et al., "Q-GaLore", 2024, arXiv 2407.08296. The paper's weights of 8 bits are those of
+    :func:`rankwise.train_as_integers`; for bfloat16 weights :class:`rankwise.StochasticRounding` keeps small steps.
     """
     return galore(rank=rank, every=every, scale=scale, projector=projector, inner=inner, carry=carry)
