@@ -33,6 +33,7 @@ def q_galore(
         carry: what becomes of moments when the subspace changes.
 
     References: Zhang et al., "Q-GaLore", 2024, arXiv 2407.08296. The paper's weights of 8 bits are those of
-    :func:`rankwise.train_as_integers`; for bfloat16 weights :class:`rankwise.StochasticRounding` keeps small steps.
+    :func:`rankwise.train_as_integers`; with bfloat16 weights :class:`rankwise.StochasticRounding` keeps small
+    steps.
     """
     return galore(rank=rank, every=every, scale=scale, projector=projector, inner=inner, carry=carry)
