@@ -88,7 +88,7 @@ def model(kind: torch.dtype = torch.float32) -> nn.Sequential:
 
 def integers(kind: torch.dtype = torch.float32) -> nn.Sequential:
     made = model(kind)
-    assert train_as_integers(made, lambda name: name in "02", group=4) == 2
+    assert train_as_integers(made, lambda name, layer: name in "02", group=5) == 2
     return made
 
 
@@ -193,6 +193,16 @@ def test_stop_save_load_and_go_on_is_exact():
     assert first.state_bytes() == sum(leaf.nbytes for state in first.state.values() for leaf in leaves(state))
 
 
+def test_layers_in_two_places_stay_one():
+    shared = nn.Linear(8, 8)
+    made = nn.Sequential(shared, nn.Tanh(), shared)
+    assert train_as_integers(made) == 1
+    assert made[0] is made[2]
+    train_as_floats(made)
+    assert made[0] is made[2]
+    assert isinstance(made[0], nn.Linear)
+
+
 def test_hooks_may_step_each_weight_alone():
     one, two = integers(), integers()
     trained(one, optimizer(one), range(5))
@@ -223,10 +233,12 @@ def test_who_reads_parameters_sees_the_weights():
 
 
 def test_bad_choices_are_refused():
+    with pytest.raises(ValueError, match="no layer was selected"):
+        train_as_integers(model(), lambda name, layer: False)
     with pytest.raises(ValueError, match="no linear layer"):
-        train_as_integers(model(), lambda name: False)
-    with pytest.raises(ValueError, match="divide"):
-        train_as_integers(model(), lambda name: True, group=5)
+        train_as_integers(nn.Sequential(nn.Conv2d(2, 2, 3)))
+    with pytest.raises(ValueError, match="group"):
+        train_as_integers(model(), group=0)
     with pytest.raises(ValueError, match="cannot be constrained"):
         optimizer(integers(), transform=chain(adam(), row_cap(limit=1.0)))
     with pytest.raises(ValueError, match="train_as_integers"):

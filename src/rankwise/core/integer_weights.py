@@ -15,7 +15,7 @@ from ..matrices import Quantized
 from ..matrices.recomputed import product
 from .methods import check_count
 from .states import State, counter
-from .surgery import set_module
+from .surgery import Where, select, set_module
 from .writing import Write, written
 
 BITS = 8
@@ -26,19 +26,18 @@ class ChangingWeight(nn.Module):
 
     Args:
         weight: (m, n), rounded to the nearest.
-        group: how many neighbours in a row share a scale and an offset, in float32; a divisor of n.
+        group: how many neighbours in a row share a scale and an offset, in float32.
     """
 
     def __init__(self, weight: Tensor, group: int) -> None:
         super().__init__()
         check_count("group", group)
         m, n = weight.shape
-        if n % group:
-            raise ValueError(f"group must divide the {n} columns, got {group}.")
-        values = weight.detach().float().view(m, n // group, group)
+        values = _grouped(weight.detach().float(), group)
         scale, offset = integer_grid(values)
         codes = ((values - offset[..., None]) / scale[..., None]).round_().clamp_(0, 255)
-        self.matrix = Quantized.from_codes(codes.flatten(1).byte(), scale, offset, bits=BITS, group=group)
+        codes = codes.flatten(1)[:, :n].byte()
+        self.matrix = Quantized.from_codes(codes, scale, offset, bits=BITS, group=group)
         self.matrix.requires_grad_(False)
         self.change = nn.Parameter(weight.new_zeros(()).expand(m, n))
 
@@ -48,15 +47,13 @@ class ChangingWeight(nn.Module):
 
     def add(self, step: Tensor, keep: float, factor: float, generator: torch.Generator) -> None:
         """Write keep * W + factor * step (m, n), rounded at random."""
-        matrix = self.matrix
-        m, n = matrix.shape
+        matrix, n = self.matrix, self.matrix.shape[1]
         change = step.float() * factor
         if keep != 1:
             change.add_(matrix.dense(), alpha=keep - 1)
-        codes = matrix.packed[:, :n].view(m, -1, matrix.group)
-        scale, offset = matrix.scale.detach(), matrix.offset.detach()
-        codes, scale, offset = add_to_integers(codes, scale, offset, change.view_as(codes), generator)
-        matrix.packed[:, :n] = codes.flatten(1)
+        codes, change = _grouped(matrix.packed[:, :n], matrix.group), _grouped(change, matrix.group)
+        codes, scale, offset = add_to_integers(codes, matrix.scale, matrix.offset, change, generator)
+        matrix.packed[:, :n] = codes.flatten(1)[:, :n]
         matrix.scale.copy_(scale)
         matrix.offset.copy_(offset)
 
@@ -78,6 +75,14 @@ class ChangingWeight(nn.Module):
         """Expect no change."""
 
 
+def _grouped(values: Tensor, group: int) -> Tensor:
+    """(m, n) -> (m, groups, group), with the last column repeated, which widens no range."""
+    m, n = values.shape
+    groups = -(-n // group)
+    places = torch.arange(groups * group, device=values.device).clamp_max_(n - 1)
+    return values[:, places].view(m, groups, group)
+
+
 class IntegerLinear(nn.Module):
     """A linear layer whose weight trains as 8-bit integers; see :func:`train_as_integers`."""
 
@@ -91,7 +96,7 @@ class IntegerLinear(nn.Module):
         return made if self.bias is None else made + self.bias
 
 
-def train_as_integers(model: nn.Module, where: Callable[[str], bool], *, group: int = 256) -> int:
+def train_as_integers(model: nn.Module, where: Where | None = None, *, group: int = 256) -> int:
     """Round the weights of linear layers to 8-bit integers that train.
 
     The optimiser needs ``write=IntegerWeights(model)``, and parameters that ask for gradients. Transforms that
@@ -100,7 +105,7 @@ def train_as_integers(model: nn.Module, where: Callable[[str], bool], *, group: 
     >>> import rankwise
     >>> from rankwise.optimizers import q_galore
     >>> model = nn.Sequential(nn.Linear(256, 32, bias=False), nn.ReLU(), nn.Linear(32, 1))
-    >>> train_as_integers(model, lambda name: name == "0")
+    >>> train_as_integers(model, lambda name, layer: name == "0")
     1
     >>> trained = [p for p in model.parameters() if p.requires_grad]
     >>> optimizer = rankwise.Optimizer([(trained, q_galore(rank=4))], lr=0.01, write=IntegerWeights(model))
@@ -109,32 +114,36 @@ def train_as_integers(model: nn.Module, where: Callable[[str], bool], *, group: 
 
     Args:
         model: is changed.
-        where: tells by its name whether a layer is chosen.
+        where: which layers; None means all but output heads. See :func:`rankwise.core.surgery.select`.
         group: how many neighbours in a row share a scale and an offset.
 
     Returns:
         how many layers there are now.
 
     Raises:
-        ValueError: if no layer is chosen, or a group does not divide a row.
+        ValueError: if no linear layer is chosen.
     """
-    chosen = {name: each for name, each in model.named_modules() if isinstance(each, nn.Linear) and where(name)}
+    chosen = [site for site in select(model, where).values() if isinstance(site.layer, nn.Linear)]
     if not chosen:
-        raise ValueError("no linear layer is chosen; look at the names of model.named_modules().")
-    for name, layer in chosen.items():
-        set_module(model, name, IntegerLinear(layer, group))
+        raise ValueError("'where' accepts no linear layer; other layers cannot train as integers.")
+    for site in chosen:
+        layer = IntegerLinear(site.layer, group)
+        for name in site.names:
+            set_module(model, name, layer)
     return len(chosen)
 
 
 def train_as_floats(model: nn.Module) -> None:
     """Make ordinary linear layers of those with integers, with the same values."""
-    for name, each in list(model.named_modules()):
+    made: dict[IntegerLinear, nn.Linear] = {}
+    for name, each in list(model.named_modules(remove_duplicate=False)):
         if isinstance(each, IntegerLinear):
-            weight = each.integers.dense().detach()
-            m, n = weight.shape
-            layer = nn.Linear(n, m, bias=each.bias is not None, device="meta", dtype=weight.dtype)
-            layer.weight, layer.bias = nn.Parameter(weight), each.bias
-            set_module(model, name, layer)
+            if each not in made:
+                weight = each.integers.dense().detach()
+                m, n = weight.shape
+                made[each] = nn.Linear(n, m, bias=False, device="meta")
+                made[each].weight, made[each].bias = nn.Parameter(weight), each.bias
+            set_module(model, name, made[each])
 
 
 class IntegerWeights(Write):
