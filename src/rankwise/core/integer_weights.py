@@ -123,14 +123,15 @@ def train_as_integers(model: nn.Module, where: Where | None = None, *, group: in
     Raises:
         ValueError: if no linear layer is chosen.
     """
-    chosen = [site for site in select(model, where).values() if isinstance(site.layer, nn.Linear)]
-    if not chosen:
+    count = 0
+    for site in select(model, where).values():
+        if isinstance(site.layer, nn.Linear):
+            layer, count = IntegerLinear(site.layer, group), count + 1
+            for name in site.names:
+                set_module(model, name, layer)
+    if not count:
         raise ValueError("'where' accepts no linear layer; other layers cannot train as integers.")
-    for site in chosen:
-        layer = IntegerLinear(site.layer, group)
-        for name in site.names:
-            set_module(model, name, layer)
-    return len(chosen)
+    return count
 
 
 def train_as_floats(model: nn.Module) -> None:
