@@ -355,7 +355,7 @@ class Bench:
                 found = train(task, entry, size, RATES[place], seed)
             except ValueError as error:  # numbers that are not finite
                 found = {"size": size, "select": None, "failed": str(error)}
-            self.rows.add(**about, **found)
+            self.rows.add(**about | found)
         return self.rows.find(**about)
 
     def best(self, name: str, method: str) -> int:

@@ -31,14 +31,19 @@ from rankwise.optimizers import (
     adam,
     adamw4bit,
     adamw8bit,
+    apollo,
+    apollo_mini,
+    dct_adamw,
+    fira,
     frugal,
     galore,
     grad_norm_lorp,
+    ldadam,
     muon,
-    project,
     q_galore,
+    quantised,
+    soap,
 )
-from rankwise.projectors import Cosine
 
 VOCABULARY = 32_000
 
@@ -102,8 +107,14 @@ METHODS = {
     "GaLore": Method(lambda rank, side: galore(rank=rank)),
     "GaLore, 8 bits": Method(lambda rank, side: galore(rank=rank, inner=adamw8bit()), adamw8bit()),
     "Q-GaLore": Method(lambda rank, side: q_galore(rank=rank), adamw8bit()),
-    "cosine rows": Method(lambda rank, side: project(Cosine(), adam(), rank=rank)),
-    "cosine rows, 8 bits": Method(lambda rank, side: project(Cosine(), adamw8bit(), rank=rank), adamw8bit()),
+    "DCT-AdamW": Method(lambda rank, side: dct_adamw(rank=rank)),
+    "DCT-AdamW, 8 bits": Method(lambda rank, side: quantised(dct_adamw(rank=rank)), adamw8bit()),
+    "Fira": Method(lambda rank, side: fira(rank=rank)),
+    "LDAdam": Method(lambda rank, side: ldadam(rank=rank)),
+    "APOLLO": Method(lambda rank, side: apollo(rank=rank)),
+    "APOLLO-Mini": Method(lambda rank, side: apollo_mini()),
+    "SOAP": Method(lambda rank, side: soap()),
+    "SOAP, 8 bits": Method(lambda rank, side: quantised(soap()), adamw8bit()),
     "FRUGAL": Method(lambda rank, side: frugal(density=rank / side)),
     "FRUGAL, density 0": Method(lambda rank, side: frugal(density=0.0)),
 }

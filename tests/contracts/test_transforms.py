@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import math
 import pickle
 from dataclasses import dataclass
 from typing import Any
@@ -21,16 +22,28 @@ from rankwise.core.writing import Write
 from rankwise.optimizers import (
     adafactor,
     adam,
+    adamp,
     adamw4bit,
     adamw8bit,
+    apollo,
+    apollo_mini,
+    aro,
+    auon,
+    dct_adamw,
+    fira,
     frugal,
     galore,
+    hybrid_auon,
+    ldadam,
     muon,
     project,
     q_galore,
     quantised,
     sgd,
+    sgdp,
     sign,
+    soap,
+    trion,
 )
 from rankwise.projectors import (
     Backoff,
@@ -46,10 +59,17 @@ from rankwise.projectors import (
 )
 
 SETTINGS: dict[str, list[Transform]] = {
-    "adafactor": [adafactor(), adafactor(beta=0.9)],
+    "adafactor": [adafactor(), adafactor(beta=0.9), adafactor(beta=0.5, relative=True, least=0.5)],
     "adam": [adam(), adam(betas=(0.0, 0.5))],
     "adamw4bit": [adamw4bit(), quantised(adam(), bits=4, block=8, least=1)],
     "adamw8bit": [adamw8bit()],
+    "adamp": [adamp(), adamp(delta=math.inf, weight_decay=0.1), adamp(delta=0.5, whole=False)],
+    "apollo": [apollo(rank=2, every=4), apollo(rank=0.5, every=3, projector=Svd(), growth=2.0)],
+    "apollo_mini": [apollo_mini(every=4)],
+    "aro": [aro(), aro(base=sign(), beta=0.5)],
+    "auon": [auon(), auon(released=True, gamma=1.5)],
+    "dct_adamw": [dct_adamw(rank=2), dct_adamw(rank=0.5, feedback=True, every=3, carry=Keep())],
+    "fira": [fira(rank=2, every=4), fira(rank=0.5, every=3, removes=0.25, inner=sgd(beta=0.9))],
     "frugal": [frugal(every=4), frugal(density=0.0), frugal(density=1.0), frugal(projector=Svd(), free=sgd())],
     "galore": [
         galore(rank=2, every=4),
@@ -62,6 +82,8 @@ SETTINGS: dict[str, list[Transform]] = {
     ],
     "hard_cap": [chain(adam(), optimizers.hard_cap(limit=1.5))],
     "lipschitz": [optimizers.lipschitz(limit=1.5), optimizers.lipschitz(constraint=sgd(), nesterov=False)],
+    "hybrid_auon": [hybrid_auon()],
+    "ldadam": [ldadam(rank=2), ldadam(rank=0.5, every=3, feedback=False, projector=Svd())],
     "muon": [muon(), muon(nesterov=False, beta=0.5)],
     "project": [project(Cosine(), adam(), rank=3, every=EnergyDrop(steps=2), carry=Reset())],
     "q_galore": [
@@ -73,9 +95,12 @@ SETTINGS: dict[str, list[Transform]] = {
         quantised(galore(rank=2, every=4, carry=Rotate()), least=1, block=16),
         galore(rank=2, every=3, inner=quantised(adam(), least=1, block=16), carry=Rotate()),
         quantised(chain(adafactor(), sgd(beta=0.9)), least=1),
+        quantised(soap(every=3), least=1, block=16),
+        quantised(ldadam(rank=2), least=1, block=16),
     ],
     "row_cap": [chain(adam(), optimizers.row_cap(limit=0.8))],
     "sgd": [sgd(), sgd(beta=0.9), sgd(beta=0.9, nesterov=True)],
+    "sgdp": [sgdp(), sgdp(delta=0.5, weight_decay=0.1, nesterov=True)],
     "sign": [sign()],
     "soft_cap": [chain(adam(), optimizers.soft_cap(limit=1.5)), optimizers.soft_cap(limit=1.5, step=2.0)],
     "spectral_decay": [chain(adam(), optimizers.spectral_decay(rate=0.1))],
@@ -89,6 +114,8 @@ SETTINGS: dict[str, list[Transform]] = {
         optimizers.weight_norm(),
         optimizers.weight_norm(inner=galore(rank=2, every=4), magnitude=sgd(beta=0.9)),
     ],
+    "soap": [soap(every=3), soap(every=Every(2, together=True), largest=7)],
+    "trion": [trion(rank=2), trion(rank=0.5, every=3, projector=Svd())],
 }
 SHAPES = [(6, 9), (6, 9), (6, 9), (9, 6), (5, 3, 2, 2), (7,), (7,), (), (1, 4), (0, 3)]
 

@@ -1,59 +1,36 @@
 """Optimisers that are special cases of each other, of torch's, or of a formula, take the same steps."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from contracts import examples
-from torch import Tensor, nn
+from optimizers.walks import CLOSE, assert_same, draw, gradient, inside, ours, plain_adam, walk
 
-from rankwise import Optimizer
-from rankwise.core.subspaces import Subspace
-from rankwise.core.transforms import Transform, state_bytes, wide
+from rankwise.core.transforms import state_bytes
 from rankwise.linalg import MUON, POLAR_EXPRESS
-from rankwise.optimizers import adafactor, adam, frugal, galore, muon, sgd, sign
+from rankwise.optimizers import (
+    adafactor,
+    adam,
+    adamp,
+    apollo,
+    apollo_mini,
+    aro,
+    auon,
+    dct_adamw,
+    fira,
+    frugal,
+    galore,
+    hybrid_auon,
+    ldadam,
+    muon,
+    sgd,
+    sgdp,
+    sign,
+    soap,
+    trion,
+)
 from rankwise.optimizers.adam import Adam
-from rankwise.optimizers.project import Project
-from rankwise.projectors import Every, Keep, LargestRows, RowBlock, Svd
-
-SHAPES = [(6, 9), (9, 6), (7,), ()]
-CLOSE = {"rtol": 1e-11, "atol": 1e-12}
-Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return examples.draw(*(shape or (1,)), seed=seed).view(shape)
-
-
-def walk(make: Make, shapes: Any = SHAPES, steps: int = 12, low_rank: int | None = None) -> list[Tensor]:
-    """Parameters after some steps with the same gradients."""
-    params = [nn.Parameter(draw(*shape, seed=i)) for i, shape in enumerate(shapes)]
-    optimizer = make(params)
-    for step in range(steps):
-        for i, p in enumerate(params):
-            p.grad = gradient(p.shape, i, step)
-        optimizer.step()
-    return [p.detach() for p in params]
-
-
-def gradient(shape: Any, i: int, step: int) -> Tensor:
-    return draw(*shape, seed=100 * step + i)
-
-
-def ours(transform: Transform, lr: float = 0.05, weight_decay: float = 0.0) -> Make:
-    return lambda params: Optimizer([(params, transform)], lr=lr, weight_decay=weight_decay)
-
-
-def assert_same(one: list[Tensor], two: list[Tensor], **close: float) -> None:
-    for a, b in zip(one, two, strict=True):
-        torch.testing.assert_close(a, b, **(close or CLOSE))
-
-
-def inside(projector: Any, inner: Transform, rank: int, **options: Any) -> Transform:
-    """A projection of matrices alone, also where the rank is the whole side."""
-    rule = {"refresh": Every(3), "carry": Keep(), **options}
-    return wide(Project(subspace=Subspace(projector=projector, rank=rank, **rule), inner=inner))
+from rankwise.projectors import Every, LargestRows, RowBlock, Svd
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
@@ -107,14 +84,6 @@ def test_frugal_ends_at_signs_and_at_adam():
     params = walk(ours(frugal(density=0.0, every=3)))
     assert_same(params[:2], walk(ours(sign()))[:2], rtol=0, atol=0)
     assert_same(params[2:], walk(ours(adam()))[2:], rtol=0, atol=0)
-
-
-def plain_adam(grads: list[Tensor], betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> Tensor:
-    """The last direction of Adam, from all gradients at once."""
-    t = len(grads)
-    mean = sum(g * (1 - betas[0]) * betas[0] ** (t - 1 - i) for i, g in enumerate(grads))
-    square = sum(g.square() * (1 - betas[1]) * betas[1] ** (t - 1 - i) for i, g in enumerate(grads))
-    return torch.as_tensor(mean / (1 - betas[0] ** t) / ((square / (1 - betas[1] ** t)) ** 0.5 + eps))
 
 
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
@@ -198,7 +167,7 @@ def test_adafactor_is_its_formula():
 
 @pytest.mark.parametrize("shape", [(64, 256), (256, 64), (64, 16, 4, 4)])
 def test_states_take_what_the_formulas_say(shape: tuple[int, ...]):
-    """In float32: Adam 2 m n, GaLore 2 r n + r m, FRUGAL 2 r n and r numbers of rows, Muon m n."""
+    """In float32: Adam 2 m n, GaLore 2 r n + r m, FRUGAL 2 r n and r numbers of rows, Muon m n, and so on."""
     m, n, rank = 64, 256, 8
     counters = 8
     wanted = {
@@ -208,9 +177,34 @@ def test_states_take_what_the_formulas_say(shape: tuple[int, ...]):
         frugal(density=rank / m): 4 * (2 * rank * n + rank) + 6 * counters,
         adafactor(): 4 * (m + n) + counters,
         sign(): 0,
+        fira(rank=rank): 4 * (2 * rank * n + rank * m + 1) + 4 * counters,
+        apollo(rank=rank): 4 * (2 * rank * n + rank + 1) + 6 * counters,
+        apollo_mini(): 4 * (2 * n + 1 + 1) + 6 * counters,
+        ldadam(rank=rank): 4 * (2 * rank * n + rank * m + m * n) + 4 * counters,
+        ldadam(rank=rank, feedback=False): 4 * (2 * rank * n + rank * m) + 4 * counters,
+        soap(): 8 * (m * n + m * m + n * n) + 3 * counters,
+        dct_adamw(rank=rank): 4 * (2 * rank * n + rank) + 6 * counters,
+        dct_adamw(rank=rank, feedback=True): 4 * (2 * rank * n + rank + m * n) + 6 * counters,
+        trion(rank=rank): 4 * (m * n + rank) + 5 * counters,
+        aro(): 4 * (m * n + m * m),
+        auon(): 4 * m * n,
+        hybrid_auon(): 4 * m * n,
+        adamp(): 8 * m * n + counters,
+        sgdp(): 4 * m * n,
     }
     for kind, number in wanted.items():
         assert state_bytes(kind, torch.empty(shape, device="meta")) == number, kind
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_relative_adafactor_is_that_of_torch(decay: float):
+    """At an lr below 1 / sqrt(t), to which it is cut there; scalars have the least size, or their own."""
+    shapes = [(6, 9), (9, 6), (7,), ()]
+    theirs = walk(lambda params: torch.optim.Adafactor(params, lr=0.05, weight_decay=decay), shapes)
+    found = walk(ours(adafactor(relative=True), weight_decay=decay), shapes)
+    assert_same(found, theirs, rtol=1e-5, atol=1e-6)  # eps is the square of float32's beside weights of any type
+    small = walk(ours(adafactor(relative=True, least=10.0)), shapes)
+    assert_same(small, walk(ours(adafactor(), lr=0.5), shapes), rtol=1e-12, atol=1e-12)
 
 
 def test_squares_are_carried_as_variances():

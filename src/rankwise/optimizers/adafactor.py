@@ -58,7 +58,34 @@ def _mix(mean: Tensor, value: Tensor, fresh: list[float]) -> Tensor:
     return mean.lerp_(value, per_parameter(fresh, mean).expand_as(mean))
 
 
-def adafactor(*, beta: float = 0.0, decay: float = 0.8, clip: float = 1.0) -> Transform:
+@dataclass(frozen=True, kw_only=True)
+class RelativeSize(Transform):
+    """Multiply directions by the root mean square of the parameter, or by ``least`` if that is more.
+
+    Args:
+        least: so that parameters leave zero.
+    """
+
+    least: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not self.least > 0:
+            raise ValueError(f"the least size must be above 0, got {self.least}.")
+
+    @property
+    def reads_param(self) -> bool:
+        """Its size."""
+        return True
+
+    def update(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
+        """(k, ...) -> (k, ...)."""
+        size = param.to(grad.dtype).flatten(1).square().mean(1).sqrt() if param.ndim > 1 else param.to(grad).abs()
+        return grad * size.clamp_min(self.least).view(-1, *[1] * (grad.ndim - 1))
+
+
+def adafactor(
+    *, beta: float = 0.0, decay: float = 0.8, clip: float = 1.0, relative: bool = False, least: float = 1e-3
+) -> Transform:
     """Adafactor with the learning rate of the optimiser: second moments take one number a row and a column.
 
     >>> import torch
@@ -70,8 +97,16 @@ def adafactor(*, beta: float = 0.0, decay: float = 0.8, clip: float = 1.0) -> Tr
         beta: of a mean of the directions, which takes a number an entry; none if zero.
         decay: how fast second moments forget less and less.
         clip: the largest root mean square of a direction.
+        relative: multiply directions by the root mean square of the parameter, as in the paper; lr is then a
+            share of it. Not for what runs inside a projection, which sees no parameters.
+        least: what such a root mean square is at least.
 
-    References: Shazeer and Stern, 2018, arXiv 1804.04235, without relative step sizes.
+    References: Shazeer and Stern, 2018, arXiv 1804.04235; with ``relative`` and an lr of min(0.01, 1 / sqrt(t))
+    it is that of the paper, and that of ``torch.optim.Adafactor``.
     """
-    scale = FactoredScale(decay=decay, clip=clip)
-    return chain(scale, Momentum(beta=beta, average=True)) if beta else scale
+    parts: list[Transform] = [FactoredScale(decay=decay, clip=clip)]
+    if relative:
+        parts.append(RelativeSize(least=least))
+    if beta:
+        parts.append(Momentum(beta=beta, average=True))
+    return chain(*parts)

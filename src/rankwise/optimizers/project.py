@@ -15,13 +15,22 @@ from ..projectors import Every, Keep
 class Rest(abc.ABC):
     """Makes a step of the part of a gradient that lies outside the subspace."""
 
+    @property
+    def removed(self) -> float:
+        """Which part of what lies inside the subspace is taken from the gradient that ``update`` sees."""
+        return 1.0
+
     def init(self, param: Tensor, index: Tensor) -> State:
         """Return what is remembered; see :meth:`Transform.init`."""
         return {}
 
+    def lead(self, grad: Tensor, state: State) -> Tensor:
+        """Return the gradient (k, s, l) that is projected; perhaps with what earlier ones have left."""
+        return grad
+
     @abc.abstractmethod
     def update(self, rest: Tensor, low: Tensor, direction: Tensor, state: State) -> Tensor:
-        """Return the direction (k, s, l) that is added.
+        """Return the direction (k, s, l) that is added, which may be of a smaller shape and is broadcast.
 
         Args:
             rest: (k, s, l) the gradient without what lies in the subspace.
@@ -49,13 +58,13 @@ class Project(Transform):
 
     def init(self, param: Tensor, index: Tensor) -> State:
         """The states of the parts."""
-        self.subspace.check(self.inner, param)
-        inner = self.inner.init(self.subspace.blank(param), index)
         rest = {"rest": self.rest.init(param, index)} if self.rest else {}
-        return {"subspace": self.subspace.init(param, index), "inner": inner, **rest}
+        return {**begin(self.subspace, self.inner, param, index), **rest}
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
         """(k, s, l) -> (k, s, l)."""
+        if self.rest is not None:
+            grad = self.rest.lead(grad, state["rest"])
         self.subspace.follow(grad, state["subspace"], self.inner, state["inner"])
         projector, basis = self.subspace.projector, state["subspace"]["basis"]
         low = projector.down(grad, basis)
@@ -63,8 +72,14 @@ class Project(Transform):
         step = projector.up(direction if self.scale == 1 else direction * self.scale, basis)
         if self.rest is None:
             return step
-        outside = grad - projector.up(low, basis)
+        outside = torch.sub(grad, projector.up(low, basis), alpha=self.rest.removed)
         return step.add_(self.rest.update(outside, low, direction, state["rest"]))
+
+
+def begin(subspace: Subspace, inner: Transform, param: Tensor, index: Tensor) -> dict[str, State]:
+    """Return the states of a subspace of parameters (k, s, l), and of what runs inside of it."""
+    subspace.check(inner, param)
+    return {"subspace": subspace.init(param, index), "inner": inner.init(subspace.blank(param), index)}
 
 
 def project(

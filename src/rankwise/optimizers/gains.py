@@ -1,0 +1,48 @@
+"""How much longer an optimiser makes columns of a projected gradient, and a limit on the growth of steps."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.states import State
+from ..core.transforms import Transform
+
+FLOOR = 1e-8
+
+
+def gains(direction: Tensor, low: Tensor, *, whole: bool = False) -> Tensor:
+    """Return |direction| / (|low| + 1e-8) of columns (k, r, l) -> (k, 1, l), or of the whole (k, 1, 1)."""
+    axes = (-2, -1) if whole else -2
+    above, below = (torch.linalg.vector_norm(x, dim=axes, keepdim=True) for x in (direction, low))
+    return above / (below + FLOOR)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrowthLimit(Transform):
+    """Shorten steps so that their norm grows at most by a factor from one to the next; zeros do not count.
+
+    Args:
+        factor: of the last norm, as it was let through.
+
+    References: Chen et al., "Fira", 2024, arXiv 2410.01623.
+    """
+
+    factor: float = 1.01
+
+    def __post_init__(self) -> None:
+        if not self.factor >= 1:
+            raise ValueError(f"a limit of growth must be at least 1, got {self.factor}.")
+
+    def init(self, param: Tensor, index: Tensor) -> State:
+        """The last norm; none yet."""
+        return {"norm": param.new_zeros(len(param))}
+
+    def update(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
+        """(k, ...) -> (k, ...)."""
+        last = state["norm"]
+        norm = torch.linalg.vector_norm(grad, dim=tuple(range(1, grad.ndim)))
+        let = torch.where(last > 0, torch.minimum(norm, self.factor * last), norm)
+        share = torch.where(norm > 0, let / norm, torch.ones_like(norm))
+        last.copy_(torch.where(norm > 0, let, last))
+        return grad * share.view(-1, *[1] * (grad.ndim - 1))
