@@ -32,9 +32,9 @@ from .weight_norm import weight_norm
 __all__ = [
     "adafactor",
     "adam",
+    "adamp",
     "adamw4bit",
     "adamw8bit",
-    "adamp",
     "apollo",
     "apollo_mini",
     "aro",
