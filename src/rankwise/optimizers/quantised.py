@@ -167,7 +167,7 @@ def adamw4bit(*, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -
         betas: of Adam.
         eps: of Adam.
 
-    References: Li et al., 2023, arXiv 2309.01507. There, squares have evenly spaced values; here, as in their
-    comparison, those of dynamic codes, of which zero is for zeros alone.
+    References: Li et al., 2023, arXiv 2309.01507. There, squares have evenly spaced values; here those of dynamic
+    codes, of which zero is for zeros alone.
     """
     return quantised(adam(betas=betas, eps=eps), bits=4, block=128)

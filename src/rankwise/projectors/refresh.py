@@ -89,7 +89,8 @@ class Backoff(Refresh):
         factor: of the time to the next fit.
 
     References: Zhang et al., "Q-GaLore", 2024, arXiv 2407.08296. There the signed cosine of the first singular
-    vectors is compared, whose sign means nothing, and the time never becomes shorter again.
+    vectors is compared, whose sign means nothing, and the time never becomes shorter again. The default of
+    ``enough`` is the paper's for that cosine; for overlaps it is not tuned.
     """
 
     steps: int = 200
