@@ -276,6 +276,46 @@ def streaming() -> list[str]:
     ]
 
 
+def state_bytes() -> list[str]:
+    """Bytes of optimisers' states, and published savings."""
+    found = load("state_bytes")
+    if found is None:
+        return []
+    rows = [row for row in found["rows"] if row["part"] == "state"]
+    sizes, methods = (list(dict.fromkeys(row[key] for row in rows)) for key in ("size", "method"))
+    same = [row["predicted"] == row["measured"] for row in rows if "measured" in row]
+    measured = next(row["size"] for row in rows if "measured" in row)
+    lines = _head("Bytes of optimisers' states", found)
+    lines += [
+        "GB predicted from shapes, for Llamas in bfloat16 with GaLore's ranks; moments are float32 unless they",
+        f"have fewer bits. For {measured} the bytes after a step are the predicted ones in {sum(same)} of "
+        f"{len(same)} cases. Embeddings and head are counted, with AdamW.",
+        "",
+    ]
+    cells = []
+    for method in methods:
+        each = [find(rows, method=method, size=size) for size in sizes]
+        cells.append([method, *(f"{row['predicted'] / 1e9:.3f}" if row else "" for row in each)])
+    lines += table(["method", *sizes], cells)
+    claims = [row for row in found["rows"] if row["part"] == "claim"]
+    lines += [f"Published savings beside counted ones, for {sizes[-1]}, against AdamW with all in bfloat16:", ""]
+    cells = [[r["method"], f"{r['claimed']:.1%}", f"{r['counted']:.1%}", r["how"]] for r in claims]
+    lines += table(["what", "published", "counted", "counted how"], cells)
+    lines += ["Weights and states together; Q-GaLore's published figures are recalled:", ""]
+    both = [row for row in found["rows"] if row["part"] == "table"]
+    cells = [
+        [
+            r["size"],
+            r["method"],
+            str(r["claimed"] or ""),
+            f"{r['counted'] / 1e9:.2f}",
+            f"{r['counted'] / 2**30:.2f}",
+        ]
+        for r in both
+    ]
+    return lines + table(["size", "method", "published (G)", "GB", "GiB"], cells)
+
+
 def adapter_quality() -> list[str]:
     """What adapters learn with equal numbers to train."""
     found = load("adapter_quality")
@@ -409,7 +449,7 @@ def page() -> str:
     """Return the whole page."""
     lines = ["# Results", "", "Generated from `benchmarks/results/*.json` by `python docs/results.py`.", ""]
     parts = (quality, narrow, low_bit, damping, prediction, speed, cost, streaming)
-    parts += (adapter_quality, adapter_cost, heal_adapter, merge_memory)
+    parts += (adapter_quality, adapter_cost, heal_adapter, merge_memory, state_bytes)
     return "\n".join([*lines, *(line for part in parts for line in part())]).rstrip() + "\n"
 
 

@@ -21,10 +21,12 @@ from .api import calibrate, compress, export, fold, inspect
 from .certificate import lipschitz_bound
 from .checking import check_adapters
 from .core.errors import CalibrationError
+from .core.integer_weights import IntegerWeights, train_as_floats, train_as_integers
 from .core.optimizer import Optimizer
 from .core.report import Report
 from .core.stepping import Layerwise
 from .core.surgery import StructuredLinear
+from .core.writing import StochasticRounding
 from .finetuning import finetune
 from .following import finish, follow
 from .models import evaluate, load, load_adapter, save
@@ -40,9 +42,11 @@ from .using import adapters_of, remove_adapter, use
 __version__ = "0.1.0"
 __all__ = [
     "CalibrationError",
+    "IntegerWeights",
     "Layerwise",
     "Optimizer",
     "Report",
+    "StochasticRounding",
     "StructuredLinear",
     "absorb",
     "adapt",
@@ -82,6 +86,8 @@ __all__ = [
     "schedules",
     "starts",
     "train",
+    "train_as_floats",
+    "train_as_integers",
     "trainable_low_rank",
     "trainer_callback",
     "use",

@@ -15,6 +15,7 @@ from rankwise.core.subspaces import Carry, Projector, Refresh
 SETTINGS: dict[str, list[Projector]] = {
     "Cosine": [projectors.Cosine()],
     "LargestRows": [projectors.LargestRows()],
+    "Packed": [projectors.Packed(), projectors.Packed(projector=projectors.Svd(), bits=5, group=4)],
     "RandomOrthogonal": [projectors.RandomOrthogonal()],
     "RandomRows": [projectors.RandomRows()],
     "Randomised": [projectors.Randomised(), projectors.Randomised(oversampling=0, steps=0)],
@@ -219,6 +220,10 @@ def test_columns_keep_their_signs_and_order():
         (lambda: projectors.WarmPower(start=0), "start"),
         (lambda: projectors.Randomised(steps=-1), "steps"),
         (lambda: projectors.Randomised(oversampling=-1), "oversampling"),
+        (lambda: projectors.Packed(bits=9), "bits"),
+        (lambda: projectors.Packed(group=0), "group"),
+        (lambda: projectors.Backoff(0), "steps"),
+        (lambda: projectors.Backoff(enough=2.0), "enough"),
         (lambda: projectors.Every(0), "steps"),
         (lambda: projectors.EnergyDrop(below=0.0), "below"),
     ],

@@ -18,10 +18,13 @@ from rankwise import Layerwise, Optimizer, optimizers, projectors
 from rankwise.core.memory import optimizer_bytes
 from rankwise.core.states import described, leaves, map_state
 from rankwise.core.transforms import Transform, by_shape, chain, wide
+from rankwise.core.writing import Write
 from rankwise.optimizers import (
     adafactor,
     adam,
     adamp,
+    adamw4bit,
+    adamw8bit,
     apollo,
     apollo_mini,
     aro,
@@ -34,17 +37,32 @@ from rankwise.optimizers import (
     ldadam,
     muon,
     project,
+    q_galore,
+    quantised,
     sgd,
     sgdp,
     sign,
     soap,
     trion,
 )
-from rankwise.projectors import Cosine, EnergyDrop, Every, Keep, LargestRows, RandomOrthogonal, Reset, Rotate, Svd
+from rankwise.projectors import (
+    Backoff,
+    Cosine,
+    EnergyDrop,
+    Every,
+    Keep,
+    LargestRows,
+    RandomOrthogonal,
+    Reset,
+    Rotate,
+    Svd,
+)
 
 SETTINGS: dict[str, list[Transform]] = {
     "adafactor": [adafactor(), adafactor(beta=0.9), adafactor(beta=0.5, relative=True, least=0.5)],
     "adam": [adam(), adam(betas=(0.0, 0.5))],
+    "adamw4bit": [adamw4bit(), quantised(adam(), bits=4, block=8, least=1)],
+    "adamw8bit": [adamw8bit()],
     "adamp": [adamp(), adamp(delta=math.inf, weight_decay=0.1), adamp(delta=0.5, whole=False)],
     "apollo": [apollo(rank=2, every=4), apollo(rank=0.5, every=3, projector=Svd(), growth=2.0)],
     "apollo_mini": [apollo_mini(every=4)],
@@ -68,6 +86,18 @@ SETTINGS: dict[str, list[Transform]] = {
     "ldadam": [ldadam(rank=2), ldadam(rank=0.5, every=3, feedback=False, projector=Svd())],
     "muon": [muon(), muon(nesterov=False, beta=0.5)],
     "project": [project(Cosine(), adam(), rank=3, every=EnergyDrop(steps=2), carry=Reset())],
+    "q_galore": [
+        q_galore(rank=2, every=Backoff(2, recent=1)),
+        q_galore(rank=2, every=3, inner=quantised(adam(), least=1)),
+    ],
+    "quantised": [
+        quantised(adam(), least=1, block=16),
+        quantised(galore(rank=2, every=4, carry=Rotate()), least=1, block=16),
+        galore(rank=2, every=3, inner=quantised(adam(), least=1, block=16), carry=Rotate()),
+        quantised(chain(adafactor(), sgd(beta=0.9)), least=1),
+        quantised(soap(every=3), least=1, block=16),
+        quantised(ldadam(rank=2), least=1, block=16),
+    ],
     "row_cap": [chain(adam(), optimizers.row_cap(limit=0.8))],
     "sgd": [sgd(), sgd(beta=0.9), sgd(beta=0.9, nesterov=True)],
     "sgdp": [sgdp(), sgdp(delta=0.5, weight_decay=0.1, nesterov=True)],
@@ -298,6 +328,7 @@ def compositions() -> list[Any]:
     names = [
         "Cosine",
         "LargestRows",
+        "Packed",
         "RandomOrthogonal",
         "RandomRows",
         "Randomised",
@@ -313,6 +344,9 @@ def compositions() -> list[Any]:
     for name in names:
         made = project(getattr(projectors, name)(), adam(), rank=2, every=3, carry=Rotate())
         cells.append(pytest.param(made, id=f"{name}-adam-every-Rotate"))
+    for enough in (0.0, 1.0):
+        made = project(projectors.Packed(), adam(), rank=2, every=Backoff(2, enough=enough, recent=2))
+        cells.append(pytest.param(made, id=f"Packed-adam-Backoff-{enough}"))
     others = [(name, i, each) for name, all_ in SETTINGS.items() for i, each in enumerate(all_)]
     return cells + [pytest.param(each, id=f"{name}-{i}") for name, i, each in others]
 
@@ -552,13 +586,14 @@ def test_constraints_hold_after_steps(size: int):
 
 
 def test_other_roundings_may_be_given():
-    def upwards(params: Any, directions: Any, factor: float) -> None:
-        for p, d in zip(params, directions, strict=True):
-            assert d.dtype == torch.float32
-            p.copy_((p.float() + factor * d).ceil())
+    class Upwards(Write):
+        def __call__(self, params: Any, directions: Any, keep: float, factor: float, state: Any) -> None:
+            for p, d in zip(params, directions, strict=True):
+                assert d.dtype == torch.float32
+                p.copy_((keep * p.float() + factor * d).ceil())
 
     (weight,) = parameters(torch.bfloat16, [(3, 3)])
-    trained(Optimizer([([weight], sgd())], lr=0.1, write=upwards), range(1))
+    trained(Optimizer([([weight], sgd())], lr=0.1, write=Upwards()), range(1))
     assert torch.equal(weight, weight.detach().round())
 
 

@@ -40,6 +40,18 @@ def test_adam_is_that_of_torch(decay: float):
     assert_same(walk(ours(adam(betas=(0.8, 0.95), eps=1e-3), weight_decay=decay)), theirs)
 
 
+def test_eps_may_be_added_before_the_bias_is_taken_out():
+    """The step of the published code of GaLore: lr sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)."""
+    weight, mean, square = draw(6, 9, seed=0), torch.zeros(()).double(), torch.zeros(()).double()
+    for step in range(8):
+        grad, t = gradient((6, 9), 0, step), step + 1
+        mean, square = 0.9 * mean + 0.1 * grad, 0.999 * square + 0.001 * grad.square()
+        weight = weight - 0.05 * (1 - 0.999**t) ** 0.5 / (1 - 0.9**t) * mean / (square.sqrt() + 1e-2)
+    (found,) = walk(ours(adam(eps=1e-2, early_eps=True)), [(6, 9)], 8)
+    torch.testing.assert_close(found, weight, **CLOSE)
+    assert not torch.allclose(found, walk(ours(adam(eps=1e-2)), [(6, 9)], 8)[0], atol=1e-3)
+
+
 @pytest.mark.parametrize(("beta", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
 def test_sgd_is_that_of_torch(beta: float, nesterov: bool):
     theirs = walk(lambda params: torch.optim.SGD(params, lr=0.05, momentum=beta, nesterov=nesterov))

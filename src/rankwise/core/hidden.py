@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from .integer_weights import ChangingWeight
 from .surgery import select
 
 
@@ -9,9 +10,10 @@ def hidden_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the matrices inside a model: what linear layers and convolutions multiply with.
 
     A parameter is one if it has two or more dimensions, asks for a gradient, and belongs to a layer that
-    ``rankwise.inspect`` looks at, structured ones included. So attention and MLP matrices are; embeddings, a
-    table that is tied to one, the output head, norms and biases are not. The stacked matrices of a mixture's
-    experts, which are 3-D parameters, are not either, since they are several matrices in one.
+    ``rankwise.inspect`` looks at, structured ones and those that train as integers included. So attention and MLP
+    matrices are; embeddings, a table that is tied to one, the output head, norms and biases are not. The stacked
+    matrices of a mixture's experts, which are 3-D parameters, are not either, since they are several matrices in
+    one.
 
     Raises:
         ValueError: if there is none.
@@ -22,6 +24,7 @@ def hidden_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     sites = select(model, compressed=True).values()
     inside = {id(p) for site in sites if site.part is None for p in site.layer.parameters()}
+    inside |= {id(part.change) for part in model.modules() if isinstance(part, ChangingWeight)}
     return {
         name: p for name, p in model.named_parameters() if id(p) in inside and p.ndim >= 2 and p.requires_grad
     }

@@ -10,6 +10,7 @@ it: it is the same transform with a stack of one.
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, overload
@@ -17,18 +18,11 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from .states import State, described, map_state
-from .transforms import Transform, as_matrices, blank_state, state_bytes, working_type
+from .states import State, described, leaves, map_state
+from .transforms import Transform, as_matrices, blank_state, working_type
+from .writing import Nearest, Write
 
-foreach_add: Any = torch._foreach_add_  # pyright: ignore[reportPrivateImportUsage]
-foreach_mul: Any = torch._foreach_mul_  # pyright: ignore[reportPrivateImportUsage]
-Write = Callable[[Sequence[Tensor], Sequence[Tensor], float], None]
 Group = dict[str, Any]
-
-
-def add_nearest(params: Sequence[Tensor], directions: Sequence[Tensor], factor: float) -> None:
-    """Add ``factor`` times directions, rounded to the nearest number of the parameters' type."""
-    foreach_add(list(params), list(directions), alpha=factor)
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -44,7 +38,7 @@ class Optimizer(torch.optim.Optimizer):
         weight_decay: decoupled from the direction.
         stack_bytes: the most that the gradients of a stack may take; a larger one is stepped alone, not copied.
             If None, 1 MiB on a CPU, where only small matrices gain, and 64 MiB elsewhere.
-        write: adds a multiple of directions to parameters; another function may round in another way.
+        write: how steps are written, such as :class:`rankwise.StochasticRounding`.
 
     Raises:
         ValueError: if an argument is out of range, or parameters are not real floating-point numbers.
@@ -65,7 +59,7 @@ class Optimizer(torch.optim.Optimizer):
         lr: float,
         weight_decay: float = 0.0,
         stack_bytes: int | None = None,
-        write: Write = add_nearest,
+        write: Write = Nearest(),  # noqa: B008 (frozen)
     ) -> None:
         self.stack_bytes, self.write = stack_bytes, write
         self._forget()
@@ -85,6 +79,10 @@ class Optimizer(torch.optim.Optimizer):
         super().add_param_group(group)
         try:
             check_group(self.param_groups[before])
+            for param in self.param_groups[before]["params"]:
+                self.write.init(param, torch.tensor([0]))
+                if group["transform"].constrains and self.write.read([param])[0] is not param:
+                    raise ValueError("weights that are kept as integers cannot be constrained by a transform.")
         except ValueError:
             del self.param_groups[before:]
             raise
@@ -147,7 +145,7 @@ class Optimizer(torch.optim.Optimizer):
         if not param.numel():
             return None
         stack = self._stacked(transform, [param])
-        return transform.reduce(_gradients([param]), stack.state, stack.seen_by(transform))
+        return transform.reduce(_gradients([param]), stack.state, stack.seen_by(transform, self.write))
 
     def _group_of(self, param: Tensor, needs_gradient: bool) -> Group:
         self._stackable()
@@ -157,7 +155,14 @@ class Optimizer(torch.optim.Optimizer):
 
     def state_bytes(self) -> int:
         """Count the bytes that all states will take once every parameter has been stepped."""
-        return sum(state_bytes(group["transform"], *group["params"]) for group in self.param_groups)
+        kinds: dict[Any, tuple[Transform, Tensor]] = {}  # all others take as much as one of their kind
+        counts: Counter[Any] = Counter()
+        for group in self.param_groups:
+            for param in group["params"]:
+                kind = (group["transform"], param.shape, param.dtype)
+                kinds[kind] = group["transform"], param
+                counts[kind] += 1
+        return sum(counts[kind] * leaf.nbytes for kind in counts for leaf in leaves(self._blank(*kinds[kind])))
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values in torch's layout, which ``torch.load(weights_only=True)`` reads."""
@@ -186,7 +191,7 @@ class Optimizer(torch.optim.Optimizer):
         if len(numbers) != len(pairs):
             raise ValueError(f"the state is of {len(numbers)} parameters, the optimiser has {len(pairs)}.")
         states = {
-            param: restored(transform, param, state_dict["state"][number], number)
+            param: restored(self._blank(transform, param), param, state_dict["state"][number], number)
             for number, (transform, param) in zip(numbers, pairs, strict=True)
             if number in state_dict["state"]
         }
@@ -254,14 +259,14 @@ class Optimizer(torch.optim.Optimizer):
             return
         transform, lr, decay = group["transform"], float(group["lr"]), float(group["weight_decay"])
         stack = self._stacked(transform, params)
-        shape, kind, values = params[0].shape, working_type(params[0].dtype), stack.seen_by(transform)
+        shape, kind = params[0].shape, working_type(params[0].dtype)
+        values = stack.seen_by(transform, self.write)
         if reduced is None:
             direction = transform.update(_gradients(params), stack.state, values)
         else:
             direction = transform.update_reduced(reduced, stack.state, values)
-        if decay:
-            foreach_mul(params, 1 - lr * decay)
-        self.write(params, [each.reshape(shape) for each in direction], -lr)
+        steps = [each.reshape(shape) for each in direction]
+        self.write(params, steps, 1 - lr * decay, -lr, stack.state.get("write", {}))
         if transform.constrains:
             bounded = transform.constrain(_joined(params).to(kind), stack.state, lr, decay)
             for param, value in zip(params, bounded, strict=True):
@@ -291,7 +296,14 @@ class Optimizer(torch.optim.Optimizer):
         """Return the state of one parameter before its first step."""
         index = torch.tensor([self._places[param][1]])
         value = _joined([param]).to(working_type(param.dtype))
-        return map_state(lambda leaf: leaf.squeeze(0), transform.init(value, index))
+        state = with_written(transform.init(value, index), self.write.init(param, index))
+        return map_state(lambda leaf: leaf.squeeze(0), state)
+
+    def _blank(self, transform: Transform, param: Tensor) -> State:
+        """Return the first state (1, ...) of one parameter on the meta device."""
+        if not param.numel():
+            return {}
+        return with_written(blank_state(transform, param), self.write.init(param, torch.tensor([0])))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -306,9 +318,9 @@ class _Stack:
         """Whether it is of these parameters and no others."""
         return len(params) == len(self.params) and all(a is b for a, b in zip(params, self.params, strict=True))
 
-    def seen_by(self, transform: Transform) -> Tensor:
+    def seen_by(self, transform: Transform, write: Write) -> Tensor:
         """Return the parameters, or only their shape where their values are not read."""
-        return _joined(self.params) if transform.reads_param else self.shape
+        return _joined(write.read(self.params)) if transform.reads_param else self.shape
 
 
 def as_group(given: Any) -> Group:
@@ -339,13 +351,17 @@ def check_group(group: Group) -> None:
     described(group["transform"])
 
 
-def restored(transform: Transform, param: Tensor, saved: Any, number: int) -> dict[str, Any]:
-    """Copy a saved state to where it belongs, in its own types.
+def with_written(state: State, written: State) -> State:
+    """Return the state of a transform with that of writing, if there is one."""
+    return {**state, "write": written} if written else state
+
+
+def restored(blank: State, param: Tensor, saved: Any, number: int) -> dict[str, Any]:
+    """Copy a saved state to where it belongs, in the shapes and types of a blank one.
 
     Raises:
-        ValueError: if the transform has another state for a parameter of this shape.
+        ValueError: if it is of another form.
     """
-    blank = blank_state(transform, param)
 
     def place(wanted: Tensor, value: Any) -> Tensor:
         form = (tuple(wanted.shape[1:]), wanted.dtype)

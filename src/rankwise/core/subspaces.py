@@ -92,8 +92,8 @@ class Refresh(abc.ABC):
         Args:
             state: of the parameters that were fitted; may be written into.
             share: as for ``due``, with the new basis.
-            overlap: measures which part of the new subspace the old one holds, (k,) from 0 to 1 on the CPU; of
-                a first basis it means nothing.
+            overlap: measures which part of the new subspace the old one holds, beyond what a random one would:
+                (k,) from 0 to 1 on the CPU. Of a first basis it means nothing.
         """
 
 
@@ -176,7 +176,9 @@ class Subspace:
             return self.projector.rotation(old, new, grad)
 
         def overlap() -> Tensor:
-            return rotation().square().sum((-2, -1)).cpu() / self.projector.rank(new)
+            chance = self.projector.rank(new) / grad.shape[-2]
+            held = rotation().square().sum((-2, -1)).cpu() / self.projector.rank(new)
+            return ((held - chance) / (1 - chance)).clamp_min(0) if chance < 1 else held
 
         self.refresh.fitted(state["refresh"], lambda: self.share(grad, new), overlap)
         if not first:

@@ -4,6 +4,7 @@ from .categorical import draw_categorical
 from .column_elimination import eliminate_columns, refit_columns
 from .cosine import cosine_rows, cosine_transform
 from .dictionary import learned_dictionary, orthogonal_dictionary
+from .dynamic_codes import decode, dynamic_table, encode
 from .entries import fit_entries
 from .interpolative import interpolative_rows
 from .k_svd import k_svd
@@ -12,7 +13,7 @@ from .masks import draw_places, largest, largest_in_groups
 from .metric import Metric, metric_norm, metric_svd, truncated_factors
 from .newton_schulz import MUON, POLAR_EXPRESS, newton_schulz, odd_polynomials, odd_range
 from .orthonormal import draw_normal, orthonormal, power_steps, product, seeded
-from .packing import pack, packed_bytes, unpack
+from .packing import pack, pack_fitting, packed_bytes, unpack
 from .parabola import log_parabola
 from .principal import principal_components
 from .recompression import recompressed
@@ -22,6 +23,7 @@ from .sparse_coding import matching_pursuit
 from .sparse_plus_low_rank import sparse_plus_low_rank
 from .spectral_norm import leading_pair, spectral_bound
 from .splitting import Splitting
+from .stochastic import add_to_integers, integer_grid, stochastic_bfloat16
 
 __all__ = [
     "MUON",
@@ -29,17 +31,22 @@ __all__ = [
     "Metric",
     "Rounded",
     "Splitting",
+    "add_to_integers",
     "choose_grids",
     "cosine_rows",
     "cosine_transform",
+    "decode",
     "distance",
     "draw_categorical",
     "draw_normal",
     "draw_places",
+    "dynamic_table",
     "eliminate_columns",
+    "encode",
     "fit_entries",
     "hard",
     "inner",
+    "integer_grid",
     "interpolative_rows",
     "k_svd",
     "largest",
@@ -58,6 +65,7 @@ __all__ = [
     "orthogonal_dictionary",
     "orthonormal",
     "pack",
+    "pack_fitting",
     "packed_bytes",
     "power_steps",
     "principal_components",
@@ -70,6 +78,7 @@ __all__ = [
     "soft",
     "sparse_plus_low_rank",
     "spectral_bound",
+    "stochastic_bfloat16",
     "truncated_factors",
     "unpack",
 ]

@@ -35,12 +35,12 @@ def draw_normal(shape: tuple[int, ...], seeds: Tensor, like: Tensor) -> Tensor:
     return torch.stack(drawn).to(like)
 
 
-def seeded(*numbers: int) -> Generator:
-    """Return a generator for whole numbers; different ones give unrelated sequences."""
+def seeded(*numbers: int, device: torch.device | str = "cpu") -> Generator:
+    """Return a generator for whole numbers; different ones give unrelated sequences, as do kinds of devices."""
     seed = 0
     for number in numbers:  # the steps of splitmix64
         seed = (seed + number + 0x9E3779B97F4A7C15) % 2**64
         seed = ((seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
         seed = ((seed ^ (seed >> 27)) * 0x94D049BB133111EB) % 2**64
         seed ^= seed >> 31
-    return Generator("cpu").manual_seed(seed % 2**63)
+    return Generator(device).manual_seed(seed % 2**63)

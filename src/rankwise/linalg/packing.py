@@ -16,6 +16,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**bits):
         raise ValueError(f"codes of {bits} bits are in 0 ... {2**bits - 1}.")
+    return pack_fitting(codes, bits)
+
+
+def pack_fitting(codes: Tensor, bits: int) -> Tensor:
+    """Do what :func:`pack` does without looking at the numbers, which would wait for a device."""
     rest = torch.nn.functional.pad(codes.to(torch.uint8), (0, -codes.shape[1] % 8))
     fields = []
     for width in _fields(bits):

@@ -16,6 +16,8 @@ from .ldadam import ldadam
 from .lipschitz import lipschitz
 from .muon import muon
 from .project import project
+from .q_galore import q_galore
+from .quantised import adamw4bit, adamw8bit, quantised
 from .row_cap import row_cap
 from .sgd import sgd
 from .sign import sign
@@ -31,6 +33,8 @@ __all__ = [
     "adafactor",
     "adam",
     "adamp",
+    "adamw4bit",
+    "adamw8bit",
     "apollo",
     "apollo_mini",
     "aro",
@@ -46,6 +50,8 @@ __all__ = [
     "lipschitz",
     "muon",
     "project",
+    "q_galore",
+    "quantised",
     "row_cap",
     "sgd",
     "sgdp",

@@ -20,10 +20,12 @@ class Adam(Transform):
     Args:
         betas: b1 and b2.
         eps: added to the root, as in torch.
+        early_eps: add it to sqrt(v) instead, before the bias is taken out of v.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    early_eps: bool = False
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -42,8 +44,11 @@ class Adam(Transform):
         mean = state["mean"].lerp_(grad, 1 - b1)
         square = state["square"].mul_(b2).addcmul_(grad, grad, value=1 - b2)
         # the direction is mean / (root (1 - b1^t) / sqrt(1 - b2^t) + eps (1 - b1^t))
-        scale = per_parameter([(1 - b1**t) / math.sqrt(1 - b2**t) for t in step], grad)
-        root = square.sqrt().mul_(scale).add_(per_parameter([self.eps * (1 - b1**t) for t in step], grad))
+        scales = [(1 - b1**t) / math.sqrt(1 - b2**t) for t in step]
+        added = [
+            self.eps * (scale if self.early_eps else 1 - b1**t) for scale, t in zip(scales, step, strict=True)
+        ]
+        root = square.sqrt().mul_(per_parameter(scales, grad)).add_(per_parameter(added, grad))
         return torch.div(mean, root, out=root)
 
     def rotate(self, state: State, rotation: Tensor) -> None:
@@ -60,7 +65,7 @@ class Adam(Transform):
         square.copy_((rotation.square() @ variance + (mean / short).square()) * shorter)
 
 
-def adam(*, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> Transform:
+def adam(*, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, early_eps: bool = False) -> Transform:
     """Adam; with the ``weight_decay`` of :class:`rankwise.Optimizer` it is AdamW.
 
     >>> import torch, rankwise
@@ -74,7 +79,9 @@ def adam(*, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> Tra
     Args:
         betas: how much of the means of gradients and of their squares stays at each step.
         eps: added to the root of the squares.
+        early_eps: add it before the bias of the start is taken out of them, as GaLore's published code does: then
+            it weighs up to 30 times more in the first steps.
 
     References: Kingma and Ba, 2015, arXiv 1412.6980; Loshchilov and Hutter, 2019, arXiv 1711.05101.
     """
-    return Adam(betas=betas, eps=eps)
+    return Adam(betas=betas, eps=eps, early_eps=early_eps)

@@ -33,6 +33,8 @@ def galore(
         carry: what becomes of moments when the subspace changes; the paper keeps them.
 
     References: Zhao et al., 2024, arXiv 2403.03507. There eps is 1e-6 and is added before the bias of the start
-    is taken out, which matters where gradients are tiny; here it is as in torch's Adam.
+    is taken out, which matters where gradients are tiny; here it is as in torch's Adam. The published code is
+    ``inner=adam(eps=1e-6, early_eps=True), every=Every(200, together=True), projector=Svd()``, but for the signs
+    of singular vectors, which are arbitrary there.
     """
     return project(projector, inner, rank=rank, every=every, scale=scale, carry=carry)

@@ -2,18 +2,21 @@
 
 from .carry import Keep, Reset, Rotate
 from .cosine import Cosine, RandomOrthogonal
+from .packed import Packed
 from .randomised import Randomised
-from .refresh import EnergyDrop, Every
+from .refresh import Backoff, EnergyDrop, Every
 from .rows import LargestRows, RandomRows, RowBlock
 from .svd import Svd
 from .warm_power import WarmPower
 
 __all__ = [
+    "Backoff",
     "Cosine",
     "EnergyDrop",
     "Every",
     "Keep",
     "LargestRows",
+    "Packed",
     "RandomOrthogonal",
     "RandomRows",
     "Randomised",

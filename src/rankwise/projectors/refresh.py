@@ -80,3 +80,62 @@ class EnergyDrop(Refresh):
     def fitted(self, state: State, share: Measure, overlap: Measure) -> None:
         """Remember the share."""
         state["share"].copy_(share())
+
+
+@dataclass(frozen=True)
+class Backoff(Refresh):
+    """Fit less and less often where the subspace hardly changes, and as often as at first where it does.
+
+    After each fit the overlap of the old and the new subspace is noted. When the mean of the last few is at least
+    ``enough``, the time to the next fit is doubled, else it is ``steps`` again. Parameters take turns as in
+    :class:`Every`.
+
+    Args:
+        steps: between two fits at first.
+        enough: overlap of subspaces, from 0 (no more than by chance) to 1 (the same).
+        recent: how many overlaps are looked at; until there are so many nothing changes.
+        factor: of the time to the next fit.
+
+    References: Zhang et al., "Q-GaLore", 2024, arXiv 2407.08296. There the signed cosine of the first singular
+    vectors is compared, whose sign means nothing, and the time never becomes shorter again. The default of
+    ``enough`` is the paper's for that cosine; for overlaps it is not tuned.
+    """
+
+    steps: int = 200
+    enough: float = 0.4
+    recent: int = 5
+    factor: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "recent", "factor"):
+            check_count(name, getattr(self, name))
+        if not 0 <= self.enough <= 1:
+            raise ValueError(f"enough must be from 0 to 1, got {self.enough}.")
+
+    def init(self, index: Tensor) -> State:
+        """The step of the next fit, the time between fits, how many there were, and the last overlaps."""
+        recent = torch.zeros(len(index), self.recent)
+        times = {"next": 1 + Every(self.steps).init(index)["turn"], "gap": counter(index, self.steps)}
+        return {**times, "fits": counter(index), "overlaps": recent}
+
+    def may_be_due(self, step: Tensor, state: State) -> bool:
+        """Whether the time of any has come."""
+        return bool((step >= state["next"]).any())
+
+    def due(self, step: Tensor, state: State, share: Measure) -> Tensor:
+        """Whether the time has come; the next one is a gap later."""
+        due = step >= state["next"]
+        state["next"].copy_(torch.where(due, step + state["gap"], state["next"]))
+        return due
+
+    def fitted(self, state: State, share: Measure, overlap: Measure) -> None:
+        """Note the overlap, of all but a first fit, and choose the time to the next one."""
+        known = state["fits"].add_(1) > 1
+        if not bool(known.any()):
+            return
+        moved = torch.cat([state["overlaps"][:, 1:], overlap()[:, None].float()], dim=1)
+        overlaps = state["overlaps"].copy_(torch.where(known[:, None], moved, state["overlaps"]))
+        stable = (state["fits"] > self.recent) & (overlaps.mean(1) >= self.enough)
+        gap = torch.where(stable, state["gap"] * self.factor, self.steps)
+        state["next"].add_(gap - state["gap"])
+        state["gap"].copy_(gap)
