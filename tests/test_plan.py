@@ -20,7 +20,7 @@ from rankwise.core.modes import recomputing
 from rankwise.core.states import leaves
 from rankwise.core.transforms import Transform
 from rankwise.models.fresh import causal_attention, fresh
-from rankwise.optimizers import adafactor, galore
+from rankwise.optimizers import adafactor, adam, adamw8bit, galore, q_galore
 from rankwise.planning import CANDIDATES, COPIES, GIB, plan
 
 WORDS = "llama:hidden=64,layers=2,heads=4,intermediate=128,vocab=200"
@@ -93,6 +93,13 @@ def test_no_step_holds_more_copies_than_is_said(dtype: torch.dtype):
     assert found["adam"] <= COPIES["other"]
     if dtype == torch.bfloat16:
         assert max(found.values()) > 0.8 * COPIES["hidden"]
+
+
+def test_states_in_few_bits_can_be_planned():
+    kinds = {"adam": adam(), "adamw8bit": adamw8bit(), "q_galore": q_galore(rank=0.25)}
+    rows = {row["optimizer"]: row for row in plan(WORDS, 2**30, window=16, candidates=kinds).rows}
+    assert rows["adam"]["state"] > 0
+    assert rows["adamw8bit"]["state"] < rows["adam"]["state"]
 
 
 @pytest.mark.parametrize("layerwise", [False, True])

@@ -74,9 +74,9 @@ def plan(
 
     Returns:
         a row for each candidate, what is best to try first: those that fit, in the order given; then those that
-        do not, the smallest first. Sizes are in GiB: ``weights``; ``optimizer``; ``pass`` what a forward and
-        backward pass holds; ``step`` what a step holds, gradients included; ``total`` weights, optimiser and
-        the larger of both, or with layer-wise steps, which happen within the pass, their sum.
+        do not, the smallest first. Sizes are in GiB: ``weights``; ``state`` of the optimiser; ``pass`` what a
+        forward and backward pass holds; ``step`` what a step holds, gradients included; ``total`` weights, state
+        and the larger of both, or with layer-wise steps, which happen within the pass, their sum.
 
     Raises:
         ValueError: if there is no such model, or an argument is out of range.
@@ -98,9 +98,9 @@ def plan(
     with without_numbers():
         network = fresh(config, dtype=dtype, attention=causal_attention()).train()
         ways = [_Way.of(network, window, autocast, *each) for each in product((False, True), repeat=2)]
-        needs = [_Need.of(name, network, transform) for name, transform in candidates.items()]
         weights = held_bytes(network)
         params = sum(p.numel() for p in network.parameters())
+    needs = [_Need.of(name, network, transform) for name, transform in candidates.items()]
     room = int(memory * (1 - reserve))
     rows = [_row(need, ways, weights, room, batch) for need in needs]
     fitting = [row for row in rows if row["fits"]]
@@ -162,7 +162,8 @@ class _Need:
     def of(cls, name: str, model: nn.Module, transform: Transform) -> "_Need":
         """Count it."""
         groups = [
-            ([p for _, p in group["params"]], group["transform"]) for group in parameter_groups(model, transform)
+            ([torch.empty_like(p, device="meta") for _, p in group["params"]], group["transform"])
+            for group in parameter_groups(model, transform)
         ]
         state = sum(state_bytes(kind, *params) for params, kind in groups)
         whole, single = 0, 0

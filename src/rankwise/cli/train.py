@@ -95,12 +95,14 @@ def train(
     network, words_of = _model(model, tokenizer, data, precision, seed, state)
     from .. import models, pretraining
     from ..core.optimizer import Optimizer
+    from ..core.writing import Nearest, StochasticRounding
     from ..models.causal import check_causal
 
     check_causal(network, window, "only such models learn texts")
     network.to(place)
-    if network.dtype != torch.float32:
-        say(f"weights in {network.dtype} lose small steps; --dtype float32 --autocast keeps them")
+    write = StochasticRounding(seed) if network.dtype == torch.bfloat16 else Nearest()
+    if network.dtype == torch.bfloat16:
+        say("steps are rounded to torch.bfloat16 at random, so that small ones count on average")
     ids = _ids(data, words_of)
     judges: Any = 0.05
     if eval_:
@@ -113,7 +115,7 @@ def train(
             report = pretraining.train(
                 network,
                 ids,
-                Optimizer(groups, lr=lr),
+                Optimizer(groups, lr=lr, write=write),
                 held_out=judges,
                 steps=steps,
                 accumulate=accumulate,
