@@ -269,3 +269,79 @@ def test_adapters_with_schedules_are_not_healed():
     rankwise.adapt(model, rankwise.adapters.AdaLora(rank=3, target=2))
     with pytest.raises(ValueError, match="trains by a schedule"):
         rankwise.heal(model, net(), data=rows())
+
+
+def two() -> nn.Module:
+    """Two adapters with names, of which the first is on both layers and the second on the last."""
+    model = net()
+    rankwise.adapt(model, Lora(rank=3), name="b", where=lambda name, _: name == "2")
+    rankwise.adapt(moved(model), FactorLora(rank=3), name="a")
+    return moved(model)
+
+
+def test_of_adapters_with_names_what_is_in_use_is_absorbed():
+    x = draw(5, 20, seed=9)
+    for choice, layers, idle in (
+        ("a", ["0", "2"], ["b"]),
+        ("b", ["2"], ["a"]),
+        ({"b": 0.5}, ["2"], ["a"]),
+    ):
+        model = two()
+        rankwise.use(model, choice)
+        before = model(x).detach()
+        report = rankwise.absorb(model)
+        assert [row["name"] for row in report.rows] == layers
+        assert report.totals["idle"] == idle
+        assert all(name in report.title for name in idle)
+        assert {type(matrix) for matrix in matrices(model).values()} == {
+            type(x) for x in matrices(net()).values()
+        }
+        if choice == "a":  # exactly, as without a name
+            assert report.totals["lost"] == 0
+            torch.testing.assert_close(model(x).detach(), before, rtol=1e-9, atol=1e-9)
+    plain = net()
+    rankwise.adapt(plain, Lora(rank=3), where=lambda name, _: name == "2")
+    model = two()
+    rankwise.use(model, "b")
+    assert rankwise.absorb(model).rows == rankwise.absorb(moved(plain)).rows
+
+
+def test_what_is_not_in_use_is_not_absorbed():
+    model = two()
+    for choice, message in ((None, "no adapter to absorb"), (["a", None], "each row has its own")):
+        rankwise.use(model, choice)
+        with pytest.raises(ValueError, match=message):
+            rankwise.absorb(model)
+        assert rankwise.adapters_of(model).keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize("method", [Lora(rank=2), FactorLora(rank=2), None])
+def test_numbers_that_are_not_finite_are_not_absorbed(method):
+    model = net() if method else nn.Sequential(nn.Linear(20, 24), nn.Tanh(), nn.Linear(24, 12))
+    rankwise.adapt(model, method or Lora(rank=2))
+    list(p for p in model.parameters() if p.requires_grad)[-1].data.view(-1)[0] = torch.nan
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"layer 2: .*NaN or infinity"):
+        rankwise.absorb(model)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], t) or t.isnan().any() for name, t in before.items())
+
+
+def test_numbers_that_become_too_large_are_not_absorbed():
+    model = nn.Sequential(nn.Linear(20, 24)).half()
+    rankwise.adapt(model, Lora(rank=2))
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.data.fill_(1e3)
+    with pytest.raises(ValueError, match=r"layer 0: .*too large for torch\.float16"):
+        rankwise.absorb(model)
+
+
+def test_a_followed_model_is_finished_first():
+    model = net()
+    rankwise.adapt(model, rankwise.adapters.AdaLora(rank=3, target=2))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    follower = rankwise.follow(model, torch.optim.AdamW(trained), steps=5)
+    with pytest.raises(ValueError, match=r"followed still; call finish\(\)"):
+        rankwise.absorb(model)
+    follower.finish()

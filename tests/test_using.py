@@ -1,6 +1,7 @@
 """Several adapters in whole models: which is in use, who trains, and what refuses."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -368,6 +369,19 @@ def test_low_rank_sums_are_one_lora_for_peft(tmp_path: Path):
     rankwise.load_adapter(single, tmp_path / "poet")
     rankwise.use(model, "poet")
     torch.testing.assert_close(logits(single), logits(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [Lora(rank=2, dropout=0.25), AdaLora(rank=2, target=2, dropout=0.25)])
+@pytest.mark.parametrize("choice", [{"poet": 0.5}, {"poet": -0.5}, {"poet": 0.5, "coder": 0.25}])
+def test_dropout_goes_with_a_weighted_one(method, choice, tmp_path: Path):
+    model, again = llama(), llama()
+    put(model, method, name="poet")
+    put(model, Lora(rank=2, dropout=0.25), name="coder", where=attention)
+    rankwise.use(model, choice)
+    rankwise.save(model, tmp_path / "a", format="peft")
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["lora_dropout"] == 0.25
+    rankwise.load_adapter(again, tmp_path / "a")
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)
 
 
 def test_sums_of_no_low_rank_are_refused_by_peft(tmp_path: Path):

@@ -11,6 +11,7 @@ from .compressors.quadratic import QuadraticError
 from .core.errors import CalibrationError
 from .core.labels import Labels
 from .core.report import Report
+from .core.several import layers_with, named
 from .core.statistics import Batch, Statistics
 from .models.absorption import absorb_adapters, adapted_sites
 
@@ -32,7 +33,8 @@ def absorb(
     weight into that. What stands beside a low-rank matrix raises its rank: then the best matrix of the old rank
     takes the place of both, in the metric of ``method``, and the report says how much is lost. In a sum with a
     low-rank term, as low-bit numbers may have, that term takes the change. Nothing changes before all new
-    matrices are made.
+    matrices are made. Of adapters with names what is in use goes in, also a weighted sum. All others are gone
+    afterwards, since what they stood around has changed; the report names them. Save them first.
 
     Args:
         model: has adapters.
@@ -47,11 +49,12 @@ def absorb(
     Returns:
         a row for each layer: kind, rank, numbers before and after, ``lost``, the size of what is lost relative to
         that of the change, and ``error``, relative to that of the changed low-rank matrix; rounding to the types
-        in which a model is stored does not count.
+        in which a model is stored does not count. The total ``idle`` lists adapters that were not in use.
 
     Raises:
         TypeError: if ``method`` measures no changes.
-        ValueError: if there is no adapter, or one stands beside a matrix that has no place for its change.
+        ValueError: if there is no adapter in use, one stands beside a matrix that has no place for its change, a
+            number is not finite, or a schedule acts on a matrix still (:func:`rankwise.follow`).
         CalibrationError: if the method needs data that is missing, empty, or does not reach a layer.
 
     >>> import torch, rankwise
@@ -76,6 +79,8 @@ def absorb(
         statistics = calibrate(
             model, method.needs, data=data, where=lambda name, _: name in sites, compressed=True, **about
         )
+    used = {name for several in layers_with(model).values() for name in several.used}
+    idle = [name for name in named(model) if name not in used]
     rows = absorb_adapters(
         model,
         sites,
@@ -84,4 +89,6 @@ def absorb(
     totals = {key: sum(row[key] for row in rows) for key in ("params_before", "params_after")}
     totals["lost"] = max(row["lost"] for row in rows)
     title = f"{len(rows)} adapters absorbed; at most {totals['lost']:.2g} of a layer's change is lost"
-    return Report(title, rows, "layers", totals)
+    return Report(
+        f"{title}; gone: {', '.join(idle)}" if idle else title, rows, "layers", {**totals, "idle": idle}
+    )

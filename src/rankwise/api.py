@@ -272,7 +272,8 @@ def inspect(model: nn.Module, measures: Sequence[Measure] | None = None, *, wher
 def fold(model: nn.Module) -> nn.Module:
     """Turn every structured layer of a model back into an ordinary one, in place; returns the model.
 
-    To leave a compressed model compressed and put adapters into it, use :func:`rankwise.absorb`.
+    To leave a compressed model compressed and put adapters into it, use :func:`rankwise.absorb`. Of adapters with
+    names what is in use goes into the layers, also a weighted sum. The others are gone then; save them first.
 
     Raises:
         ValueError: if there is none, a layer has a module behind it that is no part of a weight, or a schedule
@@ -317,6 +318,8 @@ def export(
         raise ValueError("a tokenizer is given for a model in memory only; a folder has its own.")
     if isinstance(model, Mapping) and (not model or not is_weights({str(k): w for k, w in model.items()})):
         raise ValueError(f"several adapters are given as folders with finite weights, got {dict(model)!r}.")
+    if isinstance(model, Mapping) and len({Path(str(folder)).resolve() for folder in model}) < len(model):
+        raise ValueError(f"each adapter is given once, got {[str(folder) for folder in model]}.")
     out = Path(out).absolute()
     if not out.parent.is_dir():
         raise ValueError(f"{out}: the folder {out.parent} does not exist; make it first.")

@@ -1,5 +1,7 @@
 """Centred outputs, and the bias that keeps their mean."""
 
+import copy
+
 import pytest
 import tiny
 import torch
@@ -8,7 +10,9 @@ from contracts.problems import correlated, fill
 from torch import Tensor, nn
 
 import rankwise
+from rankwise.adapters import Lora
 from rankwise.compressors import Lord, WhitenedSvd
+from rankwise.core.adapted import adapted
 from rankwise.core.choices import Choices
 from rankwise.core.surgery import structured
 
@@ -82,5 +86,30 @@ def test_biases_are_saved_and_loaded(tmp_path):
     rankwise.save(again, tmp_path / "again")
     folded = rankwise.fold(again)
     torch.testing.assert_close(folded(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="before it is folded"):
+        rankwise.save(folded, tmp_path / "folded")
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [rankwise.absorb, lambda model: rankwise.remove_adapter(model, "a"), lambda model: None],
+    ids=["absorb", "remove", "keep"],
+)
+def test_biases_outlive_adapters(leave, tmp_path):
+    model, ids = tiny.llama(), torch.randint(64, (16, 32), generator=torch.Generator().manual_seed(0))
+    rankwise.compress(model, Lord(), keep=0.8, data=ids)
+    rankwise.adapt(model, Lora(rank=2), name="a")
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.add_(0.1)
+    folded = copy.deepcopy(model)
+    leave(model)
+    assert all(layer.biased for layer in structured(model).values())
+    if not adapted(model):
+        again, _ = rankwise.load(rankwise.save(model, tmp_path / "model"))
+        torch.testing.assert_close(again(ids).logits, model(ids).logits)
+    rankwise.adapt(rankwise.fold(folded), Lora(rank=2), name="b")
+    rankwise.use(folded, None)
+    rankwise.remove_adapter(folded, "b")
     with pytest.raises(ValueError, match="before it is folded"):
         rankwise.save(folded, tmp_path / "folded")

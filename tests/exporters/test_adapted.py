@@ -17,7 +17,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import rankwise
-from rankwise.adapters import FactorLora, Householder
+from rankwise.adapters import Compacter, FactorLora, Householder
 from rankwise.adapters import Lora as LoraAdapter
 from rankwise.cli import app
 from rankwise.compressors import Gptq, PlainSvd
@@ -240,21 +240,22 @@ def test_a_lora_of_a_table_is_not_written(tmp_path: Path):
         rankwise.export(written(tmp_path, model), Lora(base=str(tmp_path / "base"), rank=2), tmp_path / "out")
 
 
+@pytest.mark.parametrize("to", [Absorbed, Merged])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tensors: tensors | {"extra": torch.zeros(1)}, "nothing reads: extra"),
-        (lambda tensors: dict(list(tensors.items())[1:]), "lacks model.layers"),
+        (lambda tensors: tensors | {"extra": torch.zeros(1)}, "nothing.* reads: extra"),
+        (lambda tensors: dict(list(tensors.items())[1:]), "lacks .*model.layers"),
     ],
 )
-def test_a_damaged_adapter_is_refused(change, message: str, tmp_path: Path):
+def test_a_damaged_adapter_is_refused(change, message: str, to, tmp_path: Path):
     model = seeded(llama)
     model.save_pretrained(tmp_path / "base")
     rankwise.adapt(model, LoraAdapter(rank=2))
     file = written(tmp_path, model) / "rankwise_adapter.safetensors"
     save_file(change(load_file(file)), file)
     with pytest.raises(ValueError, match=message):
-        rankwise.export(file.parent, Merged(base=str(tmp_path / "base")), tmp_path / "out")
+        rankwise.export(file.parent, to(base=str(tmp_path / "base")), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -265,9 +266,19 @@ def test_another_base_is_refused(tmp_path: Path):
     torch.manual_seed(4)
     llama(initializer_range=0.3).save_pretrained(tmp_path / "other")
     llama(num_hidden_layers=1).save_pretrained(tmp_path / "short")
-    for name, message in (("other", "other values of model.layers"), ("short", "does not have")):
+    small = seeded(llama)
+    rankwise.compress(small, PlainSvd(), keep=0.7)
+    rankwise.save(small, tmp_path / "small")
+    for name, message in (("other", "other values of .*model.layers"), ("short", "does not have")):
         with pytest.raises(ValueError, match=message):
             rankwise.export(adapter, Merged(base=str(tmp_path / name)), tmp_path / "out")
+    for name, message in (
+        ("other", "other values"),
+        ("short", "nothing in this model reads"),
+        ("small", "other values"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rankwise.export(adapter, Absorbed(base=str(tmp_path / name)), tmp_path / "out")
 
 
 @pytest.mark.parametrize("memory", ["", "2", "2 apples", "-1GiB", "0MB"])
@@ -448,6 +459,25 @@ def test_there_is_no_sum_of_what_is_replaced(two: tuple[Path, nn.Module]):
         rankwise.export(
             {folder / "norms": 1.0, folder / "poet": 1.0}, Merged(base=str(folder / "base")), folder / "x"
         )
+
+
+def test_there_is_no_sum_with_what_stands_behind_layers(two: tuple[Path, nn.Module]):
+    folder, _ = two
+    model = seeded(llama)
+    rankwise.adapt(model, Compacter(count=2, reduction=2))
+    rankwise.save(model, folder / "behind", format="rankwise")
+    for source in ({folder / "behind": 1.0, folder / "poet": 1.0}, folder / "behind"):
+        for to in (Delta, Lora, Merged):
+            with pytest.raises(ValueError, match=r"behind has a module behind model.*use load_adapter"):
+                rankwise.export(source, to(base=str(folder / "base")), folder / "x")
+
+
+def test_an_adapter_is_given_once(two: tuple[Path, nn.Module], monkeypatch: pytest.MonkeyPatch):
+    folder, _ = two
+    monkeypatch.chdir(folder)
+    for other in (str(folder / "poet"), "poet"):
+        with pytest.raises(ValueError, match="given once"):
+            rankwise.export({folder / "poet": 0.5, other: 0.5}, Delta(base=str(folder / "base")), folder / "x")
 
 
 def test_a_part_for_another_model_is_named(two: tuple[Path, nn.Module]):

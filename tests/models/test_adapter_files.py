@@ -197,11 +197,29 @@ def test_missing_and_unexpected_tensors_are_listed(folder: Path):
             r"is \(32, 2\) in the file, but the model asks for \(32, 3\)",
         ),
         (lambda content: content["layers"][0].update(spec={"kind": "Diagonal", "size": 32}), "is no adapter"),
+        (lambda content: content.update(whole=5), "a damaged 'whole', 5; get it again"),
+        (lambda content: content.update(whole=[5]), "a damaged 'whole'"),
+        (lambda content: content.update(shared=[]), "a damaged 'shared'"),
+        (lambda content: content.update(shared={"a": 1}), "a damaged 'shared'"),
+        (lambda content: content.update(turned=[1]), "a damaged 'turned'"),
+        (lambda content: content.update(turned={"a": "yes"}), "a damaged 'turned'"),
+        (lambda content: content["layers"][0].update(lr="fast"), "damaged entry"),
+        (lambda content: content["layers"][0].update(lr=-1.0), "damaged entry"),
     ],
 )
 def test_a_description_that_does_not_fit_is_refused(folder: Path, change: Callable[[dict], object], message: str):
     changed(folder, change)
     refused(llama(), folder, message)
+
+
+@pytest.mark.parametrize("name", [None, "a"])
+def test_not_strict_some_layer_must_get_an_adapter(name: str | None, folder: Path):
+    changed(folder, lambda content: content.update(layers=[]))
+    model = llama()
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match="holds no adapter of a layer of this model"):
+        rankwise.load_adapter(model, folder, strict=False, name=name)
+    assert flags == [p.requires_grad for p in model.parameters()]
 
 
 def test_damaged_files_are_refused(folder: Path):

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import rankwise
-from rankwise.adapters import Lora
+from rankwise.adapters import FactorLora, Lora
 from rankwise.compressors import PlainSvd
 from rankwise.models import load_classifier, read_labels
 from rankwise.models.classifier import is_head
@@ -136,3 +136,32 @@ def test_what_it_is_not_put_on_is_named(case: tuple[Path, Any, Tensor]):
     (folder / "adapter" / "labels.json").write_text(json.dumps({"bad": 0}))
     with pytest.raises(ValueError, match=r"labels\.json is damaged: it must hold a list of two or more words"):
         rankwise.load_adapter(two, folder / "adapter")
+
+
+def test_absorbed_it_is_a_classifier_too(tmp_path: Path):
+    rankwise.save(compressed(), tmp_path / "base", worded())
+    model, tokenizer = load_classifier(tmp_path / "base", LABELS)
+    rankwise.adapt(model, FactorLora(rank=2), also=lambda name: is_head(model, name))
+    with torch.no_grad():
+        for i, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+            parameter.add_(0.1 * draw(*parameter.shape, seed=i).float())
+        logits = model(**inputs(tokenizer)).logits
+    rankwise.save(model, tmp_path / "adapter", format="rankwise")
+    rankwise.export(
+        tmp_path / "adapter", rankwise.exporters.Absorbed(base=str(tmp_path / "base")), tmp_path / "out"
+    )
+    torch.testing.assert_close(opened(tmp_path / "out"), logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("base", ["a language model", "another head"])
+def test_a_head_without_values_is_not_drawn_anew(base: str, tmp_path: Path):
+    rankwise.save(BASES[base](), tmp_path / "base", worded())
+    model, tokenizer = load_classifier(tmp_path / "base", LABELS)
+    rankwise.save(model, tmp_path / "classifier", tokenizer)
+    rankwise.adapt(model, Lora(rank=2), where=lambda name, _: not is_head(model, name))
+    rankwise.save(model, tmp_path / "adapter", format="rankwise")
+    for to in (rankwise.exporters.Absorbed, rankwise.exporters.Merged):
+        with pytest.raises(ValueError, match=r"score\.weight is of a new head.*save the classifier before"):
+            rankwise.export(tmp_path / "adapter", to(base=str(tmp_path / "base")), tmp_path / "out")
+        out = rankwise.export(tmp_path / "adapter", to(base=str(tmp_path / "classifier")), tmp_path / to.__name__)
+        torch.testing.assert_close(opened(out), model(**inputs(tokenizer)).logits.detach())

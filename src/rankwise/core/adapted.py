@@ -94,8 +94,10 @@ class Adaptation:
     others: list[str] = field(default_factory=list)
     rates: Mapping[str, float] = field(default_factory=dict)
 
-    def check(self, source: str) -> None:
+    def check(self, source: str, strict: bool = True) -> None:
         """Raise unless all tensors were there and read, and the bases are those that were adapted.
+
+        If not strict, it is enough that some layer gets an adapter.
 
         Raises:
             ValueError: which lists the names.
@@ -105,7 +107,7 @@ class Adaptation:
             ("holds tensors that nothing in this model reads", self.unexpected),
             ("was made for other values of the layers under it", self.others),
         ):
-            if names:
+            if strict and names:
                 raise ValueError(
                     f"{source} {words}: {', '.join(names)}. Give the model that was adapted, or strict=False."
                 )

@@ -60,8 +60,10 @@ class StructuredLinear(nn.Module):
         return self.view.apply(self.matrix, x, self.bias)
 
     def dense(self) -> nn.Module:
-        """Return the ordinary layer with the matrix written out."""
-        return self.view.restore(self.matrix.dense().detach(), self.bias)
+        """Return the ordinary layer with the matrix written out; it remembers whether it got its bias."""
+        plain: Any = self.view.restore(self.matrix.dense().detach(), self.bias)
+        plain.biased = self.biased
+        return plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +196,7 @@ def replace(
         if shift is not None:
             bias = shift.to(dtype) if bias is None else (bias.detach() + shift).to(bias.dtype)
         new = StructuredLinear(matrix, bias, site.view).train(old.training)
-        new.biased = shift is not None and old.bias is None
+        new.biased = getattr(old, "biased", False) or (shift is not None and old.bias is None)
         new.lr = lr
         set_module(model, name, new)
 
@@ -274,8 +276,7 @@ def fold(model: nn.Module, where: Callable[[StructuredLinear], bool] = lambda la
     weights: dict[int, Any] = {}
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if isinstance(layer, StructuredLinear) and where(layer):
-            plain: Any = layer.dense().train(layer.training)
-            plain.biased = layer.biased
+            plain = layer.dense().train(layer.training)
             plain.weight = weights.setdefault(id(layer.matrix), plain.weight)
             set_module(model, name, plain)
     restack(model)

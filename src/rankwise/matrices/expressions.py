@@ -120,6 +120,13 @@ class Sum(Expression):
         return first.to(self.dtype)
 
 
+def beside_base(matrix: StructuredMatrix) -> list[StructuredMatrix]:
+    """Return what a sum adds to the one base among its terms, or nothing if a matrix is no such sum."""
+    parts = matrix.parts if isinstance(matrix, Sum) else []
+    others = [part for part in parts if not isinstance(part, Base)]
+    return others if len(others) == len(parts) - 1 else []
+
+
 class Product(Expression):
     """The matrix product of matrices whose shapes fit together; the last one is applied first.
 

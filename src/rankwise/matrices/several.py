@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import StructuredMatrix
-from .expressions import Scaled, Sum
+from .expressions import Scaled, Sum, beside_base
 from .frozen import Base, put_base
 
 Weights = Mapping[str, float]  # how much of what each adapter changes counts; those not named count nothing
@@ -290,9 +290,7 @@ def is_weights(value: object) -> bool:
 
 def _terms(expression: StructuredMatrix, base: Base, weight: float) -> list[StructuredMatrix]:
     """Return what adds up to w (E - B)."""
-    parts = expression.parts if isinstance(expression, Sum) else []
-    others = [part for part in parts if not isinstance(part, Base)]
-    if others and len(others) == len(parts) - 1:
+    if others := beside_base(expression):
         return [Scaled(others[0] if len(others) == 1 else Sum(*others), weight)]
     return [Scaled(expression, weight), Scaled(base, -weight)]
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.adapted import in_use
 from ..core.extended import refuse_extended
 from ..core.progress import track
-from ..core.surgery import Site, base_of, fold, replace, select
+from ..core.surgery import Site, base_of, fold, refuse_followed, replace, select
 from ..linalg import Metric, recompressed
 from ..matrices import ChangedFactors, Dense, LowRank, PivotedLowRank, StructuredMatrix, Sum
 from ..matrices.thin import bare
@@ -17,16 +18,20 @@ from .low_rank_change import change_of
 
 
 def adapted_sites(model: nn.Module) -> dict[str, Site]:
-    """Return the layers of a model that have an adapter, embeddings included.
+    """Return the layers of a model that have an adapter, in use or not, embeddings included.
 
     Raises:
-        ValueError: if there is none, or a module stands behind a layer.
+        ValueError: if there is none in use, each row of a batch has its own, a module stands behind a layer, or a
+            schedule acts on a matrix still.
     """
+    refuse_followed(model)
     refuse_extended(model, "cannot go into stored numbers; train an adapter of matrices instead, such as Lora")
     sites = select(model, lambda name, layer: True, compressed=True, tables=True)
     sites = {name: site for name, site in sites.items() if base_of(site.matrix) is not None}
-    if not sites:
-        raise ValueError("the model has no adapter to absorb; make one with rankwise.adapt.")
+    if not in_use(model):
+        raise ValueError(
+            "the model has no adapter to absorb; make one with rankwise.adapt, or choose one with rankwise.use."
+        )
     return sites
 
 
@@ -35,24 +40,31 @@ def absorb_adapters(
 ) -> list[dict[str, Any]]:
     """Put the adapters of layers into the matrices under them, in place; nothing changes before all are made.
 
+    Of adapters with names what is in use is put in, and the others are gone afterwards.
+
     Args:
         model: has adapters.
         sites: from :func:`adapted_sites`.
         metrics: gives S (m, m) and C (n, n) of a layer, in which what is lost is measured.
 
     Returns:
-        a row for each layer; see :func:`rankwise.absorb`.
+        a row for each layer where an adapter is in use; see :func:`rankwise.absorb`.
 
     Raises:
-        ValueError: if a matrix has no place for the change; it names the layer.
+        ValueError: if a number is not finite, or a matrix has no place for the change; it names the layer.
     """
     made: dict[str, StructuredMatrix] = {}
-    rows = []
+    rows, used = [], in_use(model)
     for name, site in track(sites.items(), "new matrices"):
         base = base_of(site.matrix)
         assert base is not None
+        if name not in used:
+            made[name] = base.matrix
+            continue
         try:
-            made[name], lost = _absorbed(site.matrix, base.matrix, metrics(name))
+            _check_finite(used[name], "its matrix or its adapter holds NaN or infinity: the training went wrong")
+            made[name], lost = _absorbed(used[name], base.matrix, metrics(name))
+            _check_finite(made[name], f"with its adapter it has numbers too large for {made[name].dtype}")
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}") from error
         about = {"kind": type(made[name]).__name__, "rank": made[name].rank}
@@ -92,6 +104,12 @@ def _absorbed(
     part.load_state_dict(part.refitted(left, right).state_dict())
     missing, whole = values[part.rank :].norm(), values.norm().clamp_min(torch.finfo(values.dtype).tiny)
     return made, {"lost": float(missing / size), "error": float(missing / whole)}
+
+
+def _check_finite(matrix: StructuredMatrix, problem: str) -> None:
+    tensors = [*matrix.parameters(), *matrix.buffers()]
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors if tensor.is_floating_point()):
+        raise ValueError(f"{problem}; nothing was changed.")
 
 
 def _low_rank_in(matrix: StructuredMatrix) -> LowRank | PivotedLowRank | None:

@@ -11,7 +11,7 @@ from ..core.surgery import Site, StructuredLinear
 from ..core.views import SliceView
 from ..matrices import Dense, StructuredMatrix
 from .adapter_folder import AdapterFolder, head_of, sites_of
-from .classifier import load_classifier
+from .classifier import NO_HEAD, classifier_of
 from .classifier_weights import ClassifierWeights
 from .folded import Folded, file_names
 from .lines import lines_of, lines_of_change, takes_any_type
@@ -50,7 +50,7 @@ class AdaptedWeights:
         self.folder, self.config = base.folder, base.config
         for name in adapter.extended:
             raise ValueError(
-                f"{adapter.folder} has a module behind {name}, which is no change of a weight: it can be neither "
+                f"{adapter.title} has a module behind {name}, which is no change of a weight: it can be neither "
                 "merged nor exported; use load_adapter."
             )
         self.model = _without_values(base.config)
@@ -71,10 +71,8 @@ class AdaptedWeights:
 
     def load(self, dtype: torch.dtype) -> Any:
         """Return the adapted model in memory."""
-        labels, folder = self.adapter.labels, self.folder.absolute()  # a short name may be an embedded model's
-        model, _ = load_classifier(folder, labels, dtype=dtype) if labels else load(folder, dtype=dtype)
-        self.adapter.adaptation(model).apply(model, self.adapter.title)
-        return model
+        folder = self.folder.absolute()  # a short name may be an embedded model's
+        return adapted_model(folder, self.adapter, dtype)[0]
 
     def save_tokenizer(self, out: Path) -> None:
         """Write the tokenizer of a classifier, which can pad texts though that of the model may not."""
@@ -129,6 +127,10 @@ class AdaptedWeights:
         """
         if name in self.names:
             yield from self._made(name, lines_of_change, torch.float32)
+        elif isinstance(self._base, ClassifierWeights) and name in self._base.new:
+            raise ValueError(
+                f"{name} is of a new head, and {self.folder} has no values to subtract from it; export to merged."
+            )
         else:
             yield (self._replaced(name, torch.float32) - self._base[name]).float()
 
@@ -215,6 +217,27 @@ class AdaptedWeights:
                 "adapted."
             )
         return found
+
+
+def adapted_model(base: str | Path, adapter: AdapterFolder, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """Load a model with the adapter that was made for it, and its tokenizer; a classifier if it is of one.
+
+    Raises:
+        ValueError: if they do not belong together, or a classifier's head has no values.
+    """
+    new: frozenset[str] = frozenset()
+    if adapter.labels:
+        model, tokenizer, new = classifier_of(base, adapter.labels, dtype=dtype)
+    else:
+        model, tokenizer = load(base, dtype=dtype)
+    adaptation = adapter.adaptation(model)
+    adaptation.check(adapter.title)
+    replaced = {id(parameter) for parameter, _ in adaptation.whole}
+    for name in sorted(new):
+        if id(model.get_parameter(name)) not in replaced:
+            raise ValueError(NO_HEAD.format(name=name, folder=base))
+    adaptation.apply(model, adapter.title)
+    return model, tokenizer
 
 
 def open_weights(base: str | Path, adapter: AdapterFolder, memory: int | None) -> AdaptedWeights:

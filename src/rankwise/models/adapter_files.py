@@ -112,8 +112,9 @@ class OwnFolder(AdapterFolder):
             {entry["names"][0]: entry for entry in _entries(folder / NAME, self.config.get(key, usual))}
             for key, usual in (("layers", None), ("modules", []))
         )
-        self._shared: Mapping[str, str] = self.config.get("shared", {})
-        self._turned: Mapping[str, bool] = self.config.get("turned", {})
+        self._whole: list[str] = _field(folder / NAME, self.config, "whole", list, str)
+        self._shared: Mapping[str, str] = _field(folder / NAME, self.config, "shared", dict, str)
+        self._turned: Mapping[str, bool] = _field(folder / NAME, self.config, "turned", dict, bool)
         self._made: dict[str, Tensor] = {}  # so that what was one tensor is one again
 
     @property
@@ -128,7 +129,7 @@ class OwnFolder(AdapterFolder):
     @property
     def whole(self) -> Mapping[str, str]:
         """What was trained whole; it has the same names in the file."""
-        return {name: name for name in self.config.get("whole", [])}
+        return {name: name for name in self._whole}
 
     def matrix(self, name: str, base: StructuredMatrix, view: View) -> StructuredMatrix | None:
         """Build the expression, and fill it."""
@@ -146,10 +147,9 @@ class OwnFolder(AdapterFolder):
         return matrix
 
     def rate(self, name: str) -> float | None:
-        """What the file says, if it is a possible one."""
-        entry = self._entries.get(name) or self._modules.get(name) or {}
-        lr = entry.get("lr")
-        return float(lr) if isinstance(lr, (int, float)) and 0 < lr < math.inf else None
+        """What the file says."""
+        lr = (self._entries.get(name) or self._modules.get(name) or {}).get("lr")
+        return None if lr is None else float(lr)
 
     @property
     def extended(self) -> list[str]:
@@ -243,10 +243,26 @@ def base_digest(matrix: StructuredMatrix) -> str:
 def _entries(file: Path, layers: Any) -> Iterator[dict[str, Any]]:
     for entry in layers if isinstance(layers, list) else [None]:
         match entry:
-            case {"names": [str(), *_], "spec": {}, "base": {"shape": [int(), int()], "digest": str()}}:
+            case {"names": [str(), *_], "spec": {}, "base": {"shape": [int(), int()], "digest": str()}} if (
+                _is_rate(entry.get("lr"))
+            ):
                 yield entry
             case _:
                 raise ValueError(f"{file} holds a damaged entry {str(entry)[:80]!r} of a layer; get it again.")
+
+
+def _is_rate(lr: Any) -> bool:
+    number = isinstance(lr, (int, float)) and not isinstance(lr, bool)
+    return lr is None or (number and 0 < lr < math.inf)
+
+
+def _field(file: Path, config: Mapping[str, Any], key: str, kind: type, of: type) -> Any:
+    """Return a list or a mapping by names of a file, or an empty one if there is none."""
+    found = config.get(key, kind())
+    values = found.values() if isinstance(found, dict) else found
+    if not isinstance(found, kind) or not all(isinstance(value, of) for value in values):
+        raise ValueError(f"{file} holds a damaged {key!r}, {str(found)[:80]}; get it again.")
+    return found
 
 
 def _mapped(spec: Any, change: Callable[[Mapping[str, Any]], Any]) -> Any:

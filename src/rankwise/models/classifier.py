@@ -13,6 +13,10 @@ from .load import check_files, find, quiet, tokenizer_of
 from .quantizer import register_when_ready
 
 LABELS = "labels.json"  # of an adapter's folder: the names of the classes
+NO_HEAD = (
+    "{name} is of a new head, which neither {folder} nor the adapter has values of; train it with the adapter "
+    "(also=lambda name: ...), or save the classifier before it is adapted and give that folder as the base."
+)
 
 
 def load_classifier(
@@ -31,6 +35,14 @@ def load_classifier(
     Raises:
         ValueError: if there is no such model, it has no tokenizer, or no classifier can be made of it.
     """
+    model, tokenizer, _ = classifier_of(source, labels, dtype=dtype, seed=seed)
+    return model, tokenizer
+
+
+def classifier_of(
+    source: str | Path, labels: Sequence[str], *, dtype: torch.dtype | None = None, seed: int = 0
+) -> tuple[Any, Any, frozenset[str]]:
+    """Do what :func:`load_classifier` does, and also return the names of the parameters that were drawn."""
     from transformers import AutoModelForSequenceClassification
 
     folder = find(source)
@@ -54,10 +66,11 @@ def load_classifier(
             raise ValueError(
                 f"{source} cannot be made a classifier: {' '.join(str(error).split())[:300]}"
             ) from error
+    drawn = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
     inside = [name for name in found["missing_keys"] if not is_head(model, name)]
     if inside:
         raise ValueError(f"{sorted(inside)[0]} is not in the checkpoint, as {len(inside)} tensors in all.")
-    return model.eval(), tokenizer
+    return model.eval(), tokenizer, frozenset(drawn)
 
 
 def classifier_config(folder: Path, labels: Sequence[str]) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.surgery import StructuredLinear
 from ..matrices import StructuredMatrix
-from .classifier import classifier_config, is_head
+from .classifier import NO_HEAD, classifier_config, is_head
 from .folded import Folded, file_names
 from .load import quiet
 
@@ -68,6 +68,11 @@ class ClassifierWeights(Mapping[str, Tensor]):
         """The layers that are compressed."""
         return {name: self._base.layers[old] for name, old in self._layers.items()}
 
+    @property
+    def new(self) -> frozenset[str]:
+        """The tensors of a new head."""
+        return frozenset(self._new)
+
     def __iter__(self) -> Iterator[str]:
         yield from (*self._places, *self._new)
 
@@ -76,7 +81,7 @@ class ClassifierWeights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._new:
-            raise ValueError(f"{name} is of a new head, which {self.folder} has no values of; export to merged.")
+            raise ValueError(NO_HEAD.format(name=name, folder=self.folder))
         return self._base[self._places[name]]
 
     def empty(self, name: str) -> Tensor:

@@ -18,6 +18,7 @@ from ..matrices import (
     StructuredMatrix,
     Sum,
 )
+from ..matrices.expressions import beside_base
 
 
 def lines_of(matrix: StructuredMatrix, axis: int, start: int, stop: int) -> Tensor:
@@ -77,10 +78,9 @@ def terms_beside(matrix: StructuredMatrix) -> list[StructuredMatrix]:
         spared = torch.ones(matrix.shape[1]).index_fill(0, torch.tensor([matrix.column]), 0)
         terms = terms_beside(matrix.matrix)
         return [Product(term, Diagonal(spared.to(term.device, term.dtype))) for term in terms]
-    parts = matrix.parts if isinstance(matrix, Sum) else []
-    others = [part for part in parts if not isinstance(part, Base)]
+    others = beside_base(matrix)
     inside = any(isinstance(inner, Base) for part in others for inner in part.modules())
-    return others if len(others) == len(parts) - 1 and not inside else []
+    return [] if inside else others
 
 
 def takes_any_type(matrix: StructuredMatrix) -> bool:

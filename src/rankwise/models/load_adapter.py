@@ -30,7 +30,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
         name: under which it stands beside others around the same matrices, which may be on other layers and of
             other kinds. It is then in use, and the others are not: see :func:`rankwise.use`.
         strict: False goes on where tensors are missing, or not read by anything, or the matrix under an adapter
-            has other values than it had; the totals of the report name these.
+            has other values than it had; the totals of the report name these. Some layer must get an adapter.
 
     Returns:
         a report with a row for each adapted layer.
@@ -46,8 +46,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
     if adapter.labels and strict:
         check_labels(model, adapter.labels, str(folder))
     adaptation = adapter.adaptation(model)
-    if strict:
-        adaptation.check(str(folder))
+    adaptation.check(str(folder), strict)
     if name is not None and (adaptation.whole or adaptation.modules):
         raise ValueError(
             f"{folder} holds modules behind layers, or replaces parameters of the model, such as norms, biases "

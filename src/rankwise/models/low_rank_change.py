@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..core.surgery import base_of
-from ..matrices import Base, Branch, StructuredMatrix, Sum
+from ..matrices import Base, Branch, Scaled, StructuredMatrix, Sum
 from ..matrices.thin import thin_factors
 from .lines import terms_beside
 
@@ -57,10 +57,12 @@ def change_of(matrix: StructuredMatrix, rank: int | None = None) -> Change | Non
 
 
 def branch_of(matrix: StructuredMatrix) -> Branch | None:
-    """Return the one branch that is added to a base, if an expression is just that."""
+    """Return the one branch that is added to a base, or a multiple of it, if an expression is just that."""
     match matrix.parts if isinstance(matrix, Sum) else []:
         case [Base(), Branch() as branch]:
             return branch
+        case [Base(), Scaled(matrix=Branch() as branch, scale=weight)]:
+            return Branch(branch.matrix, weight * branch.scale, branch.dropout)
     return None
 
 
@@ -73,8 +75,20 @@ def _beside(matrix: StructuredMatrix) -> Change | None:
     if branch is not None:
         factors = thin_factors(branch.matrix)
         return factors and Change(*factors, branch.scale, branch.dropout)
-    factors = thin_factors(Sum(*others))
-    return factors and Change(*factors)
+    factors, (dropout, *more) = thin_factors(Sum(*others)), {d for term in others for d in _dropouts(term)}
+    return factors and Change(*factors, dropout=0.0 if more else dropout)
+
+
+def _dropouts(term: StructuredMatrix) -> set[float]:
+    """Return the shares of inputs that are dropped before the parts of a term, 0 where none are."""
+    match term:
+        case Branch():
+            return {term.dropout}
+        case Scaled():
+            return _dropouts(term.matrix)
+        case Sum():
+            return {dropout for part in term.parts for dropout in _dropouts(part)}
+    return {0.0}
 
 
 def _subtracted(matrix: StructuredMatrix) -> Change:

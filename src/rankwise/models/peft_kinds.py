@@ -191,8 +191,8 @@ class AdaLoraKind(PeftKind):
     def piece(self, matrix: StructuredMatrix, view: View) -> Piece | None:
         """Take the three factors."""
         branch = branch_of(matrix)
-        if branch is None or not isinstance(view, LinearView):
-            return None
+        if branch is None or branch.scale <= 0 or not isinstance(view, LinearView):
+            return None  # PEFT takes another scale where alpha is not positive
         match bare(branch.matrix):
             case Product(parts=[Dense() as left, Diagonal() as values, Dense() as right]):
                 found = {"lora_A": right.weight, "lora_B": left.weight, "lora_E": values.values[:, None]}

@@ -34,7 +34,10 @@ def save(
         format: "model" writes all, so that plain transformers loads it after ``import rankwise``. The others
             write adapters and parameters that train whole, but not the matrices under the adapters: "rankwise"
             every kind, bit by bit, also modules behind layers; "peft" what Hugging Face PEFT can compute, in its
-            files. Of a classifier of transformers the names of the classes are written beside them.
+            files, which hold what is computed but not all of how it trains on: PEFT takes the denominators of
+            rows with trained lengths as constants, also those of ``GradNormLorp(constant=False)``, and where
+            several adapters add up to one it drops the same inputs for all, and none if they differ in dropout.
+            Of a classifier of transformers the names of the classes are written beside them.
         name: of adapters with names the one to be written; None takes what is in use, also a weighted sum, which
             is then one adapter.
 

@@ -16,7 +16,7 @@ class SummedFolder(AdapterFolder):
         parts: the folders with their weights.
 
     Raises:
-        ValueError: if one holds parameters that it replaces, of which there is no sum.
+        ValueError: if one holds parameters that it replaces, or modules behind layers, of which there is no sum.
     """
 
     def __init__(self, parts: Sequence[tuple[AdapterFolder, float]]) -> None:
@@ -28,6 +28,11 @@ class SummedFolder(AdapterFolder):
         self.config, self.labels, self.missing, self.others, self._used = {}, (), [], [], set()
         for folder in self._folders:
             folder.missing, folder.others = self.missing, self.others  # what one notes, all do
+            if folder.extended:
+                raise ValueError(
+                    f"{folder.title} has a module behind {folder.extended[0]}, which is no change of a weight: "
+                    "there is no sum of it with others; use load_adapter."
+                )
             if folder.whole:
                 raise ValueError(
                     f"{folder.title} replaces parameters of the model, such as norms, biases or the head, of "
@@ -38,11 +43,6 @@ class SummedFolder(AdapterFolder):
         """Let each look."""
         for folder in self._folders:
             folder.prepare(model)
-
-    @property
-    def extended(self) -> list[str]:
-        """Layers with a module behind them in any."""
-        return [name for folder in self._folders for name in folder.extended]
 
     @property
     def layers(self) -> list[str]:
