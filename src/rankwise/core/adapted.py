@@ -109,7 +109,8 @@ class Adaptation:
         ):
             if strict and names:
                 raise ValueError(
-                    f"{source} {words}: {', '.join(names)}. Give the model that was adapted, or strict=False."
+                    f"{source} {words}: {', '.join(names)}. Give the model that was adapted; load_adapter with "
+                    "strict=False goes on without."
                 )
         if not self.matrices and not self.modules:
             raise ValueError(f"{source} holds no adapter of a layer of this model.")
