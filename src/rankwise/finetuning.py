@@ -23,11 +23,12 @@ from .core.modes import kept, recomputing, training
 from .core.rates import GENERAL, WHOLE, Cosine
 from .core.report import Report
 from .core.running import Plan, Run, in_float32
+from .core.several import check_one, scheduled
 from .core.statistics import Batch
 from .core.supervised import Supervised
 from .following import follow
 from .guarding import Guard
-from .matrices import Base, Scheduled
+from .matrices import Base
 
 CHECKPOINT = "training.safetensors"
 
@@ -96,7 +97,7 @@ def finetune(
         :func:`rankwise.check_adapters` said, None if there are none.
 
     Raises:
-        ValueError: if an argument is wrong, nothing trains, no adapter gets a gradient or changes, there are no
+        ValueError: if an argument is wrong, nothing trains, each row has its own adapter, none gets a gradient or changes, there are no
             labels, numbers are not finite, or the checkpoint is of another task or damaged.
         CalibrationError: if the data is empty.
 
@@ -115,7 +116,9 @@ def finetune(
         raise TypeError(f"data must be token ids or batches, got {data!r}; see rankwise.models.read_examples.")
     if window < 2:
         raise ValueError(f"window must be >= 2, got {window}.")
-    if patience is not None and any(isinstance(part, Scheduled) for part in model.modules()):
+    check_one(model)
+    by_schedule = bool(scheduled(model))
+    if patience is not None and by_schedule:
         raise ValueError("an adapter with a schedule must train to its end; leave patience out.")
     batches = batches_of(data, window=window)
     train, held = (batches, [*held_out]) if isinstance(held_out, Sequence) else parted(batches, held_out, seed)
@@ -142,7 +145,6 @@ def finetune(
     if file is not None:
         identity = _identity(model, plan, optimizer, loss, [*trained, *buffers], batches, held)
     mode = functools.partial(training, model)
-    scheduled = any(isinstance(part, Scheduled) for part in model.modules())
     with (
         _following(model, optimizer, steps) as follower,  # ends last: what it leaves is rounded already
         in_float32(list(trained.values())),
@@ -158,10 +160,10 @@ def finetune(
             model,
             trained,
             optimizer,
-            dataclasses.replace(plan, last=scheduled),
+            dataclasses.replace(plan, last=by_schedule),
             mode,
             buffers=buffers,
-            followers={"schedules": follower} if scheduled and follower is not None else {},
+            followers={"schedules": follower} if by_schedule and follower is not None else {},
             identity=identity,
             file=file,
             looking=guard,

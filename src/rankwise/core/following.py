@@ -9,7 +9,7 @@ from torch import nn
 from ..matrices import Scheduled, Several
 from .methods import Course, Schedule, State
 from .report import Report
-from .several import take_off
+from .several import forget, take_off
 from .surgery import base_of, restack, set_module, structured
 
 Group = tuple[Schedule, Mapping[str, Scheduled]]
@@ -131,32 +131,41 @@ class Follower:
 
 def finished(model: nn.Module, groups: Sequence[Group]) -> Report:
     """Leave of each matrix what its schedule leaves, in place; see :func:`rankwise.finish`."""
-    rows = []
-    plain: dict[int, nn.Module] = {}
+    rows, empty = [], []
     for schedule, matrices in groups:
         for name, each in matrices.items():
             rest = schedule.finished(each.matrix)
             rows.append({"name": name, "before": each.rank, "rank": 0 if rest is None else rest.rank})
             if rest is None:
-                _take_off(model, each, plain)
+                empty.append(each)
             else:
                 set_module(model, name, rest.train(each.training))
+    plain: dict[int, nn.Module] = {}
+    for each in empty:  # at last, since other names may change by it
+        _take_off(model, each, plain)
     restack(model)
     return Report(f"{len(rows)} matrices are finished", rows, "matrices", {"rank": sum(r["rank"] for r in rows)})
 
 
 def _take_off(model: nn.Module, each: Scheduled, plain: dict[int, nn.Module]) -> None:
     """Take the adapter that a matrix is part of off the layers that hold it."""
-    for path, layer in list(structured(model).items()):
-        if all(part is not each for part in layer.matrix.modules()):
-            continue
-        base = base_of(layer.matrix)
-        assert base is not None
-        if isinstance(layer.matrix, Several):
-            known = layer.matrix.adapters.items()
-            layer.matrix.remove(next(n for n, e in known if any(part is each for part in e.modules())))
+    held = {path: layer.matrix for path, layer in structured(model).items() if _holds(layer.matrix, each)}
+    names = {
+        id(matrix): next(name for name, expression in matrix.adapters.items() if _holds(expression, each))
+        for matrix in held.values()
+        if isinstance(matrix, Several)
+    }
+    for path, matrix in held.items():
+        if isinstance(matrix, Several):
+            forget(model, path, names[id(matrix)], plain)
         else:
+            base = base_of(matrix)
+            assert base is not None
             take_off(model, path, base, plain)
+
+
+def _holds(matrix: nn.Module, each: Scheduled) -> bool:
+    return any(part is each for part in matrix.modules())
 
 
 def _copied(state: State, devices: Mapping[str, torch.device] | None = None) -> State:
