@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 import rankwise
 from rankwise import adapters
-from rankwise.adapters import AdaLora, Compacter, Eva, Householder, Lora, Sst
+from rankwise.adapters import AdaLora, Compacter, Eva, Householder, Lora, Snella, Sst
 from rankwise.core import running
 from rankwise.core.extended import extended
 from rankwise.core.labels import given
 from rankwise.core.memory import held_bytes, optimizer_bytes, peak_memory_bytes, reset_peak_memory
 from rankwise.core.rates import GENERAL, WHOLE, Cosine, Linear
+from rankwise.matrices import Kernelled
 
 
 def batches(count: int = 10, seed: int = 1) -> list[dict[str, Tensor]]:
@@ -257,6 +258,47 @@ def test_an_interrupted_run_goes_on_bit_by_bit(tmp_path, monkeypatch, stop):
         torch.rand(3)  # what others draw makes no difference
         report = rankwise.finetune(model, batches(), checkpoint=tmp_path / folder, **options)
         assert not changed(model, numbers(whole))
+        assert [{**row, "seconds": 0} for row in report.rows] == [{**row, "seconds": 0} for row in expected.rows]
+
+
+@pytest.mark.parametrize("stop", [2, 8])
+@pytest.mark.parametrize("name", [None, "snella"])
+def test_a_schedule_that_was_interrupted_goes_on_bit_by_bit(tmp_path, monkeypatch, stop, name):
+    fresh = llama(initializer_range=0.1)
+    rankwise.adapt(fresh, Snella(rank=2, density=0.9, target=0.2), name=name)
+    options = {"held_out": 0.2, "lr": 0.02, "steps": 12, "every": 3, "accumulate": 2}
+    whole = copy.deepcopy(fresh)
+    expected = rankwise.finetune(copy.deepcopy(fresh), batches(), **options)
+    rankwise.finetune(whole, batches(), checkpoint=tmp_path / "whole", **options)
+    step, calls = running.Run._step, itertools.count()
+
+    def interrupted(self):
+        if next(calls) == stop:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(running.Run, "_step", interrupted)
+    first = copy.deepcopy(fresh)
+    with pytest.raises(KeyboardInterrupt):
+        rankwise.finetune(first, batches(), checkpoint=tmp_path / "halves", **options)
+    monkeypatch.setattr(running.Run, "_step", step)
+    looks = [row for row in expected.rows if row["step"] <= stop]
+    kept = [part.kept for part in first.modules() if isinstance(part, Kernelled)]
+    start = [part.kept for part in fresh.modules() if isinstance(part, Kernelled)]
+    assert (kept == start) == (stop < 3)  # the entries of the last look
+    again = rankwise.finetune(copy.deepcopy(first), batches(), **options).totals["held_out"]["before"]
+    assert again == looks[-1]["held_out"]  # they belong to its numbers
+    shutil.copytree(tmp_path / "halves", tmp_path / "copy")
+    other = llama(initializer_range=0.1)
+    rankwise.adapt(other, Snella(rank=2, density=0.8, target=0.2), name=name)
+    with pytest.raises(ValueError, match=r"is about another .* \(other adapters\)"):
+        rankwise.finetune(other, batches(), checkpoint=tmp_path / "copy", **options)
+    for model, folder in ((fresh, "halves"), (first, "copy")):
+        report = rankwise.finetune(model, batches(), checkpoint=tmp_path / folder, **options)
+        assert not changed(model, numbers(whole))
+        assert [part.kept for part in model.modules() if isinstance(part, Kernelled)] == [
+            part.kept for part in whole.modules() if isinstance(part, Kernelled)
+        ]
         assert [{**row, "seconds": 0} for row in report.rows] == [{**row, "seconds": 0} for row in expected.rows]
 
 

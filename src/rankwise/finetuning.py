@@ -97,8 +97,8 @@ def finetune(
         :func:`rankwise.check_adapters` said, None if there are none.
 
     Raises:
-        ValueError: if an argument is wrong, nothing trains, each row has its own adapter, none gets a gradient or changes, there are no
-            labels, numbers are not finite, or the checkpoint is of another task or damaged.
+        ValueError: if an argument is wrong, nothing trains, no adapter gets a gradient or changes, each row has
+            its own, there are no labels, numbers are not finite, or the checkpoint is of another task or damaged.
         CalibrationError: if the data is empty.
 
     >>> import torch, rankwise
@@ -165,6 +165,7 @@ def finetune(
             buffers=buffers,
             followers={"schedules": follower} if by_schedule and follower is not None else {},
             identity=identity,
+            describe=lambda: _described(model),
             file=file,
             looking=guard,
         )
@@ -270,7 +271,13 @@ def _identity(
         "lr": [group["lr"] for group in optimizer.param_groups],
         "loss": getattr(loss, "__qualname__", repr(loss)),
         "data": [digest_of_batches(part) for part in data],
-        "adapters": {name: layer.matrix.spec() for name, layer in adapted(model).items()},
         "model": digest_of(rest),
     }
     return json.dumps(about, default=str, sort_keys=True)
+
+
+def _described(model: nn.Module) -> str:
+    """Say which adapters there are, as they are now: schedules may change their sizes."""
+    return json.dumps(
+        {"adapters": {name: layer.matrix.spec() for name, layer in adapted(model).items()}}, sort_keys=True
+    )

@@ -35,7 +35,7 @@ def in_use(model: nn.Module) -> dict[str, StructuredMatrix]:
 
 
 def rate_of(layer: StructuredLinear) -> float | None:
-    """Return the learning rate that a layer's adapter suggests; of several in use the one that all do, or None."""
+    """Return the learning rate that a layer's adapter suggests, of those in use if there are several."""
     return layer.matrix.rate if isinstance(layer.matrix, Several) else layer.lr
 
 
