@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from mixtures import MIXTURES
 from tiny import llama
 from torch import Tensor, nn
 
@@ -393,6 +394,50 @@ def test_a_layer_that_does_not_train_is_warned_of():
     with pytest.raises(ValueError, match="no adapter trains: 1 of 1 adapted layers have a problem: unheard"):
         rankwise.finetune(net, data, lr=0.01, steps=4)
     assert changed(net, before) <= {"heard.bias"}
+
+
+@pytest.mark.parametrize("idle", [1, 5])
+def test_steps_at_a_rate_of_zero_say_nothing(idle: int):
+    model = tiny()
+    found = rankwise.finetune(
+        model, batches(), lr=1e-3, steps=8, every=1, rate=lambda done: float(done * 8 >= idle)
+    ).totals["adapters"]
+    assert found["problems"] == {}
+    assert found["steps"] == idle + 2
+    with pytest.raises(ValueError, match="no adapter trains"):
+        rankwise.finetune(tiny(), batches(), steps=4, every=1, rate=lambda done: 0.0)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3 moe"])
+def test_experts_that_no_token_reached_are_no_problem(family: str):
+    model = MIXTURES[family]()
+    experts = len(rankwise.adapt(model, Lora(rank=2), where=lambda name, _: ".experts." in name).rows)
+    one = torch.full((1, 2), 5)  # two equal tokens go to the same experts
+    report = rankwise.finetune(model, [one, one, one], held_out=[one], lr=1e-3, steps=3, every=1)
+    found = report.totals["adapters"]
+    assert 0 < len(found["unreached"]) < experts
+    assert found["problems"] == {}
+    number = experts - len(found["unreached"])
+    assert found["title"].startswith(
+        f"{number} adapted layers train; no token reached {experts - number} experts"
+    )
+    for row in found["layers"]:
+        assert (row["change"] == 0) == (row["name"] in found["unreached"])
+
+
+def test_an_expert_that_was_reached_once_is_no_problem():
+    model = MIXTURES["qwen3 moe"]()
+    rankwise.adapt(model, Lora(rank=2), where=lambda name, _: ".experts." in name)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    follower = rankwise.follow(model.train(), optimizer, steps=2)
+    for token in (5, 9):  # which go to other experts
+        optimizer.zero_grad()
+        model(torch.full((1, 2), token), labels=torch.full((1, 2), token)).loss.backward()
+        optimizer.step()
+    report = rankwise.check_adapters(model, optimizer, follower=follower)
+    left = [p for p in follower.silent.values() if p.grad is None or not p.grad.any()]
+    assert left
+    assert report.totals["problems"] == {}
 
 
 def test_without_adapters_nothing_is_looked_at():
