@@ -13,6 +13,7 @@ from .load import check_files, find, quiet, tokenizer_of
 from .quantizer import register_when_ready
 
 LABELS = "labels.json"  # of an adapter's folder: the names of the classes
+NEW = "rankwise_new_head"  # of a model in memory: the names of what was drawn at random
 
 
 def load_classifier(
@@ -57,7 +58,19 @@ def load_classifier(
     inside = [name for name in found["missing_keys"] if not is_head(model, name)]
     if inside:
         raise ValueError(f"{sorted(inside)[0]} is not in the checkpoint, as {len(inside)} tensors in all.")
+    setattr(model, NEW, (*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])))
     return model.eval(), tokenizer
+
+
+def refuse_new_head(model: nn.Module) -> None:
+    """Raise ValueError if :func:`load_classifier` drew a head for a model, which no checkpoint has."""
+    names = vars(model).get(NEW, ())
+    if names:
+        raise ValueError(
+            f"the head of this classifier is new and random ({', '.join(names)}): it must train whole and be "
+            "saved with what trains, which an adapter with a name cannot do. Leave the name out and have 'also' accept "
+            "the head; or train the head, save the model, and load that."
+        )
 
 
 def classifier_config(folder: Path, labels: Sequence[str]) -> tuple[Any, Any]:
