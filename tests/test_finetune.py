@@ -8,17 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from mixtures import MIXTURES
 from tiny import llama
 from torch import Tensor, nn
 
 import rankwise
 from rankwise import adapters
-from rankwise.adapters import AdaLora, Compacter, Eva, Householder, Lora, Sst
+from rankwise.adapters import AdaLora, Compacter, Eva, Householder, Lora, Snella, Sst
 from rankwise.core import running
 from rankwise.core.extended import extended
 from rankwise.core.labels import given
 from rankwise.core.memory import held_bytes, optimizer_bytes, peak_memory_bytes, reset_peak_memory
 from rankwise.core.rates import GENERAL, WHOLE, Cosine, Linear
+from rankwise.matrices import Kernelled
 
 
 def batches(count: int = 10, seed: int = 1) -> list[dict[str, Tensor]]:
@@ -260,6 +262,47 @@ def test_an_interrupted_run_goes_on_bit_by_bit(tmp_path, monkeypatch, stop):
         assert [{**row, "seconds": 0} for row in report.rows] == [{**row, "seconds": 0} for row in expected.rows]
 
 
+@pytest.mark.parametrize("stop", [2, 8])
+@pytest.mark.parametrize("name", [None, "snella"])
+def test_a_schedule_that_was_interrupted_goes_on_bit_by_bit(tmp_path, monkeypatch, stop, name):
+    fresh = llama(initializer_range=0.1)
+    rankwise.adapt(fresh, Snella(rank=2, density=0.9, target=0.2), name=name)
+    options = {"held_out": 0.2, "lr": 0.02, "steps": 12, "every": 3, "accumulate": 2}
+    whole = copy.deepcopy(fresh)
+    expected = rankwise.finetune(copy.deepcopy(fresh), batches(), **options)
+    rankwise.finetune(whole, batches(), checkpoint=tmp_path / "whole", **options)
+    step, calls = running.Run._step, itertools.count()
+
+    def interrupted(self):
+        if next(calls) == stop:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(running.Run, "_step", interrupted)
+    first = copy.deepcopy(fresh)
+    with pytest.raises(KeyboardInterrupt):
+        rankwise.finetune(first, batches(), checkpoint=tmp_path / "halves", **options)
+    monkeypatch.setattr(running.Run, "_step", step)
+    looks = [row for row in expected.rows if row["step"] <= stop]
+    kept = [part.kept for part in first.modules() if isinstance(part, Kernelled)]
+    start = [part.kept for part in fresh.modules() if isinstance(part, Kernelled)]
+    assert (kept == start) == (stop < 3)  # the entries of the last look
+    again = rankwise.finetune(copy.deepcopy(first), batches(), **options).totals["held_out"]["before"]
+    assert again == looks[-1]["held_out"]  # they belong to its numbers
+    shutil.copytree(tmp_path / "halves", tmp_path / "copy")
+    other = llama(initializer_range=0.1)
+    rankwise.adapt(other, Snella(rank=2, density=0.8, target=0.2), name=name)
+    with pytest.raises(ValueError, match=r"is about another .* \(other adapters\)"):
+        rankwise.finetune(other, batches(), checkpoint=tmp_path / "copy", **options)
+    for model, folder in ((fresh, "halves"), (first, "copy")):
+        report = rankwise.finetune(model, batches(), checkpoint=tmp_path / folder, **options)
+        assert not changed(model, numbers(whole))
+        assert [part.kept for part in model.modules() if isinstance(part, Kernelled)] == [
+            part.kept for part in whole.modules() if isinstance(part, Kernelled)
+        ]
+        assert [{**row, "seconds": 0} for row in report.rows] == [{**row, "seconds": 0} for row in expected.rows]
+
+
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     options = {"steps": 2, "checkpoint": tmp_path}
     rankwise.finetune(tiny(), batches(), **options)
@@ -351,6 +394,50 @@ def test_a_layer_that_does_not_train_is_warned_of():
     with pytest.raises(ValueError, match="no adapter trains: 1 of 1 adapted layers have a problem: unheard"):
         rankwise.finetune(net, data, lr=0.01, steps=4)
     assert changed(net, before) <= {"heard.bias"}
+
+
+@pytest.mark.parametrize("idle", [1, 5])
+def test_steps_at_a_rate_of_zero_say_nothing(idle: int):
+    model = tiny()
+    found = rankwise.finetune(
+        model, batches(), lr=1e-3, steps=8, every=1, rate=lambda done: float(done * 8 >= idle)
+    ).totals["adapters"]
+    assert found["problems"] == {}
+    assert found["steps"] == idle + 2
+    with pytest.raises(ValueError, match="no adapter trains"):
+        rankwise.finetune(tiny(), batches(), steps=4, every=1, rate=lambda done: 0.0)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3 moe"])
+def test_experts_that_no_token_reached_are_no_problem(family: str):
+    model = MIXTURES[family]()
+    experts = len(rankwise.adapt(model, Lora(rank=2), where=lambda name, _: ".experts." in name).rows)
+    one = torch.full((1, 2), 5)  # two equal tokens go to the same experts
+    report = rankwise.finetune(model, [one, one, one], held_out=[one], lr=1e-3, steps=3, every=1)
+    found = report.totals["adapters"]
+    assert 0 < len(found["unreached"]) < experts
+    assert found["problems"] == {}
+    number = experts - len(found["unreached"])
+    assert found["title"].startswith(
+        f"{number} adapted layers train; no token reached {experts - number} experts"
+    )
+    for row in found["layers"]:
+        assert (row["change"] == 0) == (row["name"] in found["unreached"])
+
+
+def test_an_expert_that_was_reached_once_is_no_problem():
+    model = MIXTURES["qwen3 moe"]()
+    rankwise.adapt(model, Lora(rank=2), where=lambda name, _: ".experts." in name)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    follower = rankwise.follow(model.train(), optimizer, steps=2)
+    for token in (5, 9):  # which go to other experts
+        optimizer.zero_grad()
+        model(torch.full((1, 2), token), labels=torch.full((1, 2), token)).loss.backward()
+        optimizer.step()
+    report = rankwise.check_adapters(model, optimizer, follower=follower)
+    left = [p for p in follower.silent.values() if p.grad is None or not p.grad.any()]
+    assert left
+    assert report.totals["problems"] == {}
 
 
 def test_without_adapters_nothing_is_looked_at():

@@ -15,7 +15,8 @@ import rankwise
 from rankwise import adapters
 from rankwise.adapters import AdaLora, Bat, Lamda, Lora
 from rankwise.compressors import KroneckerFactoredRounding, PlainSvd
-from rankwise.core.adapted import adapted, own_tensors
+from rankwise.core.adapted import adapted, own_tensors, suggested_rates
+from rankwise.core.rates import GENERAL
 from rankwise.core.surgery import structured
 from rankwise.matrices import Base, Several
 from rankwise.models.evaluate import sizes
@@ -421,6 +422,104 @@ def test_what_a_schedule_leaves_nothing_of_goes_alone():
     assert torch.equal(logits(model), logits(put(llama(), Lora(rank=2))))
 
 
+@pytest.mark.parametrize("build", [llama, *MIXTURES.values()])
+def test_what_a_schedule_leaves_nothing_of_is_the_model_again(build):
+    model, plain = build(), build()
+    rankwise.adapt(model, AdaLora(rank=2, target=1), name="empty")
+    rankwise.finish(model)
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    assert not structured(model)
+    assert not rankwise.adapters_of(model)
+    assert torch.equal(logits(model), logits(plain))
+    rankwise.adapt(model, Lora(rank=2))  # one without a name
+
+
+def test_two_schedules_of_one_layer_end_together():
+    shared = llama()
+    first, second = (shared.model.layers[i].self_attn for i in (0, 1))
+    second.q_proj.weight = first.q_proj.weight
+    for model in (llama(), shared):
+        for name in ("empty", "other"):
+            rankwise.adapt(model, AdaLora(rank=2, target=1), name=name, where=attention)
+            if name == "other":
+                moved(model)  # so that something is left
+        rankwise.use(model, {"empty": 1.0, "other": 0.5})
+        before = logits(model.eval())
+        rankwise.finish(model)
+        assert list(rankwise.adapters_of(model)) == ["other"]
+        torch.testing.assert_close(logits(model), before)
+        assert all(layer.matrix.choice == {"other": 0.5} for layer in structured(model).values())
+    rankwise.remove_adapter(shared, "other")
+    assert first.q_proj.weight is second.q_proj.weight
+
+
+def test_what_is_followed_is_not_removed():
+    model = llama()
+    for name in ("poet", "scheduled"):
+        rankwise.adapt(model, AdaLora(rank=2, target=1) if name == "scheduled" else Lora(rank=2), name=name)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    follower = rankwise.follow(model, optimizer, steps=1)
+    for name in ("poet", "scheduled"):
+        with pytest.raises(ValueError, match=r"followed still; call finish\(\)"):
+            rankwise.remove_adapter(model, name)
+    follower.finish()
+    assert list(rankwise.adapters_of(model)) == ["poet"]
+    rankwise.remove_adapter(model, "poet")
+
+
+def test_each_trains_at_the_rate_that_it_suggests(tmp_path: Path):
+    model, (batch, *_) = llama(), ids().split(8)
+    methods = {"bat": Bat(block=8), "snella": adapters.Snella(rank=2), "lora": Lora(rank=2)}
+    for name, method in methods.items():
+        rankwise.adapt(model, method, name=name, where=attention)
+    for name, method in methods.items():
+        rankwise.use(model, name)
+        wanted = GENERAL if method.lr is None else method.lr
+        assert rankwise.finetune(model, [batch, batch], held_out=0.5, steps=1).totals["lr"] == [wanted]
+        rankwise.save(model, tmp_path / name, format="rankwise", name=name)
+        other = llama()
+        rankwise.load_adapter(other, tmp_path / name)
+        assert set(suggested_rates(other).values()) == {wanted}
+    rankwise.use(model, {"bat": 0.5, "snella": 1.0})
+    rates = rankwise.finetune(model, [batch, batch], held_out=0.5, steps=1).totals["lr"]
+    assert sorted(rates) == sorted(methods[name].lr for name in ("bat", "snella"))
+    rankwise.save(model, tmp_path / "sum", format="rankwise")
+    rankwise.load_adapter(other := llama(), tmp_path / "sum")
+    assert set(suggested_rates(other).values()) == {GENERAL}
+    rankwise.remove_adapter(model, "lora")
+    rankwise.remove_adapter(model, "snella")
+    rankwise.use(model, "bat")
+    assert set(suggested_rates(model).values()) == {methods["bat"].lr}
+
+
+@pytest.mark.parametrize("idle", [False, True])
+def test_a_schedule_that_is_not_in_use_changes_no_training(idle: bool):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 8))
+    plain = copy.deepcopy(net)
+    if idle:
+        rankwise.adapt(net, AdaLora(rank=4, target=2), name="idle")
+    rankwise.adapt(net, Lora(rank=2), name="lora")
+    data = [(x, (x[:, 0] > 0).long()) for x in torch.randn(12, 8, 16, generator=torch.Generator().manual_seed(0))]
+    report = rankwise.finetune(net, data, steps=40, lr=3.0, every=2, patience=20)  # too fast: the last is worse
+    assert report.rows[-1]["held_out"] > report.totals["held_out"]["after"]
+    assert report.totals["best_step"] < 40
+    rankwise.heal(net, plain, data=[x for x, _ in data], steps=2)
+
+
+def test_rows_do_not_train_in_the_loop_of_the_project():
+    model = both()
+    rankwise.use(model, ["poet", "coder"])
+    calls: list[object] = []
+    for train in (
+        lambda: rankwise.finetune(model, list(ids().split(2)), steps=2, notify=calls.append),
+        lambda: rankwise.heal(model, llama(), data=list(ids().split(2)), steps=2),
+    ):
+        with pytest.raises(ValueError, match=r"each row has its own adapter; choose one for all"):
+            train()
+    assert not calls
+
+
 def test_folding_takes_what_is_in_use():
     for choice in (None, "coder", {"poet": 0.5, "coder": 2.0}):
         model = both()
@@ -441,6 +540,8 @@ def test_folding_takes_what_is_in_use():
         (lambda m: rankwise.use(m, {"poet": True}), "weights by name"),
         (lambda m: rankwise.use(m, []), "no row"),
         (lambda m: rankwise.use(m, [3]), "weights by name"),
+        (lambda m: rankwise.use(m, 5), "weights by name, or None, or a sequence of these.*; got 5"),
+        (lambda m: rankwise.use(m, True), "got True"),
         (lambda m: rankwise.remove_adapter(m, "piper"), "no adapter 'piper'"),
         (lambda m: rankwise.adapt(m, Lora(rank=2), name="poet"), "'poet' already"),
         (lambda m: rankwise.adapt(m, Lora(rank=2), name=""), "name must be"),

@@ -26,6 +26,7 @@ from .core.surgery import Site, Where, base_of, replace, select
 from .core.views import EmbeddingView
 from .matrices import Base, StructuredMatrix
 from .matrices.base import TooSmallError, check_rank
+from .models.classifier import refuse_new_head
 
 
 def adapt(
@@ -53,7 +54,7 @@ def adapt(
         method: from :mod:`rankwise.adapters`.
         name: under which the adapter stands beside others around the same matrices, which may be on other layers
             and of other kinds. It is made for the model without them, and is then in use, alone: see
-            :func:`rankwise.use`.
+            :func:`rankwise.use`. A classifier whose head is new takes none, since the head must train, too.
         where: which layers; None selects all weight matrices but output heads, those that ``also`` accepts, and
             those that are too small for the method, such as a gate of one output, which the report names. For
             modules that stand behind layers None selects those that write into the streams of blocks.
@@ -90,6 +91,8 @@ def adapt(
             "layers cannot; leave 'also' out, or the name."
         )
     check_name(model, name)
+    if name is not None:
+        refuse_new_head(model)
     with used(model, None):
         report = _adapted(model, method, name, where, embeddings, data, also, labels, tokens, window, seed)
     if name is None:

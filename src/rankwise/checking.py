@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,13 @@ from .core.adapted import in_use
 from .core.extended import extended
 from .core.following import Follower
 from .core.report import Report
-from .core.surgery import base_of
+from .core.surgery import base_of, structured
+from .core.views import SliceView
 from .matrices import Scheduled, StructuredMatrix, Sum
 from .models.lines import lines_of, terms_beside
 
 UNCHANGED = 1e-12  # relative, in float64: what trained factors and their frozen copies differ by is zero
+ENOUGH = 2  # steps after which everything that trains has had a gradient: factors behind zeros get theirs late
 AT_ONCE = 2**22  # numbers of a weight that are looked at together
 
 
@@ -31,8 +33,9 @@ def check_adapters(
 
     A layer whose gradient is zero and that has not changed, one that has not changed though it has gradients, a
     parameter in none of the optimisers, numbers that are not finite, one whose gradient was zero in all steps
-    that a follower saw (two at least), and a schedule that did not act: each is named in the title and in
-    ``totals["problems"]``. That factors start at zero, so that others have no gradient at the first step, is
+    with a learning rate that a follower saw (two at least), and a schedule that did not act: each is named in the
+    title and in ``totals["problems"]``. Experts of a mixture that no token has reached are none, but stand in
+    ``totals["unreached"]``. That factors start at zero, so that others have no gradient at the first step, is
     none; that a schedule leaves nothing of a layer is none either. Changes are measured in float64, some rows of
     a weight at a time where the adapter is a term beside it. Of a module behind a layer, such as Compacter's, the
     change is that of its outputs for normal random inputs. Of adapters with names those in use are looked at.
@@ -68,10 +71,13 @@ def check_adapters(
     if isinstance(optimizers, torch.optim.Optimizer):
         optimizers = [optimizers]
     owned = None if optimizers is None else _owned(optimizers)
-    silent = set()
-    if follower is not None and follower.done >= 2:
-        silent = {id(p) for p in follower.silent.values()}
+    silent = {}
+    if follower is not None and follower.moved >= ENOUGH:
+        silent = {id(p): follower.seen.get(name, 0) for name, p in follower.silent.items()}
     rows = [_row(layer, owned, silent) for layer in layers]
+    unreached = [row["name"] for layer, row in zip(layers, rows, strict=True) if _is_unreached(layer, row)]
+    for row in rows:
+        row["problem"] = "" if row["name"] in unreached else row["problem"]
     problems = {row["name"]: row["problem"] for row in rows if row["problem"]}
     if owned is not None:
         inside = {id(p) for layer in layers for p in layer.part.parameters()}
@@ -81,8 +87,9 @@ def check_adapters(
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "steps": None if follower is None else follower.done,
         "problems": problems,
+        "unreached": unreached,
     }
-    return Report(_title(rows, problems), rows, "layers", totals)
+    return Report(_title(rows, problems, unreached), rows, "layers", totals)
 
 
 @dataclass(frozen=True)
@@ -94,21 +101,30 @@ class _Layer:
         key: of the part in the layer.
         part: what holds the trained numbers.
         change: measures how far it is from what it was, relative to that.
+        expert: whether it gets only the tokens that a mixture sends to it.
     """
 
     name: str
     key: str
     part: Any
     change: Callable[[Any], float]
+    expert: bool = False
 
 
 def _layers(model: nn.Module) -> list[_Layer]:
-    found = [_Layer(name, "matrix", matrix, _change) for name, matrix in in_use(model).items()]
+    experts = {name for name, layer in structured(model).items() if isinstance(layer.view, SliceView)}
+    found = [_Layer(name, "matrix", matrix, _change, name in experts) for name, matrix in in_use(model).items()]
     behind = [_Layer(name, "after", layer.after, _change_behind) for name, layer in extended(model).items()]
     return [*found, *behind]
 
 
-def _row(layer: _Layer, owned: set[int] | None, silent: set[int]) -> dict[str, Any]:
+def _is_unreached(layer: _Layer, row: Mapping[str, Any]) -> bool:
+    """Whether a mixture has sent no token to an expert."""
+    waits = row["gradient"] is None and row["change"] is not None and row["change"] <= UNCHANGED
+    return layer.expert and waits and row["trained"] > 0
+
+
+def _row(layer: _Layer, owned: set[int] | None, silent: Mapping[int, int]) -> dict[str, Any]:
     trained = {f"{layer.key}.{key}": p for key, p in layer.part.named_parameters() if p.requires_grad}
     gradients = [p.grad.detach().double().norm().cpu() for p in trained.values() if p.grad is not None]
     gradient = float(torch.stack(gradients).norm()) if gradients else None
@@ -120,7 +136,8 @@ def _row(layer: _Layer, owned: set[int] | None, silent: set[int]) -> dict[str, A
         found.append("nothing trains")
     if outside:
         found.append(f"in no optimiser: {', '.join(outside)}")
-    never = [key for key, p in trained.items() if id(p) in silent]
+    few = range(1, ENOUGH) if not layer.expert else range(ENOUGH)  # gradients that say nothing yet
+    never = [key for key, p in trained.items() if id(p) in silent and silent[id(p)] not in few]
     if any(part.acted for part in parts) and len(never) < len(trained):
         never = []  # a schedule may set what they are multiplied with to zero
     if never:
@@ -184,10 +201,11 @@ def _owned(optimizers: Iterable[torch.optim.Optimizer]) -> set[int]:
     return {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
 
 
-def _title(rows: Sequence[Any], problems: dict[str, str]) -> str:
+def _title(rows: Sequence[Any], problems: Mapping[str, str], unreached: Sequence[str]) -> str:
+    rest = f"; no token reached {len(unreached)} experts, such as {unreached[0]}" if unreached else ""
     if not problems:
-        return f"{len(rows)} adapted layers train"
+        return f"{len(rows) - len(unreached)} adapted layers train{rest}"
     name, problem = next(iter(problems.items()))
     more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
     bad = sum(bool(row["problem"]) for row in rows)
-    return f"{bad} of {len(rows)} adapted layers have a problem: {name}: {problem}{more}"
+    return f"{bad} of {len(rows)} adapted layers have a problem: {name}: {problem}{more}{rest}"

@@ -19,11 +19,12 @@ from .core.modes import recomputing
 from .core.rates import GENERAL, WHOLE, Cosine
 from .core.report import Report
 from .core.running import Plan, Run, in_float32
+from .core.several import check_one, scheduled
 from .core.statistics import Batch
 from .core.supervision import train_supervised
 from .following import follow
 from .guarding import Guard
-from .matrices import Base, Scheduled
+from .matrices import Base
 
 
 def finetune(
@@ -90,8 +91,8 @@ def finetune(
         :func:`rankwise.check_adapters` said, None if there are none.
 
     Raises:
-        ValueError: if an argument is wrong, nothing trains, no adapter gets a gradient or changes, there are no
-            labels, numbers are not finite, or the checkpoint is of another task or damaged.
+        ValueError: if an argument is wrong, nothing trains, no adapter gets a gradient or changes, each row has
+            its own, there are no labels, numbers are not finite, or the checkpoint is of another task or damaged.
         CalibrationError: if the data is empty.
 
     >>> import torch, rankwise
@@ -109,7 +110,9 @@ def finetune(
         raise TypeError(f"data must be token ids or batches, got {data!r}; see rankwise.models.read_examples.")
     if window < 2:
         raise ValueError(f"window must be >= 2, got {window}.")
-    if patience is not None and any(isinstance(part, Scheduled) for part in model.modules()):
+    check_one(model)
+    by_schedule = bool(scheduled(model))
+    if patience is not None and by_schedule:
         raise ValueError("an adapter with a schedule must train to its end; leave patience out.")
     batches = batches_of(data, window=window)
     train, held = (batches, [*held_out]) if isinstance(held_out, Sequence) else parted(batches, held_out, seed)
@@ -129,7 +132,6 @@ def finetune(
         clip=clip,
         autocast=autocast,
     )
-    scheduled = any(isinstance(part, Scheduled) for part in model.modules())
     with (
         _following(model, optimizer, steps) as follower,  # ends last: what it leaves is rounded already
         in_float32(list(trained.values())),
@@ -140,11 +142,11 @@ def finetune(
             model,
             trained,
             optimizer,
-            dataclasses.replace(plan, last=scheduled),
+            dataclasses.replace(plan, last=by_schedule),
             train,
             held,
             loss=loss,
-            followers={"schedules": follower} if scheduled and follower is not None else {},
+            followers={"schedules": follower} if by_schedule and follower is not None else {},
             checkpoint=checkpoint,
             notify=notify,
             looking=guard,

@@ -11,7 +11,7 @@ from .core.extended import Extended
 from .core.following import Follower, Group, finished
 from .core.methods import Schedule
 from .core.report import Report
-from .core.several import layers_with
+from .core.several import scheduled
 from .core.surgery import refuse_followed
 from .matrices import Base, Scheduled
 
@@ -95,14 +95,12 @@ def finish(model: nn.Module) -> Report:
 def _groups(model: nn.Module) -> list[Group]:
     """Collect the matrices that share a schedule, but for adapters that are not in use."""
     groups: list[tuple[Schedule, dict[str, Scheduled]]] = []
-    idle = {id(part) for several in layers_with(model).values() for part in several.idle()}
-    for name, part in model.named_modules():
-        if isinstance(part, Scheduled) and id(part) not in idle:
-            schedule = _schedule_of(name, part)
-            known = next((matrices for other, matrices in groups if other == schedule), None)
-            if known is None:
-                groups.append((schedule, known := {}))
-            known[name] = part
+    for name, part in scheduled(model).items():
+        schedule = _schedule_of(name, part)
+        known = next((matrices for other, matrices in groups if other == schedule), None)
+        if known is None:
+            groups.append((schedule, known := {}))
+        known[name] = part
     return [*groups]
 
 

@@ -5,15 +5,15 @@ import warnings
 import torch
 from torch import nn
 
-from .checking import check_adapters
+from .checking import ENOUGH, check_adapters
 from .core.following import Follower
 from .core.report import Report
-
-ENOUGH = 2  # steps after which everything that trains has had a gradient: factors behind zeros get theirs late
 
 
 class Guard:
     """Looks once, when some steps were taken, whether adapters train; see :func:`rankwise.check_adapters`.
+
+    Steps at a learning rate of zero do not count.
 
     Args:
         model: that trains.
@@ -29,7 +29,7 @@ class Guard:
         self, model: nn.Module, optimizer: torch.optim.Optimizer, follower: Follower | None, steps: int
     ) -> None:
         self.model, self.optimizer, self.follower = model, optimizer, follower
-        self.enough = min(ENOUGH, steps)
+        self.steps = steps
         self.report: Report | None = None
 
     def __call__(self) -> None:
@@ -38,10 +38,12 @@ class Guard:
         Raises:
             ValueError: if no layer trains.
         """
-        if self.report is not None or self.follower is None or self.follower.done < self.enough:
+        if self.report is not None or self.follower is None:
+            return
+        if self.follower.moved < ENOUGH and self.follower.done < self.steps:
             return
         self.report = check_adapters(self.model, self.optimizer, follower=self.follower)
-        if all(row["problem"] for row in self.report.rows):
+        if all(row["problem"] or row["name"] in self.report.totals["unreached"] for row in self.report.rows):
             raise ValueError(f"no adapter trains: {self.report.title}.")
         if self.report.totals["problems"]:
             warnings.warn(f"{self.report.title}.", RuntimeWarning, stacklevel=2)

@@ -20,9 +20,10 @@ from .core.methods import Start
 from .core.progress import track
 from .core.report import Report
 from .core.running import Plan, Run, in_float32
+from .core.several import check_one, scheduled
 from .core.statistics import Batch
 from .core.surgery import Where, base_of, replace, select, structured
-from .matrices import LowRank, PivotedLowRank, Scheduled, StructuredMatrix
+from .matrices import LowRank, PivotedLowRank, StructuredMatrix
 
 MOST_ASIDE = 4  # batches that are judged by: each look runs them all
 BETAS = (0.9, 0.95)  # of Adam: a short memory, since steps are few
@@ -62,7 +63,7 @@ def heal(
         reference: the model before compression.
         data: as in :func:`calibrate`; "self" samples from the reference.
         lr: the largest learning rate of Adam. Weights are of the order of 0.1. The default made the healed
-            rows of docs/results.md; it was chosen on other texts. Adapters take a larger one.
+            rows of docs/results.md; it was chosen on other texts.
         budget: seconds, everything but the sampling of "self" counted.
         steps: the largest number of steps. Only a run that ends by it, not by the clock, can be repeated exactly.
         also: which other parameters to train, by name, such as ``lambda name: "norm" in name``; None means none.
@@ -143,10 +144,12 @@ def heal(
 
 def _to_heal(model: nn.Module) -> dict[str, StructuredMatrix]:
     """Return the adapted matrices of a model, or, where there are none, all structured ones, each once."""
+    check_one(model)
     layers: dict[int, tuple[str, StructuredMatrix]] = {}
+    following = {id(part) for part in scheduled(model).values()}
     for name, layer in (adapted(model) or structured(model)).items():
         layers.setdefault(id(layer.matrix), (name, layer.matrix))
-        if any(isinstance(part, Scheduled) for part in layer.matrix.modules()):
+        if any(id(part) in following for part in layer.matrix.modules()):
             raise ValueError(f"layer {name} has an adapter that trains by a schedule; use rankwise.finetune.")
     if not layers:
         raise ValueError("the model has no structured matrix to heal; compress it first.")

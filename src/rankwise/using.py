@@ -6,7 +6,8 @@ from types import TracebackType
 from torch import nn
 
 from .core.several import Choice, check_known, choose, chosen, drop, named, put
-from .matrices.several import Rows, Weights
+from .core.surgery import refuse_followed
+from .matrices.several import Rows, Weights, without
 
 
 class Using:
@@ -83,16 +84,10 @@ def remove_adapter(model: nn.Module, name: str) -> None:
     What else is in use stays so; if it was this one alone, no adapter is.
 
     Raises:
-        ValueError: if there is none of this name.
+        ValueError: if there is none of this name, or a schedule acts on the model's adapters.
     """
     check_known(model, name)
+    refuse_followed(model)
     before = chosen(model)
     put(model, {path: without(choice, name) for path, choice in before.items()})
     drop(model, name)
-
-
-def without(choice: Weights | Rows, name: str) -> Weights | Rows:
-    """Return weights or rows without an adapter."""
-    if isinstance(choice, Rows):
-        return Rows([{n: w for n, w in row.items() if n != name} for row in choice.rows], choice.flat)
-    return {n: w for n, w in choice.items() if n != name}

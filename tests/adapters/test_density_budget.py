@@ -63,7 +63,9 @@ def kept(course: Course) -> list[int]:
 def course_of(schedule: DensityBudget) -> Course:
     matrices = {"a": kernel(10, 6, 1), "b": kernel(6, 5, 5)}
     parameters = [p for matrix in matrices.values() for p in matrix.parameters()]
-    return Course(schedule, matrices, torch.optim.SGD(parameters, lr=0.1), STEPS)
+    course = Course(schedule, matrices, torch.optim.SGD(parameters, lr=0.1), STEPS)
+    schedule.settle(course)
+    return course
 
 
 def test_scores_and_counts_are_those_of_the_formula():

@@ -138,6 +138,37 @@ def test_what_it_is_not_put_on_is_named(case: tuple[Path, Any, Tensor]):
         rankwise.load_adapter(two, folder / "adapter")
 
 
+@pytest.mark.parametrize("build", [language_model, bert])
+def test_adapters_with_names_are_for_heads_that_are_saved(build: Callable[[], Any], tmp_path: Path):
+    rankwise.save(build(), tmp_path / "base", worded())
+    model, tokenizer = load_classifier(tmp_path / "base", LABELS)
+    before = [name for name, _ in model.named_parameters()]
+    for where in (None, lambda name, layer: not is_head(model, name)):
+        with pytest.raises(
+            ValueError, match=r"head of this classifier is new .*\.weight.*; or train the head, save"
+        ):
+            rankwise.adapt(model, Lora(rank=2), name="mood", where=where)
+    assert [name for name, _ in model.named_parameters()] == before
+    rankwise.save(model, tmp_path / "whole", tokenizer)
+    model, _ = load_classifier(tmp_path / "whole", LABELS)
+    rankwise.adapt(model, Lora(rank=2), name="mood")
+    with torch.no_grad():
+        for i, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+            parameter.add_(0.1 * draw(*parameter.shape, seed=i).float())
+        logits = model(**inputs(tokenizer)).logits
+    rankwise.save(model, tmp_path / "adapter", format="rankwise", name="mood")
+    merged = rankwise.exporters.Merged(base=str(tmp_path / "whole"))
+    rankwise.export(tmp_path / "adapter", merged, tmp_path / "out")
+    torch.testing.assert_close(opened(tmp_path / "out"), logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_of_another_size_is_new(tmp_path: Path):
+    rankwise.save(other_head(), tmp_path / "base", worded())
+    model, _ = load_classifier(tmp_path / "base", LABELS)
+    with pytest.raises(ValueError, match=r"is new and random \(score\.weight\)"):
+        rankwise.adapt(model, Lora(rank=2), name="mood")
+
+
 def test_absorbed_it_is_a_classifier_too(tmp_path: Path):
     rankwise.save(compressed(), tmp_path / "base", worded())
     model, tokenizer = load_classifier(tmp_path / "base", LABELS)

@@ -36,7 +36,7 @@ class FactorLora(Adapter):
         rank: of each change; of a factor with a shorter side that is less, it is that.
         alpha: s = alpha / rank; None means s = 1.
 
-    Learning rate: none is published, so the general one counts.
+    Learning rate: none is published; the general one holds.
 
     References: for the tangent space, Vandereycken, "Low-rank matrix completion by Riemannian optimization",
         2013, arXiv 1209.3834. We know of no paper that trains LoRA on factors.

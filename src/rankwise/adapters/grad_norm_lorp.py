@@ -15,9 +15,11 @@ from .lora import Lora
 class GradNormLorp(Ranked):
     """Train B (m, r), A (r, n) and the lengths c (m,) in W'_i = c_i V_i / |V_i|, V = W + s B A, for the rows i.
 
-    This is the adapter of the paper's formula and of its configuration for fine-tuning with factors. What they
-    say of the optimiser is no part of it: Adam on the gradients of B and A, projected to ``rho`` directions that
-    are found anew every few hundred steps. With rho >= r, as in the published scripts, that saves nothing.
+    This is the adapter of the paper's formula and of its configuration for fine-tuning with factors. Their
+    optimiser is :func:`rankwise.optimizers.grad_norm_lorp`: Adam on the gradients of B and A, projected to some
+    directions that are found anew every few hundred steps. With r directions or more, as in the published
+    scripts, that saves nothing. :func:`rankwise.optimizers.weight_norm` trains whole weights by direction and
+    length.
 
     The norms |V_i| are constants to the gradient in the published code, which takes the layer of DoRA: it is
     then ``Lora(magnitudes=True)`` with other defaults. Weight normalisation differentiates them: with
@@ -37,7 +39,7 @@ class GradNormLorp(Ranked):
         start: from :mod:`rankwise.initialisers`.
         ranks: from :mod:`rankwise.rank_rules`; None gives all layers the same.
 
-    Learning rate: we know of none for this adapter alone, so the general one counts.
+    Learning rate: the published ones are not known to us; the general one holds.
 
     References: Huang et al., "Gradient weight-normalized low-rank projection for efficient LLM training", AAAI
         2025, arXiv 2412.19616, whose formula is known from a summary; Salimans and Kingma, "Weight

@@ -26,11 +26,12 @@ class Householder(Ranked):
     does not save its rank; here the vectors are a parameter, and the triangle is found from them.
 
     Args:
-        rank: r, even; n makes every rotation possible. 8 is the count of HRA's main tables (unverified).
+        rank: r, even; n makes every rotation possible. 8 is the count of HRA's authors for GLUE.
         ranks: from :mod:`rankwise.rank_rules`; None gives all layers the same.
 
-    Learning rate: 1e-2, that of HRA's authors for DeBERTa-v3-base on MNLI, whose vectors begin about a third as
-    long as ours; for LLaMA-2 7B they take 1e-5.
+    Learning rate: 1e-2, that of HRA's authors' script for DeBERTa-v3-base on MNLI; for LLaMA-2 7B theirs says
+    1e-5. For the former their vectors begin with numbers uniform below (2 / r)^1/2: with r = 8 they are 0.29
+    times as long as ours, and the same step turns them further.
 
     References: Yuan, Liu, Xu, "Bridging the gap between low-rank and orthogonal adaptation via Householder
         reflection adaptation" (HRA), NeurIPS 2024, arXiv 2405.17484, for the adapter; Song et al., "Householder

@@ -29,8 +29,8 @@ class Pissa(Ranked):
         dropout: share of the branch's inputs that are dropped while training.
         ranks: from :mod:`rankwise.rank_rules`; None gives all layers the same.
 
-    Learning rate: 5e-4, as :class:`Lora`; EVA's authors train PiSSA with it. Its own authors take 2e-5 for
-    LLaMA-2 7B, for LoRA too.
+    Learning rate: 5e-4, as :class:`Lora`; EVA's authors train PiSSA with it. Its own authors' scripts for
+    LLaMA-2 7B say 2e-5, for LoRA too, both of rank 128; that rate is not the default here.
 
     References: Meng, Wang, Zhang, "PiSSA: Principal singular values and singular vectors adaptation of large
         language models", NeurIPS 2024, arXiv 2404.02948.

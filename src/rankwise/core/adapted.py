@@ -34,6 +34,11 @@ def in_use(model: nn.Module) -> dict[str, StructuredMatrix]:
     return {name: matrix for name, matrix in found.items() if not isinstance(matrix, Base)}
 
 
+def rate_of(layer: StructuredLinear) -> float | None:
+    """Return the learning rate that a layer's adapter suggests, of those in use if there are several."""
+    return layer.matrix.rate if isinstance(layer.matrix, Several) else layer.lr
+
+
 def refuse_adapted(model: nn.Module) -> None:
     """Raise ValueError if a layer has an adapter."""
     for name in adapted(model):
@@ -49,7 +54,13 @@ def own_tensors(matrix: StructuredMatrix) -> dict[str, Tensor]:
 
 def suggested_rates(model: nn.Module) -> dict[int, float]:
     """Return the learning rates that adapters suggest, by the ids of their trained parameters."""
-    parts = [(layer.matrix, layer.lr) for layer in adapted(model).values()]
+    parts: list[tuple[nn.Module, float | None]] = []
+    for layer in adapted(model).values():
+        matrix = layer.matrix
+        if isinstance(matrix, Several):
+            parts += [(expression, matrix.rates[name]) for name, expression in matrix.adapters.items()]
+        else:
+            parts.append((matrix, layer.lr))
     parts += [(layer.after, layer.lr) for layer in extended(model).values()]
     return {id(p): GENERAL if lr is None else lr for part, lr in parts for p in part.parameters()}
 

@@ -9,7 +9,7 @@ from torch import nn
 from ..matrices import Scheduled, Several
 from .methods import Course, Schedule, State
 from .report import Report
-from .several import take_off
+from .several import forget, take_off
 from .surgery import base_of, restack, set_module, structured
 
 Group = tuple[Schedule, Mapping[str, Scheduled]]
@@ -19,7 +19,9 @@ class Follower:
     """Lets the schedules of a model act around each step of an optimiser; made by :func:`rankwise.follow`.
 
     It hangs on the optimiser. Gradients that are summed over several batches count as one step, and steps that a
-    ``GradScaler`` skips do not count. ``done`` says how many steps it has seen.
+    ``GradScaler`` skips do not count. ``done`` says how many steps it has seen, ``moved`` how many of them had a
+    learning rate above zero, and ``silent`` which parameters had no other gradient than zero in those, and
+    ``seen`` in how many they had one.
 
     Args:
         model: holds the matrices.
@@ -32,7 +34,8 @@ class Follower:
         self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, groups: Sequence[Group]
     ) -> None:
         self.model, self.optimizer, self.groups = model, optimizer, list(groups)
-        self.steps, self.done, self._skips = steps, 0, False
+        self.steps, self.done, self.moved, self._skips = steps, 0, 0, False
+        self.seen: dict[str, int] = {}
         self.silent = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.courses: list[Course] = []
         for schedule, matrices in groups:
@@ -63,7 +66,8 @@ class Follower:
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values; with the model's and the optimiser's, enough to go on exactly."""
         states = [_copied(course.state) for course in self.courses]
-        return {**self._about(), "done": self.done, "silent": list(self.silent), "states": states}
+        counts = {"done": self.done, "moved": self.moved, "silent": {n: self.seen.get(n, 0) for n in self.silent}}
+        return {**self._about(), **counts, "states": states}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there; load the model's and the optimiser's state first.
@@ -76,6 +80,7 @@ class Follower:
             key = wrong[0]
             raise ValueError(f"the state has other {key}: {state.get(key)}, not {self._about()[key]}.")
         self.done = state["done"]
+        self.moved, self.seen = state["moved"], dict(state["silent"])
         self.silent = {name: p for name, p in self.silent.items() if name in state["silent"]}
         for course, saved in zip(self.courses, state["states"], strict=True):
             course.state = _copied(saved, {name: each.device for name, each in course.matrices.items()})
@@ -111,11 +116,18 @@ class Follower:
             raise ValueError(
                 "gradients are still scaled: call scaler.unscale_(optimizer) before scaler.step(optimizer)."
             )
-        heard = [name for name, p in self.silent.items() if p.grad is not None and bool(p.grad.any())]
-        for name in heard:
-            del self.silent[name]
+        self._hear(any(group.get("lr", 1.0) > 0 for group in optimizer.param_groups))
         for course in self.courses:
             course.schedule.before(course)
+
+    def _hear(self, moves: bool) -> None:
+        """Note which parameters have a gradient in a step, and whether it moves any."""
+        self.moved += moves
+        for name, p in list(self.silent.items()):
+            if p.grad is not None and bool(p.grad.any()):
+                del self.silent[name]
+            elif p.grad is not None and moves:
+                self.seen[name] = self.seen.get(name, 0) + 1
 
     def _after(self, optimizer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if self._skips:
@@ -131,32 +143,41 @@ class Follower:
 
 def finished(model: nn.Module, groups: Sequence[Group]) -> Report:
     """Leave of each matrix what its schedule leaves, in place; see :func:`rankwise.finish`."""
-    rows = []
-    plain: dict[int, nn.Module] = {}
+    rows, empty = [], []
     for schedule, matrices in groups:
         for name, each in matrices.items():
             rest = schedule.finished(each.matrix)
             rows.append({"name": name, "before": each.rank, "rank": 0 if rest is None else rest.rank})
             if rest is None:
-                _take_off(model, each, plain)
+                empty.append(each)
             else:
                 set_module(model, name, rest.train(each.training))
+    plain: dict[int, nn.Module] = {}
+    for each in empty:  # at last, since other names may change by it
+        _take_off(model, each, plain)
     restack(model)
     return Report(f"{len(rows)} matrices are finished", rows, "matrices", {"rank": sum(r["rank"] for r in rows)})
 
 
 def _take_off(model: nn.Module, each: Scheduled, plain: dict[int, nn.Module]) -> None:
     """Take the adapter that a matrix is part of off the layers that hold it."""
-    for path, layer in list(structured(model).items()):
-        if all(part is not each for part in layer.matrix.modules()):
-            continue
-        base = base_of(layer.matrix)
-        assert base is not None
-        if isinstance(layer.matrix, Several):
-            known = layer.matrix.adapters.items()
-            layer.matrix.remove(next(n for n, e in known if any(part is each for part in e.modules())))
+    held = {path: layer.matrix for path, layer in structured(model).items() if _holds(layer.matrix, each)}
+    names = {
+        id(matrix): next(name for name, expression in matrix.adapters.items() if _holds(expression, each))
+        for matrix in held.values()
+        if isinstance(matrix, Several)
+    }
+    for path, matrix in held.items():
+        if isinstance(matrix, Several):
+            forget(model, path, names[id(matrix)], plain)
         else:
+            base = base_of(matrix)
+            assert base is not None
             take_off(model, path, base, plain)
+
+
+def _holds(matrix: nn.Module, each: Scheduled) -> bool:
+    return any(part is each for part in matrix.modules())
 
 
 def _copied(state: State, devices: Mapping[str, torch.device] | None = None) -> State:

@@ -51,9 +51,11 @@ class Adapter(abc.ABC):
         return None
 
     def with_rank(self, rank: int) -> "Adapter":
-        """The same adapter with another rank."""
+        """The same with another rank; where alpha is divided by it, alpha grows as much."""
         method: Any = self
-        return dataclasses.replace(method, rank=rank)
+        alpha = getattr(method, "alpha", None)
+        scaled = {} if alpha is None else {"alpha": alpha * rank / method.rank}
+        return dataclasses.replace(method, rank=rank, **scaled)
 
     @abc.abstractmethod
     def attach(self, base: Base, stats: Stats, generator: Generator) -> StructuredMatrix:
@@ -82,13 +84,6 @@ class Ranked(Adapter):
             raise TypeError(f"ranks must be an object from rankwise.rank_rules, got {self.ranks!r}.")
         if getattr(self, "rank", None) is None:
             raise ValueError("ranks spreads the ranks of layers, whose average is rank; give it.")
-
-    def with_rank(self, rank: int) -> Adapter:
-        """The same with another rank; where alpha is divided by it, alpha grows as much."""
-        method: Any = self
-        alpha = getattr(method, "alpha", None)
-        scaled = {} if alpha is None else {"alpha": alpha * rank / method.rank}
-        return dataclasses.replace(method, rank=rank, **scaled)
 
 
 class BlockAdapter(abc.ABC):

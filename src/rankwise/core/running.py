@@ -121,6 +121,7 @@ class Run:
         buffers: names of other tensors of the model's state that change with the parameters.
         followers: what else goes into a checkpoint, by name.
         identity: names the task; a checkpoint of another one is refused.
+        describe: says of the model, as JSON, what is in no tensor and may change while it trains.
         file: where the checkpoint is kept, or None.
         looking: is called before each look at what judges.
         started: ``time.perf_counter()`` when the budget began to run.
@@ -143,6 +144,7 @@ class Run:
         buffers: Sequence[str] = (),
         followers: Mapping[str, Follower] | None = None,
         identity: str = "",
+        describe: Callable[[], str] = str,
         file: Path | None = None,
         looking: Callable[[], None] | None = None,
         started: float | None = None,
@@ -152,8 +154,8 @@ class Run:
         self.looking = looking
         self.model, self.trained, self.optimizer, self.plan = model, dict(trained), optimizer, plan
         self.mode, self.word, self.identity, self.file = mode, word, identity, file
-        self.buffers = tuple(buffers)
-        self.stateful: dict[str, Any] = {"optimizer": optimizer, **(followers or {})}
+        self.describe, self.buffers, self.followers = describe, tuple(buffers), dict(followers or {})
+        self.stateful: dict[str, Any] = {"optimizer": optimizer, **self.followers}
         self.started = time.perf_counter() if started is None else started
         self.generator = Generator().manual_seed(plan.seed)
         self.progress = Progress()
@@ -164,8 +166,8 @@ class Run:
         self.held: Sequence[Piece] = ()
         self.stepping = stepping or Whole(optimizer, plan.clip)
         self.observe = observe or (lambda step, figures: None)
-        self.best = self._copy() if plan.spare else {}
-        self.start = digest_of(self._tensors())
+        self._keep()
+        self.start, self.first = digest_of(self._tensors()), self.described
         self._restore()
 
     def run(self, train: Sequence[Piece], held: Sequence[Piece]) -> str:
@@ -197,6 +199,8 @@ class Run:
                 group["lr"] = rate
             if self.plan.spare:
                 self._put(self.best)
+                for name, each in self.followers.items():  # what they set belongs to the numbers
+                    each.load_state_dict(self.states[name])
 
     def summary(self) -> dict[str, Any]:
         """Return what a report says of a run that is over."""
@@ -293,8 +297,13 @@ class Run:
         p.stale = 0 if held < p.best else p.stale + 1
         if held < p.best or ((self.plan.last or not self.plan.spare) and held < float("inf")):
             p.best, p.best_step = held, p.step
-            self.best = self._copy() if self.plan.spare else {}
+            self._keep()
         self.observe(p.step, {"held_out": held})
+
+    def _keep(self) -> None:
+        """Remember the model as it is: it is the best one so far."""
+        self.best, self.described = self._copy() if self.plan.spare else {}, self.describe()
+        self.states = {name: each.state_dict() for name, each in self.followers.items()}
 
     @contextmanager
     def _randomness(self) -> Iterator[None]:
@@ -329,11 +338,14 @@ class Run:
         tree = {
             "identity": self.identity,
             "start": self.start,
+            "first": self.first,
             "progress": {**vars(self.progress), "seconds": self._seconds()},
             "generator": self.generator.get_state(),
             "random": {"cpu": torch.get_rng_state(), **cuda},
             "trained": self._tensors(),
             "best": self.best,
+            "described": self.described,
+            "states": self.states,
             "stateful": {name: each.state_dict() for name, each in self.stateful.items()},
         }
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -344,14 +356,16 @@ class Run:
         if self.file is None or not self.file.exists():
             return
         tree = load_tree(self.file)
-        known = self.start in (tree["start"], digest_of(tree["best"] or tree["trained"]))
-        if tree["identity"] != self.identity or not known:
-            others = _differences(tree["identity"], self.identity)
+        held = digest_of(tree["best"] or tree["trained"])
+        known = ((tree["start"], tree.get("first")), (held, tree.get("described")))
+        if tree["identity"] != self.identity or (self.start, self.first) not in known:
+            others = _differences((tree["identity"], tree.get("first")), (self.identity, self.first))
             raise ValueError(
                 f"{self.file} is about another model, reference, data or setting{others}; "
                 "give another folder, or remove it to start anew."
             )
-        self.start = tree["start"]
+        self.start, self.first = tree["start"], tree["first"]
+        self.described, self.states = tree["described"], tree["states"]
         self.progress = Progress(**tree["progress"])
         self.generator.set_state(tree["generator"])
         self.random = tree["random"]
@@ -361,10 +375,12 @@ class Run:
             each.load_state_dict(tree["stateful"][name])
 
 
-def _differences(one: str, other: str) -> str:
-    """Name the parts in which two identities differ, if they have parts."""
+def _differences(one: Sequence[str | None], other: Sequence[str | None]) -> str:
+    """Name the parts in which two identities and descriptions differ, if they have parts."""
     try:
-        parts, others = json.loads(one), json.loads(other)
+        parts, others = (
+            {k: v for text in texts if text for k, v in json.loads(text).items()} for texts in (one, other)
+        )
     except ValueError:
         return ""
     names = sorted(name for name in parts.keys() | others.keys() if parts.get(name) != others.get(name))

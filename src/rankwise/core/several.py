@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
-from ..matrices import Base, Dense, Several, StructuredMatrix
+from ..matrices import Base, Dense, Scheduled, Several, StructuredMatrix
 from ..matrices.several import Rows, Weights, is_weights
 from .extended import refuse_extended
 from .surgery import Site, StructuredLinear, base_of, replace, restack, set_module, structured
@@ -13,12 +13,26 @@ from .views import SliceView
 
 Chosen = str | Weights | None
 Choice = Chosen | Sequence[Chosen]
+CHOICES = "an adapter is chosen by its name, by weights by name, or None"
 
 
 def layers_with(model: nn.Module) -> dict[str, Several]:
     """Return the layers that adapters with names can stand in, by name."""
     found = structured(model).items()
     return {name: layer.matrix for name, layer in found if isinstance(layer.matrix, Several)}
+
+
+def scheduled(model: nn.Module) -> dict[str, Scheduled]:
+    """Return the matrices that train by a schedule, by name, but for those of adapters that are not in use."""
+    idle = {id(part) for several in layers_with(model).values() for part in several.idle()}
+    found = model.named_modules()
+    return {name: part for name, part in found if isinstance(part, Scheduled) and id(part) not in idle}
+
+
+def check_one(model: nn.Module) -> None:
+    """Raise ValueError if each row of a batch has its own adapter."""
+    for several in layers_with(model).values():
+        several.check_one()
 
 
 def named(model: nn.Module) -> dict[str, list[str]]:
@@ -48,25 +62,33 @@ def check_name(model: nn.Module, name: str | None) -> None:
 
 
 def join(model: nn.Module, site: Site, name: str, expression: StructuredMatrix, lr: float | None) -> None:
-    """Put an adapter of a site's base under a name, not in use yet; the last one suggests a learning rate."""
+    """Put an adapter of a site's base under a name, not in use yet; ``lr`` is the rate that it suggests."""
     layer = site.layer
     if isinstance(layer, StructuredLinear) and isinstance(layer.matrix, Several):
-        layer.matrix.add(name, expression)
-        layer.lr = lr
+        layer.matrix.add(name, expression, lr)
     else:
         base = next(part for part in expression.modules() if isinstance(part, Base))
-        replace(model, site, Several(Base(base.matrix), {name: expression}), lr=lr)
+        several = Several(Base(base.matrix), {})
+        several.add(name, expression, lr)
+        replace(model, site, several)
 
 
 def drop(model: nn.Module, name: str) -> None:
     """Take an adapter away that is not in use; a layer that has no other is what it was."""
     plain: dict[int, nn.Module] = {}
-    for path, several in layers_with(model).items():
-        if name in several.names:
-            several.remove(name)
-        if not several.names:
-            take_off(model, path, several.base, plain)
+    for path in layers_with(model):
+        forget(model, path, name, plain)
     restack(model)
+
+
+def forget(model: nn.Module, path: str, name: str, plain: dict[int, nn.Module]) -> None:
+    """Take an adapter off a layer, which is what it was if it has no other; ``plain`` as in :func:`take_off`."""
+    several = model.get_submodule(path).get_submodule("matrix")
+    assert isinstance(several, Several)
+    if name in several.names:  # layers may share it
+        several.remove(name)
+    if not several.names:
+        take_off(model, path, several.base, plain)
 
 
 def take_off(model: nn.Module, path: str, base: Base, plain: dict[int, nn.Module]) -> None:
@@ -89,6 +111,8 @@ def choose(model: nn.Module, choice: Choice) -> None:
     if choice is None or isinstance(choice, (str, Mapping)):
         put(model, dict.fromkeys(found, _weights(choice, known)))
         return
+    if not isinstance(choice, Sequence):
+        raise ValueError(f"{CHOICES}, or a sequence of these, one for each row; got {choice!r}.")
     rows = [_weights(each, known) for each in choice]
     if not rows:
         raise ValueError("there is no row: give a name, weights or None for each row of the batch.")
@@ -136,7 +160,7 @@ def _weights(choice: Chosen, known: Mapping[str, object]) -> Weights:
         return {}
     weights = {choice: 1.0} if isinstance(choice, str) else choice
     if not is_weights(weights):
-        raise ValueError(f"an adapter is chosen by its name, by weights by name, or None; got {choice!r}.")
+        raise ValueError(f"{CHOICES}; got {choice!r}.")
     for name in weights:
         _check(name, known)
     return {name: float(weight) for name, weight in weights.items() if weight}

@@ -55,6 +55,13 @@ class Rows:
             )
 
 
+def without(choice: Weights | Rows, name: str) -> Weights | Rows:
+    """Return weights or rows without an adapter."""
+    if isinstance(choice, Rows):
+        return Rows([{n: w for n, w in row.items() if n != name} for row in choice.rows], choice.flat)
+    return {n: w for n, w in choice.items() if n != name}
+
+
 class Several(StructuredMatrix):
     """One matrix with several adapters, as the ones in use leave it.
 
@@ -84,6 +91,7 @@ class Several(StructuredMatrix):
             raise TypeError(f"Several takes a Base, got {type(base).__name__}.")
         self.base, self.shape, self.members = base, base.shape, nn.ModuleList()
         self.names: list[str] = []
+        self.rates: dict[str, float | None] = {}  # the learning rates that they suggest
         self.choice: Weights | Rows = {}
         self._trained: dict[str, set[str]] = {}  # of each adapter not in use, what trains when it is
         for name, expression in adapters.items():
@@ -92,8 +100,8 @@ class Several(StructuredMatrix):
         self.register_state_dict_post_hook(_only_once)
         self.register_load_state_dict_pre_hook(_everywhere)
 
-    def add(self, name: str, expression: StructuredMatrix) -> None:
-        """Take up another adapter, which is not in use yet."""
+    def add(self, name: str, expression: StructuredMatrix, rate: float | None = None) -> None:
+        """Take up another adapter, which is not in use yet; ``rate`` is the learning rate that it suggests."""
         if not isinstance(name, str) or not name or name in self.names:
             raise ValueError(f"the name of an adapter is a word that no other one has, got {name!r}.")
         if not isinstance(expression, StructuredMatrix):
@@ -103,13 +111,14 @@ class Several(StructuredMatrix):
         put_base(expression, self.base.matrix)
         self.names.append(name)
         self.members.append(expression)
-        self._trained[name] = _training(expression)
+        self.rates[name], self._trained[name] = rate, _training(expression)
         expression.requires_grad_(False).train(self.training)
 
     def remove(self, name: str) -> None:
-        """Forget an adapter that is not in use."""
+        """Forget an adapter, in what is in use, too."""
         i = self.names.index(name)
-        del self.names[i], self.members[i], self._trained[name]
+        del self.names[i], self.members[i], self.rates[name], self._trained[name]
+        self.choice = without(self.choice, name) if self.used else {}
 
     @property
     def adapters(self) -> dict[str, StructuredMatrix]:
@@ -142,6 +151,12 @@ class Several(StructuredMatrix):
         for name, expression in self.adapters.items():
             for key, parameter in expression.named_parameters():
                 parameter.requires_grad_(name in used and key in self._trained[name])
+
+    @property
+    def rate(self) -> float | None:
+        """The learning rate that all in use suggest, or None."""
+        rates = {self.rates[name] for name in self.used}
+        return rates.pop() if len(rates) == 1 else None
 
     def check_one(self) -> Weights:
         """Return the weights of all rows, or raise ValueError if each row has its own."""

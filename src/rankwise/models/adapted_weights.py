@@ -11,7 +11,7 @@ from ..core.surgery import Site, StructuredLinear
 from ..core.views import SliceView
 from ..matrices import Dense, StructuredMatrix
 from .adapter_folder import AdapterFolder, head_of, sites_of
-from .classifier import NO_HEAD, classifier_of
+from .classifier import NO_HEAD, load_classifier, new_head
 from .classifier_weights import ClassifierWeights
 from .folded import Folded, file_names
 from .lines import lines_of, lines_of_change, takes_any_type
@@ -225,15 +225,12 @@ def adapted_model(base: str | Path, adapter: AdapterFolder, dtype: torch.dtype |
     Raises:
         ValueError: if they do not belong together, or a classifier's head has no values.
     """
-    new: frozenset[str] = frozenset()
-    if adapter.labels:
-        model, tokenizer, new = classifier_of(base, adapter.labels, dtype=dtype)
-    else:
-        model, tokenizer = load(base, dtype=dtype)
+    labels = adapter.labels
+    model, tokenizer = load_classifier(base, labels, dtype=dtype) if labels else load(base, dtype=dtype)
     adaptation = adapter.adaptation(model)
     adaptation.check(adapter.title)
     replaced = {id(parameter) for parameter, _ in adaptation.whole}
-    for name in sorted(new):
+    for name in sorted(new_head(model)):
         if id(model.get_parameter(name)) not in replaced:
             raise ValueError(NO_HEAD.format(name=name, folder=base))
     adaptation.apply(model, adapter.title)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..core.adapted import in_use, own_tensors, whole_parameters
+from ..core.adapted import in_use, own_tensors, rate_of, whole_parameters
 from ..core.bottleneck import Bottleneck
 from ..core.extended import Extended, extended, name_without
 from ..core.files import write_text
@@ -44,7 +44,7 @@ def write_adapter(model: nn.Module, folder: Path) -> None:
         spec = _mapped(matrix.spec(), _without_matrix)
         usual = own_tensors(_empty(spec, base.matrix.spec()))
         file.add(f"{plain(names[0])}.matrix", own_tensors(matrix), usual)
-        about = {"base": _about(base.matrix), "lr": structured(model)[names[0]].lr}
+        about = {"base": _about(base.matrix), "lr": rate_of(structured(model)[names[0]])}
         layers.append({"names": [plain(name) for name in names], "spec": spec, **about})
     for names, module, matrix in _behind(model):
         if not isinstance(module, tuple(MODULES.values())):

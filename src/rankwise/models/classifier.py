@@ -17,6 +17,7 @@ NO_HEAD = (
     "{name} is of a new head, which neither {folder} nor the adapter has values of; train it with the adapter "
     "(also=lambda name: ...), or save the classifier before it is adapted and give that folder as the base."
 )
+NEW = "rankwise_new_head"  # of a model in memory: the names of what was drawn at random
 
 
 def load_classifier(
@@ -35,14 +36,6 @@ def load_classifier(
     Raises:
         ValueError: if there is no such model, it has no tokenizer, or no classifier can be made of it.
     """
-    model, tokenizer, _ = classifier_of(source, labels, dtype=dtype, seed=seed)
-    return model, tokenizer
-
-
-def classifier_of(
-    source: str | Path, labels: Sequence[str], *, dtype: torch.dtype | None = None, seed: int = 0
-) -> tuple[Any, Any, frozenset[str]]:
-    """Do what :func:`load_classifier` does, and also return the names of the parameters that were drawn."""
     from transformers import AutoModelForSequenceClassification
 
     folder = find(source)
@@ -70,7 +63,24 @@ def classifier_of(
     inside = [name for name in found["missing_keys"] if not is_head(model, name)]
     if inside:
         raise ValueError(f"{sorted(inside)[0]} is not in the checkpoint, as {len(inside)} tensors in all.")
-    return model.eval(), tokenizer, frozenset(drawn)
+    setattr(model, NEW, frozenset(drawn))
+    return model.eval(), tokenizer
+
+
+def new_head(model: nn.Module) -> frozenset[str]:
+    """Return the names of the parameters that :func:`load_classifier` drew; no checkpoint has them."""
+    return vars(model).get(NEW, frozenset())
+
+
+def refuse_new_head(model: nn.Module) -> None:
+    """Raise ValueError if :func:`load_classifier` drew a head for a model."""
+    names = sorted(new_head(model))
+    if names:
+        raise ValueError(
+            f"the head of this classifier is new and random ({', '.join(names)}): it must train whole and be "
+            "saved with what trains, which an adapter with a name cannot do. Leave the name out and have 'also' "
+            "accept the head; or train the head, save the model, and load that."
+        )
 
 
 def classifier_config(folder: Path, labels: Sequence[str]) -> tuple[Any, Any]:

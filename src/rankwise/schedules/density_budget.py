@@ -64,7 +64,6 @@ class DensityBudget(DensitySettings, FallingBudget):
             for name, kernel in _kernels(course).items():
                 points = (("outputs", kernel.outputs), ("inputs", kernel.inputs))
                 state = course.state.setdefault(name, {})
-                state.setdefault("first", torch.tensor(kernel.kept))
                 self.observe(points, state)
 
     def after(self, course: Course) -> None:
@@ -77,14 +76,14 @@ class DensityBudget(DensitySettings, FallingBudget):
         budget = self.budget(course.done, course.steps, first, last)
         scores = [_score(name, course.state[name]) for name in sizes]
         for name, count in zip(sizes, shared(budget, scores, list(sizes.values())), strict=True):
-            course.state[name]["kept"] = torch.tensor(count)
+            course.state[name]["density"] = _number(count / sizes[name])
 
     def settle(self, course: Course) -> None:
-        """Let as many entries change as were chosen."""
+        """Let as many entries change as were chosen; at first, as many as there are."""
         for name, kernel in _kernels(course).items():
-            kept = course.state.get(name, {}).get("kept")
-            if kept is not None:
-                kernel.density = int(kept) / (kernel.shape[0] * kernel.shape[1])
+            state = course.state.setdefault(name, {})
+            state.setdefault("first", torch.tensor(kernel.kept))
+            kernel.density = float(state.setdefault("density", _number(kernel.density)))
 
 
 def trained_kernel(matrix: StructuredMatrix) -> Kernelled:
@@ -101,6 +100,10 @@ def trained_kernel(matrix: StructuredMatrix) -> Kernelled:
 
 def _kernels(course: Course) -> Mapping[str, Kernelled]:
     return {name: trained_kernel(matrix) for name, matrix in course.matrices.items()}
+
+
+def _number(density: float) -> Tensor:
+    return torch.tensor(density, dtype=torch.float64)  # as exactly as it stands in a spec
 
 
 def _score(name: str, state: Mapping[str, Tensor]) -> float:
