@@ -68,8 +68,8 @@ def refuse_new_head(model: nn.Module) -> None:
     if names:
         raise ValueError(
             f"the head of this classifier is new and random ({', '.join(names)}): it must train whole and be "
-            "saved with what trains, which an adapter with a name cannot do. Leave the name out and have 'also' accept "
-            "the head; or train the head, save the model, and load that."
+            "saved with what trains, which an adapter with a name cannot do. Leave the name out and have 'also' "
+            "accept the head; or train the head, save the model, and load that."
         )
 
 
