@@ -439,6 +439,46 @@ def heal_adapter() -> list[str]:
     return [*_head("Healing by an adapter that goes into the factors", found), *table(head, cells)]
 
 
+def optimizer_speed() -> list[str]:
+    """What a projected optimiser costs."""
+    found = load("optimizer_speed")
+    if found is None:
+        return []
+    lines = _head("Projected optimisers: refreshes and steps beside galore-torch", found)
+    rows = [row for row in found["rows"] if row["part"] == "refresh"]
+    cells = [
+        [r["optimizer"], f"{r['power']:g}", f"{r['seconds']:.3f}", f"{r['ratio']:.3f}", f"{r['of_svd']:.4f}"]
+        for r in rows
+    ]
+    lines += [
+        f"One refresh of a basis of rank {rows[0]['rank']} for {rows[0]['m']} x {rows[0]['n']}, of gradients that "
+        "drift and whose singular values fall as this power of their number; the energy held is divided by what "
+        "the SVD holds.",
+        "",
+        *table(["basis", "power", "seconds", "seconds / galore-torch", "energy / SVD"], cells),
+        "Steps between refreshes, and over refreshes on the layers of a small Llama; the first step, which finds "
+        "all bases, apart.",
+        "",
+    ]
+    rows = [row for row in found["rows"] if row["part"] in ("step", "stalls")]
+    keys = ("first", "median", "ratio", "max_over_median")
+    cells = [
+        [r["part"], r["optimizer"], str(r["matrices"]), str(r["steps"]), *(f"{r[key]:.2f}" for key in keys)]
+        for r in rows
+    ]
+    head = [
+        "",
+        "optimiser",
+        "matrices",
+        "steps",
+        "first (s)",
+        "median (s)",
+        "median / galore-torch",
+        "max / median",
+    ]
+    return lines + table(head, cells)
+
+
 def _head(title: str, found: dict) -> list[str]:
     about = found["environment"]
     made = f"torch {about['torch']}, {about['threads']} threads, commit {about['commit']}"
@@ -449,7 +489,7 @@ def page() -> str:
     """Return the whole page."""
     lines = ["# Results", "", "Generated from `benchmarks/results/*.json` by `python docs/results.py`.", ""]
     parts = (quality, narrow, low_bit, damping, prediction, speed, cost, streaming)
-    parts += (adapter_quality, adapter_cost, heal_adapter, merge_memory, state_bytes)
+    parts += (optimizer_speed, adapter_quality, adapter_cost, heal_adapter, merge_memory, state_bytes)
     return "\n".join([*lines, *(line for part in parts for line in part())]).rstrip() + "\n"
 
 
