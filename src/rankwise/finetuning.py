@@ -53,7 +53,8 @@ def finetune(
     Some data judges the model. What was best there remains, which is the start where nothing was better; that
     holds after an interrupt or an error, too. Of adapters that change by a schedule the last numbers remain.
     Dropout is on while training; frozen batch normalisations keep their statistics. At the first look after two
-    steps at a rate above zero :func:`rankwise.check_adapters` says whether each adapter trains; what does not is warned of.
+    steps at a rate above zero :func:`rankwise.check_adapters` says whether each adapter trains; what does not is
+    warned of.
 
     Args:
         model: any module.
