@@ -451,9 +451,9 @@ def optimizer_speed() -> list[str]:
         for r in rows
     ]
     lines += [
-        f"One refresh of a basis of rank {rows[0]['rank']} for {rows[0]['m']} x {rows[0]['n']}, of gradients that "
-        "drift and whose singular values fall as this power of their number; the energy held is divided by what "
-        "the SVD holds.",
+        f"One refresh of a basis of rank {rows[0]['rank']} for {rows[0]['m']} x {rows[0]['n']}, of gradients "
+        "that drift and whose singular values fall as this power of their number; the energy held is divided by "
+        "what the SVD holds.",
         "",
         *table(["basis", "power", "seconds", "seconds / galore-torch", "energy / SVD"], cells),
         "Steps between refreshes, and over refreshes on the layers of a small Llama; the first step, which finds "

@@ -178,8 +178,8 @@ def test_wrong_words_are_named(text: Path, words: list[object], expected: list[s
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
-        ("lama:hidden=32", "'lama' is no family"),
-        ("llama:hiden=32", "did you mean hidden"),
+        ("alpaca:hidden=32", "'alpaca' is no family"),
+        ("llama:hiddens=32", "did you mean hidden"),
         ("llama:hidden", "family:field=value"),
         ("llama:hidden=33,heads=4", "33"),
         ("nothing.json", "nothing.json does not exist"),
