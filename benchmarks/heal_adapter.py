@@ -26,6 +26,8 @@ from rankwise.compressors import KroneckerFactoredSvd
 from rankwise.training import portions
 
 METHOD = KroneckerFactoredSvd()
+ADAPTERS = {"adapter on the factors": FactorLora, "adapter beside the matrices": Lora}
+WAYS = ("stored numbers", *ADAPTERS)
 
 
 def tiny(options: argparse.Namespace) -> Any:
@@ -102,12 +104,13 @@ class Healing:
         start = self.compressed()
         if not rows.has(way="compressed"):
             self.score(start, "compressed", keep=self.options.keep, params=start.num_parameters())
-        if not rows.has(way="stored numbers"):
-            model = copy.deepcopy(start)
-            healing = self.healed(model, self.options.lr)
-            self.score(model, "stored numbers", healing=healing, params=model.num_parameters())
-        self.by_adapter("adapter on the factors", start, FactorLora(rank=self.options.rank))
-        self.by_adapter("adapter beside the matrices", start, Lora(rank=self.options.rank))
+        for way in self.options.way or WAYS:
+            if way in ADAPTERS:
+                self.by_adapter(way, start, ADAPTERS[way](rank=self.options.rank))
+            elif not rows.has(way=way):
+                model = copy.deepcopy(start)
+                healing = self.healed(model, self.options.lr)
+                self.score(model, way, healing=healing, params=model.num_parameters())
 
 
 def main() -> None:
@@ -119,6 +122,7 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.8)
     parser.add_argument("--tokens", type=int, default=24576, help="of the calibration")
     parser.add_argument("--eval-tokens", type=int, default=16384, help="of each text")
+    parser.add_argument("--way", action="append", choices=WAYS, help="of healing; default: all")
     parser.add_argument("--seconds", type=float, default=600.0, help="of each healing")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--lr", type=float, default=5e-5, help="for stored numbers")
