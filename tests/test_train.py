@@ -187,3 +187,26 @@ def test_wrong_arguments():
     rankwise.adapt(model, rankwise.adapters.Lora(rank=2))
     with pytest.raises(ValueError, match="train the adapter with finetune"):
         rankwise.train(model, counting(), plain)
+
+
+def test_weights_that_train_as_integers_go_on_bit_by_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def run(checkpoint: Path | None) -> Any:
+        model = tiny()
+        rankwise.train_as_integers(model)
+        groups = parameter_groups(model, galore(rank=4, every=4), lr=0.05, other_lr=0.01)
+        optimizer = Optimizer(groups, lr=0.05, write=rankwise.IntegerWeights(model))
+        rankwise.train(model, counting(), optimizer, window=32, steps=12, every=4, checkpoint=checkpoint)
+        return model
+
+    whole, original, looks = run(None), Run._save, itertools.count(1)
+
+    def stopping(self: Run) -> None:
+        original(self)
+        if next(looks) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "_save", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    monkeypatch.setattr(Run, "_save", original)
+    assert same(run(tmp_path), whole)

@@ -17,6 +17,7 @@ All bounds are computed in float64. What a network computes in a shorter type is
 leave out.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -67,8 +68,10 @@ def lipschitz_bound(model: nn.Module, *, radius: float = math.inf) -> Report:
     """
     if not radius > 0:
         raise ValueError(f"radius must be > 0, got {radius}.")
-    if model.training:
-        raise ValueError("the model is in training mode, in which dropout and others differ; call model.eval().")
+    if any(module.training for module in model.modules()):
+        raise ValueError(
+            "the model, or a part of it, is in training mode, in which dropout differs; call model.eval()."
+        )
     rows: list[dict[str, Any]] = []
 
     def walk(module: nn.Module, name: str, size: float) -> Reach:
@@ -93,7 +96,7 @@ def lipschitz_bound(model: nn.Module, *, radius: float = math.inf) -> Report:
 
 def _sequential(module: Any, name: str, size: float, walk: Walk) -> Reach:
     slope = 1.0
-    for key, part in module.named_children():
+    for key, part in module._modules.items():  # named_children leaves out what stands there twice
         each, size = walk(part, f"{name}.{key}".lstrip("."), size)
         slope *= each
     return slope, size
@@ -107,7 +110,7 @@ def _linear(module: Any, name: str, size: float, walk: Walk) -> Reach:
 def _structured(module: Any, name: str, size: float, walk: Walk) -> Reach:
     if type(module.view) is not LinearView:
         raise ValueError(f"{name} is not seen as a linear layer of rows ({type(module.view).__name__}).")
-    norm = _norm(module.matrix.dense(), name)
+    norm = _norm(copy.deepcopy(module.matrix).double().dense(), name)
     return norm, _times(norm, size) + _shift(module.bias)
 
 

@@ -16,6 +16,7 @@ from .core.memory import gradient_bytes, held_bytes
 from .core.modes import recomputing
 from .core.report import Report
 from .core.transforms import Transform, state_bytes
+from .models.causal import check_causal
 from .models.fresh import causal_attention, fresh, read_config
 from .optimizers import adafactor, adam, frugal, galore, muon
 from .pretraining import parameter_groups
@@ -97,6 +98,7 @@ def plan(
     config = _config(model)
     with without_numbers():
         network = fresh(config, dtype=dtype, attention=causal_attention()).train()
+        check_causal(network, window, "only such models are planned")
         ways = [_Way.of(network, window, autocast, *each) for each in product((False, True), repeat=2)]
         weights = held_bytes(network)
         params = sum(p.numel() for p in network.parameters())

@@ -1,5 +1,6 @@
 """Checkpoints are written one tensor at a time, and read back bit by bit."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +55,8 @@ def test_a_damaged_file_is_named(tmp_path: Path):
         (tmp_path / "file").write_bytes(content[:cut])
         with pytest.raises(ValueError, match="is no checkpoint or is damaged"):
             load_tree(tmp_path / "file")
+
+
+def test_infinite_settings_are_kept(tmp_path: Path):
+    save_tree({"growth": math.inf}, tmp_path / "tree")
+    assert load_tree(tmp_path / "tree") == {"growth": math.inf}

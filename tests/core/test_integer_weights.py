@@ -243,3 +243,10 @@ def test_bad_choices_are_refused():
         optimizer(integers(), transform=chain(adam(), row_cap(limit=1.0)))
     with pytest.raises(ValueError, match="train_as_integers"):
         IntegerWeights(model())
+
+
+def test_copies_and_counts_hold_the_change_as_one_number():
+    model = nn.Sequential(nn.Linear(256, 32))
+    train_as_integers(model)
+    assert copy.deepcopy(model)[0].integers.change.stride() == (0, 0)
+    assert held_bytes(model) < 2 * 256 * 32

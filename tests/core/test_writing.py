@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rankwise import Optimizer, StochasticRounding
 from rankwise.core.states import leaves
 from rankwise.linalg import stochastic_bfloat16
-from rankwise.optimizers import adam, galore, sgd
+from rankwise.optimizers import adam, galore, sgd, weight_norm
 
 BELOW = 2.0**-8  # from 1 to the bfloat16 before it
 
@@ -117,3 +117,18 @@ def test_states_without_random_numbers_are_refused_and_so_is_float16():
         plain.load_state_dict(optimizer.state_dict())
     with pytest.raises(ValueError, match="float16"):
         Optimizer([([nn.Parameter(torch.ones(2).half())], adam())], lr=0.1, write=StochasticRounding())
+
+
+def test_constraints_of_bfloat16_are_rounded_at_random_too():
+    """To the nearest, small changes by a constraint are lost, and lengths are not learnt."""
+    start = torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
+    lengths = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = nn.Parameter(start.clone().to(dtype))
+        optimizer = Optimizer([([weight], weight_norm())], lr=1e-3, write=StochasticRounding())
+        for _ in range(300):
+            weight.grad = weight.detach().clone()  # shorter is better
+            optimizer.step()
+        lengths[dtype] = float(weight.detach().float().norm() / start.norm())
+    assert lengths[torch.float32] < 0.97
+    assert lengths[torch.bfloat16] == pytest.approx(lengths[torch.float32], abs=0.005)

@@ -272,3 +272,16 @@ def test_the_report_names_all_and_is_plain():
     with torch.no_grad():
         whole[0].weight.zero_()
     assert lipschitz_bound(whole).totals["log10"] is None
+
+
+def test_a_layer_that_stands_twice_counts_twice():
+    layer = nn.Linear(4, 4, bias=False)
+    layer.weight.data = 3 * torch.eye(4)
+    assert lipschitz_bound(nn.Sequential(layer, nn.ReLU(), layer).eval()).totals["bound"] == pytest.approx(9)
+
+
+def test_a_part_in_training_mode_is_refused():
+    network = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).eval()
+    network[1].train()
+    with pytest.raises(ValueError, match="training mode"):
+        lipschitz_bound(network)

@@ -101,3 +101,8 @@ def test_an_adapted_model_trains():
     assert float((matrix(x) - y).square().mean().detach()) < 0.8 * first
     for p, before in zip((p for p in matrix.parameters() if not p.requires_grad), frozen, strict=True):
         assert torch.equal(p, before)
+
+
+def test_two_sides_take_no_share():
+    with pytest.raises(ValueError, match="whole number"):
+        grad_norm_lorp(rank=0.5, two_sided=True)

@@ -6,10 +6,11 @@ from contracts.examples import draw
 from torch import Tensor, nn
 
 from rankwise import Optimizer
-from rankwise.core.transforms import Transform, chain
+from rankwise.core.transforms import Transform, chain, state_bytes
 from rankwise.linalg import MUON, POLAR_EXPRESS, leading_pair, odd_polynomials, odd_range, spectral_bound
 from rankwise.optimizers import (
     adam,
+    galore,
     hard_cap,
     lipschitz,
     row_cap,
@@ -244,3 +245,9 @@ def test_steps_have_norm_one():
         param.grad = draw(*shape, seed=3)
         Optimizer([([param], lipschitz(constraint=sgd()))], lr=1.0).step()
         assert norm(before - param.detach()) == pytest.approx(1, abs=2e-3)
+
+
+def test_a_constraint_inside_a_projection_is_refused():
+    transform = galore(rank=2, inner=chain(adam(), soft_cap(limit=0.1)))
+    with pytest.raises(ValueError, match="chain it behind"):
+        state_bytes(transform, torch.zeros(8, 8))

@@ -79,6 +79,8 @@ def train(
     for flag, value in (("--lr", lr), ("--other-lr", other_lr), ("--clip", clip)):
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{flag} must be a positive number, got {value}.")
+    if not 0 <= weight_decay < float("inf"):
+        raise ValueError(f"--weight-decay must be a number >= 0, got {weight_decay}.")
     from .. import optimizers
 
     words = [*(settings or []), *([] if rank is None else [f"rank={rank}"])]

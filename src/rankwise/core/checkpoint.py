@@ -19,7 +19,7 @@ def save_tree(tree: Any, path: Path) -> None:
     One tensor at a time is copied.
     """
     tensors: dict[str, Tensor] = {}
-    header = json.dumps({"format": FORMAT, "tree": _packed(tree, tensors)}, allow_nan=False)
+    header = json.dumps({"format": FORMAT, "tree": _packed(tree, tensors)})
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write_tensors(temporary, tensors, lambda key: [tensors[key]], about={"rankwise": header})

@@ -22,9 +22,14 @@ def hidden_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     >>> list(hidden_matrices(net))
     ['1.weight']
     """
-    sites = select(model, compressed=True).values()
-    inside = {id(p) for site in sites if site.part is None for p in site.layer.parameters()}
-    inside |= {id(part.change) for part in model.modules() if isinstance(part, ChangingWeight)}
+    inside = {id(part.change) for part in model.modules() if isinstance(part, ChangingWeight)}
+    try:
+        sites = [*select(model, compressed=True).values()]
+    except ValueError:
+        if not inside:  # else all of them train as integers
+            raise
+        sites = []
+    inside |= {id(p) for site in sites if site.part is None for p in site.layer.parameters()}
     return {
         name: p for name, p in model.named_parameters() if id(p) in inside and p.ndim >= 2 and p.requires_grad
     }

@@ -5,6 +5,7 @@ a parameter of its shape that is always zero and takes the memory of one number.
 :class:`IntegerWeights` adds steps of that parameter to the codes.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,7 +17,7 @@ from ..matrices.recomputed import product
 from .methods import check_count
 from .states import State, counter
 from .surgery import Where, select, set_module
-from .writing import Write, written
+from .writing import Write, put_at_random, written
 
 BITS = 8
 
@@ -65,6 +66,13 @@ class ChangingWeight(nn.Module):
             each.data = exact.to(each.device)
         self.change.data = self.change.data.new_zeros(()).expand(self.matrix.shape)
         return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "ChangingWeight":
+        """Copy all, but the change as one number."""
+        made = memo[id(self)] = self.__new__(type(self))
+        made.__dict__ = copy.deepcopy(self.__dict__, memo)
+        made.change.data = made.change.data.new_zeros(()).expand(made.matrix.shape)
+        return made
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         """Save no change, which is zero."""
@@ -174,6 +182,10 @@ class IntegerWeights(Write):
     def read(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
         """Write out weights."""
         return [self.weights[param].dense() if param in self.weights else param for param in params]
+
+    def put(self, params: Sequence[Tensor], values: Sequence[Tensor], state: State) -> None:
+        """Write into parameters that are no integers; constraints of those are refused."""
+        put_at_random(params, values, self.seed, state)
 
     def __call__(
         self, params: Sequence[Tensor], directions: Sequence[Tensor], keep: float, factor: float, state: State

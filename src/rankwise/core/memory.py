@@ -62,7 +62,7 @@ def reset_peak_memory(device: torch.device | str = "cpu") -> bool:
 def held_bytes(model: nn.Module) -> int:
     """Count the bytes of all parameters and buffers, shared ones once."""
     tensors = [*model.parameters(), *model.buffers()]
-    return sum({_place(tensor): tensor.nbytes for tensor in tensors}.values())
+    return sum({_place(t): min(t.nbytes, t.untyped_storage().nbytes()) for t in tensors}.values())
 
 
 def gradient_bytes(model: nn.Module) -> int:

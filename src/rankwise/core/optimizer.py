@@ -157,9 +157,9 @@ class Optimizer(torch.optim.Optimizer):
         """Count the bytes that all states will take once every parameter has been stepped."""
         kinds: dict[Any, tuple[Transform, Tensor]] = {}  # all others take as much as one of their kind
         counts: Counter[Any] = Counter()
-        for group in self.param_groups:
+        for i, group in enumerate(self.param_groups):
             for param in group["params"]:
-                kind = (group["transform"], param.shape, param.dtype)
+                kind = (i, param.shape, param.dtype)
                 kinds[kind] = group["transform"], param
                 counts[kind] += 1
         return sum(counts[kind] * leaf.nbytes for kind in counts for leaf in leaves(self._blank(*kinds[kind])))
@@ -269,8 +269,7 @@ class Optimizer(torch.optim.Optimizer):
         self.write(params, steps, 1 - lr * decay, -lr, stack.state.get("write", {}))
         if transform.constrains:
             bounded = transform.constrain(_joined(params).to(kind), stack.state, lr, decay)
-            for param, value in zip(params, bounded, strict=True):
-                param.copy_(value.reshape(shape))
+            self.write.put(params, [each.reshape(shape) for each in bounded], stack.state.get("write", {}))
 
     def _stacked(self, transform: Transform, params: list[Tensor]) -> "_Stack":
         """Return the states of parameters in one stack, of which the states of each are views."""

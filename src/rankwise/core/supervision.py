@@ -12,6 +12,7 @@ from torch import nn
 from .adapted import adapted, own_tensors
 from .data import digest_of_batches
 from .fingerprint import digest_of
+from .integer_weights import ChangingWeight
 from .labels import Labels
 from .memory import memory_bytes, peak_memory_bytes, reset_peak_memory, training_bytes
 from .modes import kept, training
@@ -67,6 +68,8 @@ def train_supervised(
     """
     pieces, held = ([Supervised(batch, loss, plan.autocast) for batch in part] for part in (train, judges))
     buffers = _buffers(model, trained)
+    changes = {f"{name}.change" for name in _integers(model)}  # always zero: what changes are the integers
+    trained = {name: parameter for name, parameter in trained.items() if name not in changes}
     file, identity = None if checkpoint is None else Path(checkpoint) / CHECKPOINT, ""
     if file is not None:
         identity = _identity(model, plan, optimizer, loss, [*trained, *buffers], train, judges)
@@ -101,11 +104,18 @@ def _buffers(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> list[str]
     names: dict[str, None] = {}
     for name, layer in adapted(model).items():
         names |= dict.fromkeys(f"{name}.matrix.{key}" for key in own_tensors(layer.matrix))
+    for name, each in _integers(model).items():
+        names |= dict.fromkeys(f"{name}.matrix.{key}" for key in each.matrix.state_dict())
     for name, module in model.named_modules():
         if any(p.requires_grad for p in module.parameters(recurse=False)):
             kept = {key for key, _ in module.named_buffers(recurse=False)} - module._non_persistent_buffers_set
             names |= dict.fromkeys(f"{name}.{key}".removeprefix(".") for key in sorted(kept))
     return [name for name in names if name not in trained]
+
+
+def _integers(model: nn.Module) -> dict[str, ChangingWeight]:
+    """Return the weights that train as integers by name."""
+    return {name: part for name, part in model.named_modules() if isinstance(part, ChangingWeight)}
 
 
 def _identity(

@@ -48,6 +48,11 @@ class Write(abc.ABC):
             state: what ``init`` returned, with a leading axis of k; written into.
         """
 
+    def put(self, params: Sequence[Tensor], values: Sequence[Tensor], state: State) -> None:
+        """Write what a constraint makes of parameters, after a step; arguments as in a call."""
+        for param, value in zip(params, values, strict=True):
+            param.copy_(value)
+
 
 @dataclass(frozen=True)
 class Nearest(Write):
@@ -100,6 +105,21 @@ class StochasticRounding(Write):
         seeds = zip(state["index"].tolist(), state["count"].add_(1).tolist(), strict=True)
         for param, direction, seed in zip(params, directions, seeds, strict=True):
             written(param, direction, keep, factor, seeded(self.seed, *seed, device=param.device))
+
+    def put(self, params: Sequence[Tensor], values: Sequence[Tensor], state: State) -> None:
+        """Round at random again, by other numbers than the step's."""
+        if not state:
+            return super().put(params, values, state)
+        put_at_random(params, values, self.seed, state)
+
+
+def put_at_random(params: Sequence[Tensor], values: Sequence[Tensor], seed: int, state: State) -> None:
+    """Write values into parameters; bfloat16 is rounded at random."""
+    places = zip(state["index"].tolist(), state["count"].tolist(), strict=True)
+    for param, value, place in zip(params, values, places, strict=True):
+        if param.dtype == torch.bfloat16:
+            value = stochastic_bfloat16(value.contiguous(), seeded(seed, *place, 1, device=param.device))
+        param.copy_(value)
 
 
 def written(param: Tensor, direction: Tensor, keep: float, factor: float, generator: Generator) -> None:

@@ -28,6 +28,7 @@ PRESETS = {  # the sizes of GaLore's experiments, arXiv 2403.03507
 }
 END = "<|endoftext|>"
 BYTES = 257  # and the end of text
+WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")  # endings of files with weights
 
 
 def is_config(source: str | Path) -> bool:
@@ -35,7 +36,7 @@ def is_config(source: str | Path) -> bool:
     text, path = str(source), Path(source).expanduser()
     if text in PRESETS or (not path.exists() and ":" in text):
         return True
-    return path.suffix == ".json" or (path.is_dir() and not any(path.glob("*.safetensors")))
+    return path.suffix == ".json" or (path.is_dir() and not any(any(path.glob(f"*{end}")) for end in WEIGHTS))
 
 
 def read_config(source: str | Path) -> Any:

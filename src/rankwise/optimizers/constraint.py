@@ -15,7 +15,8 @@ class Constraint(Transform):
 
     A matrix that takes inputs x with mean(x^2) <= 1 to outputs with mean(y^2) <= c^2 has norm c, which is its
     largest singular value times sqrt(n / m). Parameters in half precision are rounded afterwards, so that norms
-    are off by up to half a percent; certificates are computed of what is stored.
+    are off by a little, and by more where a cap only follows the known length of steps, as ``lipschitz`` does;
+    certificates are computed of what is stored.
     """
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> Tensor:

@@ -62,6 +62,8 @@ def grad_norm_lorp(
         the start is taken out.
     """
     if two_sided:
+        if not isinstance(rank, int):
+            raise ValueError(f"two_sided needs a whole number as rank, since the sides differ; got {rank}.")
         subspace = Subspace(
             projector=projector,
             rank=rank,

@@ -1,6 +1,7 @@
 """Another transform in a subspace of the gradient."""
 
 import abc
+import math
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,10 @@ class Project(Transform):
     scale: float = 1.0
     rest: Rest | None = None
 
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise ValueError(f"scale must be a finite number, got {self.scale}.")
+
     def init(self, param: Tensor, index: Tensor) -> State:
         """The states of the parts."""
         rest = {"rest": self.rest.init(param, index)} if self.rest else {}
@@ -94,6 +99,8 @@ class Project(Transform):
 
 def begin(subspace: Subspace, inner: Transform, param: Tensor, index: Tensor) -> dict[str, State]:
     """Return the states of a subspace of parameters (k, s, l), and of what runs inside of it."""
+    if inner.constrains:
+        raise ValueError("what constrains weights cannot run inside a projection; chain it behind that.")
     subspace.check(inner, param)
     return {"subspace": subspace.init(param, index), "inner": inner.init(subspace.blank(param), index)}
 

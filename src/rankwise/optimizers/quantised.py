@@ -13,7 +13,7 @@ from ..core.transforms import Transform
 from ..linalg import decode, encode
 from .adam import adam
 
-WHOLE = ("basis",)  # errors of a basis are no small errors of what is projected
+WHOLE = ("basis", "frame", "length", "change", "scale")  # whose errors are no small errors of a step
 CODED = {"codes", "scales", "shape"}
 
 
