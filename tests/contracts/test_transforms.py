@@ -769,3 +769,10 @@ def test_a_scaler_leaves_out_steps_that_overflow():
 def test_it_is_exported():
     assert rankwise.Optimizer is Optimizer
     assert rankwise.optimizers is optimizers
+
+
+@pytest.mark.parametrize(("name", "field"), [("apollo", "scale"), ("aro", "scale"), ("frugal", "free_scale")])
+def test_a_scale_that_is_no_number_is_refused(name: str, field: str):
+    """Else the first step would write it into all weights."""
+    with pytest.raises(ValueError, match="scale must be a finite number"):
+        getattr(optimizers, name)(**{field: math.nan}, **({"rank": 2} if name == "apollo" else {}))

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -215,6 +216,12 @@ def check_count(name: str, value: object) -> None:
     """Raise unless a field is a positive integer."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+
+
+def check_finite(name: str, value: float) -> None:
+    """Raise unless a field is a finite number."""
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value}.")
 
 
 def check_most(most: float) -> None:

@@ -95,7 +95,7 @@ class AdapterFolder(abc.ABC):
         Raises:
             ValueError: if something does not fit.
         """
-        raise NotImplementedError
+        raise ValueError(f"{self.title} holds no module behind {name}.")
 
     def take(self, name: str) -> Tensor | None:
         """Return a tensor, or note that it is missing."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.methods import check_count
+from ..core.methods import check_count, check_finite
 from ..core.states import State, leaves
 from ..core.transforms import Transform, by_shape, chain, wide
 from ..linalg import orthonormal, product
@@ -55,6 +55,9 @@ class TurningFrame(Transform):
 
     base: Transform
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_finite("scale", self.scale)
 
     def init(self, param: Tensor, index: Tensor) -> State:
         """The axes."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.methods import check_finite
 from ..core.states import State
 from ..core.subspaces import Carry, Projector, Refresh
 from ..core.transforms import Transform, by_shape, check_rank
@@ -25,6 +26,9 @@ class Outside(Rest):
 
     transform: Transform
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_finite("scale", self.scale)
 
     def init(self, param: Tensor, index: Tensor) -> State:
         """The state of the transform."""

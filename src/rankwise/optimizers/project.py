@@ -1,12 +1,12 @@
 """Another transform in a subspace of the gradient."""
 
 import abc
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..core.methods import check_finite
 from ..core.states import State
 from ..core.subspaces import Carry, Projector, Refresh, Subspace
 from ..core.transforms import Transform, by_shape, wide
@@ -58,8 +58,7 @@ class Project(Transform):
     rest: Rest | None = None
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
-            raise ValueError(f"scale must be a finite number, got {self.scale}.")
+        check_finite("scale", self.scale)
 
     def init(self, param: Tensor, index: Tensor) -> State:
         """The states of the parts."""
