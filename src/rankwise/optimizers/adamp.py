@@ -90,7 +90,8 @@ def adamp(
 
     Whether they are is tested at each step, by the angle of gradient and weight. On weights whose length matters
     it is Adam where the test does not err: that of rows hardly does, but that of the whole matrix holds by chance
-    as often as |z| < 0.1 for a normal z, at 8 % of the steps of any matrix, so ``whole=False`` is the better choice without layer norms.
+    as often as |z| < 0.1 for a normal z, at 8 % of the steps of any matrix, so ``whole=False`` is the better
+    choice without layer norms.
 
     >>> adamp(delta=0.0).inner == adam()
     True
