@@ -20,6 +20,7 @@ from rankwise import (
     matrices,
     measures,
     optimizers,
+    preconditioners,
     projectors,
     rank_rules,
     schedules,
@@ -49,6 +50,10 @@ SECTIONS: dict[str, tuple[types.ModuleType, str]] = {
     "Optimisers": (
         optimizers,
         "`rankwise.Optimizer([(model.parameters(), NAME(...))], lr=...)`; each call returns a transform.",
+    ),
+    "Preconditioners": (
+        preconditioners,
+        "`rankwise.precondition(model, method)` and `rankwise train --precondition NAME`.",
     ),
     "Projectors": (
         projectors,

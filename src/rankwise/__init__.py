@@ -10,6 +10,7 @@ from . import (
     matrices,
     measures,
     optimizers,
+    preconditioners,
     projectors,
     rank_rules,
     schedules,
@@ -33,6 +34,7 @@ from .models import evaluate, load, load_adapter, save
 from .models.quantizer import register_when_ready
 from .narrowing import narrow
 from .planning import plan
+from .preconditioning import precondition
 from .pretraining import parameter_groups, train
 from .streaming import compress_folder
 from .trainer import trainer_callback
@@ -79,6 +81,8 @@ __all__ = [
     "optimizers",
     "parameter_groups",
     "plan",
+    "precondition",
+    "preconditioners",
     "projectors",
     "rank_rules",
     "remove_adapter",

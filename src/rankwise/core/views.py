@@ -26,6 +26,10 @@ class View(abc.ABC):
         """See the layer's weight as (m, n)."""
 
     @abc.abstractmethod
+    def stored(self, matrix: Tensor) -> Tensor:
+        """Give an (m, n) matrix the form of the layer's weight."""
+
+    @abc.abstractmethod
     def inputs(self, x: Tensor) -> Tensor:
         """See a batch of the layer's inputs as (..., n)."""
 
@@ -58,6 +62,10 @@ class LinearView(View):
     def matrix(self, weight: Tensor) -> Tensor:
         """(m, n) as it is."""
         return weight
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """(m, n) as it is."""
+        return matrix
 
     def inputs(self, x: Tensor) -> Tensor:
         """(..., n) as it is."""
@@ -94,12 +102,16 @@ class TransposedView(LinearView):
         """Transpose (n, m) to (m, n)."""
         return weight.mT
 
+    def stored(self, matrix: Tensor) -> Tensor:
+        """Transpose (m, n) to (n, m)."""
+        return matrix.mT
+
     def restore(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """Build a ``Conv1D``, which always has a bias."""
         m, n = weight.shape
         with torch.device("meta"):
             layer = self.kind(m, n)
-        return _filled(layer, weight.mT.contiguous(), weight.new_zeros(m) if bias is None else bias)
+        return _filled(layer, self.stored(weight).contiguous(), weight.new_zeros(m) if bias is None else bias)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +139,10 @@ class Conv2dView(View):
         """Flatten (m, channels, height, width) to (m, n)."""
         return weight.flatten(1)
 
+    def stored(self, matrix: Tensor) -> Tensor:
+        """See (m, n) as (m, channels, height, width)."""
+        return matrix.unflatten(1, (self.channels, *self.kernel))
+
     def inputs(self, x: Tensor) -> Tensor:
         """Cut (b, channels, H, W) into patches: (b, positions, n)."""
         geometry = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
@@ -150,7 +166,7 @@ class Conv2dView(View):
         layer = nn.Conv2d(
             self.channels, weight.shape[0], self.kernel, bias=bias is not None, device="meta", **geometry
         )
-        return _filled(layer, weight.reshape(layer.weight.shape), bias)
+        return _filled(layer, self.stored(weight), bias)
 
     def _positions(self, image: torch.Size) -> tuple[int, int]:
         each = zip(image, self.kernel, self.stride, self.padding, self.dilation, strict=True)
@@ -173,10 +189,17 @@ class SliceView(LinearView):
         """Transpose what is stored as (n, m)."""
         return weight.mT if self.transposed else weight
 
+    def stored(self, matrix: Tensor) -> Tensor:
+        """Transpose to (n, m) what is stored so."""
+        return matrix.mT if self.transposed else matrix
+
     def restore(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """Build a :class:`Slice`."""
-        stored = weight.mT.contiguous() if self.transposed else weight
-        return Slice(nn.Parameter(stored), self.transposed, None if bias is None else parameter_of(bias))
+        return Slice(
+            nn.Parameter(self.stored(weight).contiguous()),
+            self.transposed,
+            None if bias is None else parameter_of(bias),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +227,10 @@ class EmbeddingView(View):
         """Transpose the table (n, m) to (m, n)."""
         return weight.mT
 
+    def stored(self, matrix: Tensor) -> Tensor:
+        """Transpose (m, n) to the table (n, m)."""
+        return matrix.mT
+
     def inputs(self, x: Tensor) -> Tensor:
         """Raise CalibrationError: rows with a one for each token are not written out."""
         raise CalibrationError(
@@ -226,7 +253,7 @@ class EmbeddingView(View):
         """Build an ``nn.Embedding``."""
         m, n = weight.shape
         layer = nn.Embedding(n, m, padding_idx=self.padding, device="meta")
-        return _filled(layer, weight.mT.contiguous(), None)
+        return _filled(layer, self.stored(weight).contiguous(), None)
 
 
 VIEWS: tuple[type[View], ...] = (LinearView, TransposedView, Conv2dView, SliceView)

@@ -9,6 +9,7 @@ from .entries import fit_entries
 from .interpolative import interpolative_rows
 from .k_svd import k_svd
 from .kernels import distance, inner
+from .khatri_rao import KhatriRao, Sharing, exact, expanded, reduced
 from .masks import draw_places, largest, largest_in_groups
 from .metric import Metric, metric_norm, metric_svd, truncated_factors
 from .newton_schulz import MUON, POLAR_EXPRESS, newton_schulz, odd_polynomials, odd_range
@@ -18,6 +19,7 @@ from .parabola import log_parabola
 from .principal import principal_components
 from .recompression import recompressed
 from .rounding import Rounded, choose_grids, nearest_codes, round_to_grid
+from .scaled_plus_low_rank import damped_root, solve_root
 from .shrinking import hard, magnitude, smallest_kept, soft
 from .sparse_coding import matching_pursuit
 from .sparse_plus_low_rank import sparse_plus_low_rank
@@ -28,13 +30,16 @@ from .stochastic import add_to_integers, integer_grid, stochastic_bfloat16
 __all__ = [
     "MUON",
     "POLAR_EXPRESS",
+    "KhatriRao",
     "Metric",
     "Rounded",
+    "Sharing",
     "Splitting",
     "add_to_integers",
     "choose_grids",
     "cosine_rows",
     "cosine_transform",
+    "damped_root",
     "decode",
     "distance",
     "draw_categorical",
@@ -43,6 +48,8 @@ __all__ = [
     "dynamic_table",
     "eliminate_columns",
     "encode",
+    "exact",
+    "expanded",
     "fit_entries",
     "hard",
     "inner",
@@ -71,11 +78,13 @@ __all__ = [
     "principal_components",
     "product",
     "recompressed",
+    "reduced",
     "refit_columns",
     "round_to_grid",
     "seeded",
     "smallest_kept",
     "soft",
+    "solve_root",
     "sparse_plus_low_rank",
     "spectral_bound",
     "stochastic_bfloat16",

@@ -1,0 +1,306 @@
+"""Preconditioning the gradients of a model at work."""
+
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from ..linalg import KhatriRao, seeded
+from .capture import Capture, Rows
+from .conditioned import Conditioned
+from .exchange import Exchange, Traffic, place
+from .preconditioner import Curvature, Preconditioner, Shared, damping_at
+from .states import described
+
+SPLIT = "\0"  # between the name of a block and that of a tensor
+
+
+class Conditioning:
+    """Turns the gradients of a model's layers into natural gradients; made by :func:`rankwise.precondition`.
+
+    Args:
+        model: trains.
+        method: of preconditioning.
+        layers: what is preconditioned, by name.
+        kl_clip: see :func:`rankwise.precondition`.
+        optimizer: whose first learning rate ``kl_clip`` reads.
+        workers: share of the processes that multiply the gradients of one block.
+        traffic: counts bytes and seconds.
+        group: of processes.
+        seed: of what methods draw.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Preconditioner,
+        layers: Mapping[str, Conditioned],
+        *,
+        kl_clip: float | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        workers: float = 1.0,
+        traffic: Traffic | None = None,
+        group: Any = None,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.method, self.layers = model, method, dict(layers)
+        self.kl_clip, self.optimizer, self.seed = kl_clip, optimizer, seed
+        self.steps, self.skipped = 0, 0
+        self.blocks = {"all": [*layers]} if method.whole else {name: [name] for name in layers}
+        self.curvature: dict[str, Curvature] = {block: {} for block in self.blocks}
+        self.inverted: set[str] = set()
+        self.exchange = Exchange(traffic or Traffic(), group)
+        self.parts = self.exchange.size // max(1, round(workers * self.exchange.size))
+        self.within = self.exchange.divided(self.parts)  # the processes that multiply the same gradients
+        self.part_of, self.owner_of = self._places()
+        self.capture = Capture(model, layers)
+        self._look()
+
+    def step(self, *, scale: float = 1.0) -> bool:
+        """Turn the gradients that the model has into natural gradients; call it before the optimiser's step.
+
+        Gradients must be averaged over processes and divided by a gradient scaler's factor already, and not yet
+        clipped. Where one of them is not finite, all gradients of the model are taken away with a warning, so
+        that the optimiser passes over its parameters, and the curvature stays as it was.
+
+        Args:
+            scale: what the loss was multiplied by before the backward pass: ``scaler.get_scale()``.
+
+        Returns:
+            whether the step was taken.
+
+        Raises:
+            ValueError: if a layer has a gradient but was not called as a module, or the damping is not positive.
+        """
+        damping = damping_at(self.method.damping, self.steps)
+        found = {name: layer.gradient() for name, layer in self.layers.items()}
+        gradients = {name: gradient for name, gradient in found.items() if gradient is not None}
+        sizes = [torch.linalg.vector_norm(gradient) for gradient in gradients.values()]
+        norms = dict(zip(gradients, torch.stack(sizes).tolist() if sizes else [], strict=True))
+        if not all(norm < float("inf") for norm in norms.values()):
+            self._skip()
+            return False
+        layers = {name for name, norm in norms.items() if norm}
+        moving = [block for block, names in self.blocks.items() if layers.intersection(names)]
+        if self.capture.on:
+            self._refresh(moving, layers, scale, damping)
+        natural = self._multiply(moving, gradients, damping)
+        factor = self._shortening(gradients, natural)
+        for name, gradient in natural.items():
+            self.layers[name].put(gradient * factor)
+        self.steps += 1
+        self._look()
+        return True
+
+    def traffic(self) -> dict[str, dict[str, float]]:
+        """Return bytes, seconds and times of each phase, summed since the beginning; see :class:`Traffic`.
+
+        ``factorise`` is what each process makes of its samples and of what it was told, ``exchange`` is telling,
+        ``invert`` the work of this process for all, ``broadcast`` the giving of inverses, ``apply`` the
+        multiplication at each step, and ``gradients`` their giving to processes that do not multiply.
+        """
+        return self.exchange.traffic.table()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state: nested dictionaries of tensors, numbers and strings.
+
+        Samples seen since the last step are not part of it. Where ``workers`` is below one each process has its
+        own.
+        """
+        return {
+            "method": type(self.method).__name__,
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "inverted": sorted(self.inverted),
+            "curvature": {block: dict(tensors) for block, tensors in self.curvature.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take a state; what follows is bit by bit what would have followed.
+
+        Raises:
+            ValueError: if it is of another method or of other layers.
+        """
+        if state["method"] != type(self.method).__name__:
+            raise ValueError(f"the state is of {state['method']}, not of {type(self.method).__name__}.")
+        if other := sorted(state["curvature"].keys() ^ self.blocks.keys()):
+            raise ValueError(f"the state is of other layers: {', '.join(other)}.")
+        self.steps, self.skipped, self.inverted = state["steps"], state["skipped"], {*state["inverted"]}
+        like = next(iter(self.layers.values())).weight
+        self.curvature = {
+            block: {name: tensor.to(like.device, copy=True) for name, tensor in tensors.items()}
+            for block, tensors in state["curvature"].items()
+        }
+        self._look()
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        self.capture.remove()
+
+    def __repr__(self) -> str:
+        """Name the method and count the layers."""
+        return f"Conditioning({described(self.method)}, {len(self.layers)} layers, {self.steps} steps)"
+
+    def _places(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Say which part of the processes multiplies the gradients of a block, and which of them inverts."""
+        costs = {block: self.method.cost(self._shapes(block)) for block in self.blocks}
+        part_of = place(costs, self.parts)
+        owners: dict[str, int] = {}
+        for part in range(self.parts):
+            owners |= place({b: cost for b, cost in costs.items() if part_of[b] == part}, self.within.size)
+        return part_of, owners
+
+    def _shapes(self, block: str) -> list[tuple[int, int]]:
+        return [self.layers[name].shape for name in self.blocks[block]]
+
+    def _mine(self, block: str) -> bool:
+        """Whether this process multiplies the gradients of a block."""
+        return self.part_of[block] == self.exchange.rank // self.within.size
+
+    def _look(self) -> None:
+        """Say whether the next step will look at the samples."""
+        missing = any(not curvature for curvature in self.curvature.values())
+        self.capture.on = self.method.sees_rows and (self.method.captures(self.steps) or missing)
+
+    def _skip(self) -> None:
+        self.skipped += 1
+        self.capture.clear()
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        warnings.warn(
+            f"a gradient is not finite: this step is passed over, the {self.skipped}. in all.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+    def _refresh(self, moving: Iterable[str], layers: Collection[str], scale: float, damping: float) -> None:
+        """Look at the samples, tell the other processes, and invert."""
+        due, traffic = self.method.captures(self.steps), self.exchange.traffic
+        blocks = [block for block in moving if due or not self.curvature[block]]
+        seen = self.capture.take(scale)
+        with traffic.phase("exchange"):
+            samples = self._count([n for block in blocks for n in self.blocks[block] if n in layers], seen)
+        with traffic.phase("factorise"):
+            shared = {
+                block: self.method.local(
+                    [seen.get(name) or self._nothing(name, seen) for name in self.blocks[block]],
+                    self.curvature[block],
+                    self._generator(i),
+                )
+                for i, block in enumerate(self.blocks)
+                if block in blocks
+            }
+        with traffic.phase("exchange"):
+            sums = _cut(self.exchange.add("exchange", _named({b: s.sums for b, s in shared.items()})), blocks)
+            rows = _cut(self.exchange.gather("exchange", _named({b: s.rows for b, s in shared.items()})), blocks)
+        with traffic.phase("factorise"):
+            for block in blocks:
+                self.method.update(Shared(sums[block], rows[block]), samples, self.curvature[block])
+        wanted = self.method.inverts(self.steps)
+        self._invert([block for block in blocks if wanted or block not in self.inverted], damping)
+
+    def _invert(self, blocks: Iterable[str], damping: float) -> None:
+        """Invert for the blocks that this process owns, and share with those that multiply the same gradients."""
+        owners = {block: self.owner_of[block] for block in blocks if self._mine(block)}
+        with self.exchange.traffic.phase("invert"):
+            own = {
+                block: self.method.invert(self.curvature[block], damping, self._shapes(block))
+                for block, owner in owners.items()
+                if owner == self.within.rank
+            }
+        with self.exchange.traffic.phase("broadcast"):
+            every = _cut(self.within.spread("broadcast", _named(own), {*owners.values()}), owners)
+        for block, inverse in every.items():
+            self.curvature[block].update(inverse)
+        self.inverted.update(blocks)
+
+    def _multiply(
+        self, moving: Iterable[str], gradients: Mapping[str, Tensor], damping: float
+    ) -> dict[str, Tensor]:
+        """Return the natural gradients of all layers that have gradients."""
+        natural: dict[str, Tensor] = {}
+        with self.exchange.traffic.phase("apply"):
+            for block in moving:
+                names, curvature = self.blocks[block], self.curvature[block]
+                given = [gradients[n] if n in gradients else self._zeros(n) for n in names]
+                self.method.observe(given, curvature, damping)
+                if self._mine(block):
+                    found = self.method.apply(given, curvature, damping)
+                    natural |= {n: g for n, g in zip(names, found, strict=True) if n in gradients}
+        if self.parts == 1:
+            return natural
+        with self.exchange.traffic.phase("gradients"):
+            width = self.within.size
+            owners = {block: self.part_of[block] * width + self.owner_of[block] for block in moving}
+            own = {
+                n: natural[n]
+                for block, owner in owners.items()
+                if owner == self.exchange.rank
+                for n in self.blocks[block]
+                if n in natural
+            }
+            return self.exchange.spread("gradients", own, {*owners.values()})
+
+    def _shortening(self, gradients: Mapping[str, Tensor], natural: Mapping[str, Tensor]) -> float:
+        """Return what keeps the predicted change of the model's outputs below ``kl_clip``."""
+        if self.kl_clip is None or not natural:
+            return 1.0
+        assert self.optimizer is not None
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        change = sum(float((natural[name] * gradients[name]).sum()) for name in natural)
+        return min(1.0, (self.kl_clip / max(abs(rate**2 * change), 1e-30)) ** 0.5)
+
+    def _count(self, names: Iterable[str], seen: Mapping[str, Rows]) -> int:
+        """Return the samples of all processes.
+
+        Raises:
+            ValueError: if no process saw any for a layer that has a gradient.
+        """
+        mine = [max((rows.samples for rows in seen.values()), default=0)]
+        mine += [len(seen[name].each) if name in seen else 0 for name in names]
+        counts = self.exchange.add("exchange", {"counts": self._tensor(mine)})["counts"].tolist()
+        for name, count in zip(names, counts[1:], strict=True):
+            if not count:
+                raise ValueError(
+                    f"layer {name} has a gradient, but was not called as a module in a forward pass that the "
+                    "loss depends on; leave it out with 'where'."
+                )
+        return counts[0]
+
+    def _tensor(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, device=next(iter(self.layers.values())).weight.device)
+
+    def _nothing(self, name: str, seen: Mapping[str, Rows]) -> Rows:
+        """What a process knows of a layer that it did not call: nothing, or, beside other layers, only zeros."""
+        layer = self.layers[name]
+        samples = max((rows.samples for rows in seen.values()), default=0) if self.method.whole else 0
+        (m, n), zeros = layer.shape, self._zeros(name)
+        inputs = zeros.new_zeros(samples, 1, *(() if layer.tokens else (n,)))
+        each = KhatriRao(inputs.long() if layer.tokens else inputs, zeros.new_zeros(samples, 1, m), n)
+        return Rows(each, samples)
+
+    def _zeros(self, name: str) -> Tensor:
+        weight = self.layers[name].weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return torch.zeros(self.layers[name].shape, dtype=dtype, device=weight.device)
+
+    def _generator(self, block: int) -> Generator:
+        """Return random numbers that depend on the step, the process and the block alone."""
+        device = next(iter(self.layers.values())).weight.device
+        return seeded(self.seed, self.steps, self.exchange.rank, block, device=device)
+
+
+def _named(nested: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Put the tensors of all blocks into one mapping."""
+    return {f"{block}{SPLIT}{name}": t for block, tensors in nested.items() for name, t in tensors.items()}
+
+
+def _cut(tensors: Mapping[str, Tensor], blocks: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+    """Undo :func:`_named`."""
+    found: dict[str, dict[str, Tensor]] = {block: {} for block in blocks}
+    for name, tensor in tensors.items():
+        block, _, own = name.partition(SPLIT)
+        found[block][own] = tensor
+    return found

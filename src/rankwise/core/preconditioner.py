@@ -1,0 +1,119 @@
+"""What turns gradients into natural gradients, one block of layers at a time."""
+
+import abc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Generator, Tensor
+
+from .capture import Rows
+
+Curvature = dict[str, Tensor]
+"""What is remembered about a block: tensors, in float32 or float64."""
+Damping = float | Callable[[int], float]
+"""A number > 0, or such a number for each step."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What each process gives to all about a block.
+
+    Args:
+        sums: to be added up.
+        rows: to be concatenated on the first axis, in the order of the processes.
+    """
+
+    sums: Mapping[str, Tensor] = field(default_factory=dict)
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Preconditioner(abc.ABC):
+    """Turns gradients V into (F + damping I)^-1 V, where F is some approximation of the Fisher matrix.
+
+    F is the mean of u_k u_k' over the samples' gradients u_k, each of its own loss with the labels that are
+    given: the empirical Fisher matrix. A method is a frozen dataclass. At some steps each process makes from what
+    its layers saw what it has to share; this is exchanged, and each process brings its curvature up to date; then
+    one process inverts and gives the result to the others; and at every step gradients are multiplied.
+    Samples, sums and curvature are float32 or float64, as the gradients are, and what is stored belongs to the
+    method alone. Only ``curvature`` may be written into.
+    """
+
+    damping: Damping
+
+    @abc.abstractmethod
+    def captures(self, step: int) -> bool:
+        """Whether step 0, 1, ... looks at the samples; what has no curvature yet is looked at in any case."""
+
+    def inverts(self, step: int) -> bool:
+        """Whether a step that looks at the samples also inverts, as the first look does in any case."""
+        return True
+
+    @property
+    def sees_rows(self) -> bool:
+        """Whether it looks at samples at all; else ``observe`` makes the curvature from gradients alone."""
+        return True
+
+    @property
+    def whole(self) -> bool:
+        """Whether all layers are one block; else each is one."""
+        return False
+
+    def local(self, rows: Sequence[Rows], curvature: Curvature, generator: Generator) -> Shared:
+        """Return what this process has to say about the samples of a block.
+
+        Args:
+            rows: of each layer of the block. A process may have none of a layer's: ``len(each) == 0``.
+            curvature: as it is, ``{}`` before the first call.
+            generator: for what is drawn; other processes draw other numbers.
+        """
+        return Shared()
+
+    def update(self, shared: Shared, samples: int, curvature: Curvature) -> None:  # noqa: B027 (nothing by default)
+        """Bring the curvature up to date with what all processes said, all of them in the same way.
+
+        Args:
+            shared: after the exchange.
+            samples: N of all processes.
+            curvature: is written into.
+        """
+
+    def invert(self, curvature: Curvature, damping: float, shapes: Sequence[tuple[int, int]]) -> Curvature:
+        """Return what makes multiplying cheap; it is put into the curvature under its names.
+
+        Args:
+            curvature: as ``update`` left it.
+            damping: of this step. What is returned holds it where later steps are to use the same.
+            shapes: (m, n) of the layers of the block.
+        """
+        return {}
+
+    def observe(  # noqa: B027 (nothing by default)
+        self, gradients: Sequence[Tensor], curvature: Curvature, damping: float
+    ) -> None:
+        """Take note of the gradients (m, n) of a block at each step, before they are multiplied."""
+
+    @abc.abstractmethod
+    def apply(self, gradients: Sequence[Tensor], curvature: Curvature, damping: float) -> list[Tensor]:
+        """Return the natural gradients (m, n) of a block; the given ones are not written into."""
+
+    def cost(self, shapes: Sequence[tuple[int, int]]) -> float:
+        """Return how much work it is to invert for a block of layers (m, n), in any unit."""
+        return 1.0
+
+
+def damping_at(damping: Damping, step: int) -> float:
+    """Return the damping of a step.
+
+    Raises:
+        ValueError: if it is not a positive number.
+    """
+    found = damping(step) if callable(damping) else damping
+    if not 0 < found < float("inf"):
+        raise ValueError(f"damping must be a number > 0, got {found} at step {step}.")
+    return float(found)
+
+
+def every_step(every: int, name: str = "every") -> None:
+    """Raise unless a period is a whole number >= 1."""
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise ValueError(f"{name} must be a whole number >= 1, got {every!r}.")

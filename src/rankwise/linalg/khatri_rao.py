@@ -1,0 +1,155 @@
+"""The gradients of the samples of a layer as the columns of one tall matrix, which is never formed."""
+
+import dataclasses
+from collections.abc import Callable
+
+from torch import Tensor
+
+CHUNK = 1 << 24  # numbers of a temporary matrix
+
+
+@dataclasses.dataclass(frozen=True)
+class KhatriRao:
+    """U = [vec u_1, ..., vec u_R] with u_k = sum_t g_kt a_kt', an (m, n) matrix for each of R samples.
+
+    With one position (T = 1) this is the Khatri-Rao product of gradients and inputs, and U'U the Hadamard product
+    of their Gram matrices. Inputs that are numbers of tokens stand for rows with a one at that place.
+
+    Args:
+        inputs: (R, T, n); or (R, T) of whole numbers below ``width``.
+        gradients: (R, T, m), each of its sample's own loss.
+        width: n.
+
+    >>> import torch
+    >>> u = KhatriRao(torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0]]]), 2)
+    >>> u.gram(), u.combination(torch.ones(1)), u.products(torch.ones(1, 2))
+    (tensor([[45.]]), tensor([[3., 6.]]), tensor([9.]))
+    """
+
+    inputs: Tensor
+    gradients: Tensor
+    width: int
+
+    def __len__(self) -> int:
+        """R, the number of samples."""
+        return len(self.gradients)
+
+    @property
+    def one_hot(self) -> bool:
+        """Whether inputs are numbers of tokens."""
+        return not self.inputs.is_floating_point()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of a sample's gradient."""
+        return self.gradients.shape[-1], self.width
+
+    def take(self, rows: Tensor) -> "KhatriRao":
+        """Return some of the samples."""
+        return KhatriRao(self.inputs[rows], self.gradients[rows], self.width)
+
+    def squared_norms(self) -> Tensor:
+        """Return |u_k|^2, (R,)."""
+        if self.gradients.shape[1] == 1:
+            size = 1.0 if self.one_hot else self.inputs.square().sum((1, 2))
+            return self.gradients.square().sum((1, 2)) * size
+        positions = self.gradients @ self.gradients.mT  # (R, T, T)
+        return (positions * self._alike()).sum((1, 2))
+
+    def _alike(self) -> Tensor:
+        """Inner products of the inputs of each sample, (R, T, T)."""
+        if self.one_hot:
+            return (self.inputs[:, :, None] == self.inputs[:, None, :]).to(self.gradients.dtype)
+        return self.inputs @ self.inputs.mT
+
+    def gram(self, other: "KhatriRao | None" = None) -> Tensor:
+        """Return U'U, or U' of another's U, (R, R')."""
+        other = self if other is None else other
+        (m, n), t, s = self.shape, self.gradients.shape[1], other.gradients.shape[1]
+        through_positions = len(self) * len(other) * t * s * (m + n)
+        written_out = (len(self) * t + len(other) * s + len(self) * len(other)) * m * n
+        if t * s > 1 and written_out < through_positions:
+            return self._gram_of_matrices(other)
+        return self._gram_of_positions(other)
+
+    def _gram_of_positions(self, other: "KhatriRao") -> Tensor:
+        """Sum the Hadamard product over pairs of positions: R R' T T' (m + n) multiplications."""
+        t, s = self.gradients.shape[1], other.gradients.shape[1]
+        found = self.gradients.new_zeros(len(self), len(other))
+        step = max(1, CHUNK // max(1, t * s * len(other)))
+        rights = other.inputs.flatten(0, 1), other.gradients.flatten(0, 1)
+        for low in range(0, len(self), step):
+            x, g = self.inputs[low : low + step].flatten(0, 1), self.gradients[low : low + step].flatten(0, 1)
+            alike = (x[:, None] == rights[0]).to(g.dtype) if self.one_hot else x @ rights[0].mT
+            pairs = alike * (g @ rights[1].mT)
+            found[low : low + step] = pairs.view(-1, t, len(other), s).sum((1, 3))
+        return found
+
+    def _gram_of_matrices(self, other: "KhatriRao") -> Tensor:
+        """Write the samples' gradients out, some rows at a time: (R T + R' T' + R R') m n multiplications."""
+        m, n = self.shape
+        found = self.gradients.new_zeros(len(self), len(other))
+        step = max(1, CHUNK // max(1, (len(self) + len(other)) * n))
+        for low in range(0, m, step):
+            mine = self._matrices(low, low + step).flatten(1)
+            found += mine @ (mine if other is self else other._matrices(low, low + step).flatten(1)).mT
+        return found
+
+    def _matrices(self, low: int, high: int) -> Tensor:
+        """Some rows of all samples' gradients, (R, high - low, n)."""
+        part = self.gradients[:, :, low:high]
+        if not self.one_hot:
+            return part.mT @ self.inputs
+        found = part.new_zeros(len(self), self.width, part.shape[-1])
+        places = self.inputs[:, :, None].expand_as(part)
+        return found.scatter_add_(1, places, part).mT
+
+    def matrices(self) -> Tensor:
+        """Return all samples' gradients, (R, m, n)."""
+        return self._matrices(0, self.shape[0])
+
+    def products(self, matrix: Tensor) -> Tensor:
+        """Return U' vec V for V (m, n), (R,)."""
+        if self.one_hot:
+            return (self.gradients * matrix.mT[self.inputs]).sum((1, 2))
+        return ((self.inputs @ matrix.mT) * self.gradients).sum((1, 2))
+
+    def combination(self, weights: Tensor) -> Tensor:
+        """Return U c for c (R,), the (m, n) matrix sum_k c_k u_k."""
+        weighted = (self.gradients * weights[:, None, None]).flatten(0, 1)
+        if not self.one_hot:
+            return weighted.mT @ self.inputs.flatten(0, 1)
+        found = weighted.new_zeros(self.width, weighted.shape[1])
+        return found.index_add_(0, self.inputs.flatten(), weighted).mT
+
+
+Sharing = Callable[[KhatriRao], KhatriRao]
+"""What becomes of samples with several positions, such as tokens or places in an image."""
+
+
+def exact(samples: KhatriRao) -> KhatriRao:
+    """Keep each sample's gradient as the sum over its positions that it is."""
+    return samples
+
+
+def expanded(samples: KhatriRao) -> KhatriRao:
+    """Let each position be a sample of its own: what two positions of one sample share is neglected.
+
+    References: Eschenhagen, Immer, Turner, Schneider, Hennig, "Kronecker-factored approximate curvature for
+        modern neural network architectures", 2023, arXiv 2311.00636 ("expand").
+    """
+    inputs, gradients = samples.inputs.flatten(0, 1), samples.gradients.flatten(0, 1)
+    return KhatriRao(inputs[:, None], gradients[:, None], samples.width)
+
+
+def reduced(samples: KhatriRao) -> KhatriRao:
+    """Let the mean input and the sum of the gradients stand for a sample's positions, one product for all.
+
+    Numbers of tokens have no mean; they are expanded.
+
+    References: as for :func:`expanded` ("reduce"); HyLo sees convolutions so.
+    """
+    if samples.one_hot:
+        return expanded(samples)
+    inputs, gradients = samples.inputs.mean(1, keepdim=True), samples.gradients.sum(1, keepdim=True)
+    return KhatriRao(inputs, gradients, samples.width)

@@ -1,0 +1,5 @@
+"""Second-order methods, one a file."""
+
+from .sngd import Sngd
+
+__all__ = ["Sngd"]

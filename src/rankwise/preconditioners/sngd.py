@@ -1,0 +1,92 @@
+"""The exact damped natural gradient of one batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from ..core.capture import Rows
+from ..core.preconditioner import Curvature, Damping, Preconditioner, Shared, damping_at, every_step
+from ..linalg import KhatriRao, Sharing, damped_root, exact, expanded, solve_root
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sngd(Preconditioner):
+    """Multiply by (U U'/N + damping I)^-1 through a system with as many unknowns as there are samples.
+
+    With the samples' gradients as the columns of U and the kernel K = U'U, whose entries need no U,
+    (F + a I)^-1 V = (V - U (K/N + a I)^-1 U'V / N) / a (Sherman, Morrison and Woodbury). Samples of all processes
+    are gathered.
+
+    Args:
+        damping: a > 0, in units of squared gradients of single samples; or a function of the step. F shrinks
+            like the squared loss, and a should with it.
+        every: steps between two looks at the samples; in between the old ones are used.
+        together: one kernel for all layers, with the terms between them; else one for each layer.
+        sharing: of samples with several positions, :func:`rankwise.linalg.exact`, ``expanded`` or ``reduced``.
+
+    References: Ren and Goldfarb, "Efficient subsampled Gauss-Newton and natural gradient methods for training
+        neural networks", 2019, arXiv 1906.02353; by layers: Soori, Can, Mu, Gürbüzbalaban and Mehri Dehnavi,
+        "TENGraD: time-efficient natural gradient descent with exact Fisher-block inversion", 2021, arXiv
+        2106.03947.
+    """
+
+    damping: Damping = 0.1
+    every: int = 1
+    together: bool = False
+    sharing: Sharing = exact
+
+    def __post_init__(self) -> None:
+        every_step(self.every)
+        damping_at(self.damping, 0)
+        if self.together and self.sharing is expanded:
+            raise ValueError("together needs the samples as they are; take sharing=exact or reduced.")
+
+    def captures(self, step: int) -> bool:
+        """At the first of every few steps."""
+        return step % self.every == 0
+
+    @property
+    def whole(self) -> bool:
+        """As the field says."""
+        return self.together
+
+    def local(self, rows: Sequence[Rows], curvature: Curvature, generator: Generator) -> Shared:
+        """All samples."""
+        if self.together and any(len(layer.each) != layer.samples for layer in rows):
+            raise ValueError("a layer sees other rows than the model's samples; leave it out, or together=False.")
+        found = {}
+        for i, each in enumerate(self.sharing(layer.each) for layer in rows):
+            found |= {f"inputs.{i}": each.inputs, f"gradients.{i}": each.gradients}
+        return Shared(rows=found)
+
+    def update(self, shared: Shared, samples: int, curvature: Curvature) -> None:
+        """Keep the samples of all."""
+        curvature |= shared.rows
+        curvature["samples"] = torch.tensor(samples)
+
+    def invert(self, curvature: Curvature, damping: float, shapes: Sequence[tuple[int, int]]) -> Curvature:
+        """The Cholesky factor of K/N + damping I."""
+        grams = [each.gram() for each in _samples(curvature, shapes)]
+        root = damped_root(torch.stack(grams).sum(0) / curvature["samples"], damping)
+        return {"root": root, "damping": torch.tensor(damping, dtype=torch.float64)}
+
+    def apply(self, gradients: Sequence[Tensor], curvature: Curvature, damping: float) -> list[Tensor]:
+        """(V - U (K/N + a I)^-1 U'V / N) / a, with the damping of the last inversion."""
+        each = _samples(curvature, [(v.shape[0], v.shape[1]) for v in gradients])
+        products = torch.stack([u.products(v) for u, v in zip(each, gradients, strict=True)]).sum(0)
+        weights = solve_root(curvature["root"], products) / curvature["samples"]
+        within = float(curvature["damping"])
+        return [(v - u.combination(weights)) / within for u, v in zip(each, gradients, strict=True)]
+
+    def cost(self, shapes: Sequence[tuple[int, int]]) -> float:
+        """Kernels of equal size, from rows as long as (m, n) say."""
+        return float(sum(m + n for m, n in shapes))
+
+
+def _samples(curvature: Curvature, shapes: Sequence[tuple[int, int]]) -> list[KhatriRao]:
+    """The samples of all processes, by layers."""
+    return [
+        KhatriRao(curvature[f"inputs.{i}"], curvature[f"gradients.{i}"], n) for i, (_, n) in enumerate(shapes)
+    ]

@@ -1,0 +1,88 @@
+"""The verb that turns gradients into natural gradients before an optimiser steps."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .core.conditioned import Conditioned
+from .core.conditioning import Conditioning
+from .core.exchange import Traffic
+from .core.preconditioner import Preconditioner
+from .core.surgery import Where, select
+
+
+def precondition(
+    model: nn.Module,
+    method: Preconditioner,
+    *,
+    where: Where | None = None,
+    tables: bool = False,
+    kl_clip: float | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    workers: float = 1.0,
+    group: Any = None,
+    synchronise: bool = False,
+    seed: int = 0,
+) -> Conditioning:
+    """Precondition the gradients of a model's matrices by their curvature.
+
+    Linear layers, convolutions and, if wanted, embeddings, each with its bias; all other parameters keep their
+    gradients. With several processes gradients are averaged as ever, by ``DistributedDataParallel`` or FSDP2,
+    each loss being a mean over its own samples, of which all processes have as many; what the method needs to
+    know besides is exchanged here.
+
+    Args:
+        model: trains; nothing in it is changed but hooks that :meth:`Conditioning.remove` takes off.
+        method: such as ``rankwise.preconditioners.HyLo(rank=0.1)``.
+        where: leaves a layer out if it is false for (name, module); None leaves out what has a frozen weight, the
+            output head that a transformers model names, and 3-D parameters.
+        tables: also precondition embeddings that share their weight with no other layer.
+        kl_clip: shorten the step so that lr^2 v'(F + damping I)^-1 v, about twice the change of the outputs'
+            distribution that the quadratic model predicts, is at most this; needs ``optimizer``.
+        optimizer: whose learning rate that is.
+        workers: share of the processes that multiply the gradients of one layer and give the result to the
+            others (KAISA's gradient workers). One exchanges least at each step, less keeps fewer inverses on each
+            process.
+        group: of processes; None means all.
+        synchronise: wait for the accelerator around each phase, so that :meth:`Conditioning.traffic` is true.
+        seed: of what methods draw.
+
+    Returns:
+        a handle, of which each step takes ``loss.backward(); handle.step(); optimizer.step()``.
+
+    Raises:
+        ValueError: if there is no layer, or an argument is wrong.
+
+    References: Pauloski, Huang, Xu, Chard, Hou, Foster, Zhang, "KAISA: an adaptive second-order optimizer
+        framework for deep neural networks", 2021, arXiv 2107.01739 (``workers``, ``kl_clip``).
+
+    >>> from rankwise.preconditioners import Sngd
+    >>> net = nn.Linear(3, 1)
+    >>> handle = precondition(net, Sngd(damping=0.1))
+    >>> net(torch.randn(8, 3)).square().mean().backward()
+    >>> handle.step()
+    True
+    """
+    if not 0 < workers <= 1:
+        raise ValueError(f"workers must be > 0 and <= 1, got {workers}.")
+    if kl_clip is not None and not kl_clip > 0:
+        raise ValueError(f"kl_clip must be > 0 or None, got {kl_clip}.")
+    if kl_clip is not None and optimizer is None:
+        raise ValueError("kl_clip needs the optimizer, whose learning rate it reads.")
+    sites = select(model, where, tables=tables)
+    found = {name: Conditioned.of(site) for name, site in sites.items() if site.part is None}
+    layers = {name: layer for name, layer in found.items() if layer is not None}
+    if not layers:
+        raise ValueError(f"none of the {len(sites)} layers has a weight that trains and is a matrix by itself.")
+    return Conditioning(
+        model,
+        method,
+        layers,
+        kl_clip=kl_clip,
+        optimizer=optimizer,
+        workers=workers,
+        traffic=Traffic(synchronise),
+        group=group,
+        seed=seed,
+    )
