@@ -5,9 +5,9 @@ Writes results/gpu_training.json; a second run goes on where the first stopped. 
 the CPU, where there is no peak to read.
 
 ``memory``: bfloat16 weights of Llama-7B's shape with a vocabulary of 32000, one sequence of 256 tokens,
-activations recomputed, each matrix stepped inside the backward pass and its gradient freed. The peak is the allocator's own
-(``max_memory_allocated``) over all steps, the first of which finds every subspace; step times are medians of the
-later ones. Published: GaLore in 8 bits below 24 GB, Q-GaLore below 16 GB.
+activations recomputed, each matrix stepped inside the backward pass and its gradient freed. The peak is the
+allocator's own (``max_memory_allocated``) over all steps, the first of which finds every subspace; step times are
+medians of the later ones. Published: GaLore in 8 bits below 24 GB, Q-GaLore below 16 GB.
 ``curves``: Llamas of 60M and 130M of bytes, ``--minutes`` each for every method, at one learning rate for each
 that is usual for it (none is searched): the mean loss of the last steps against steps and seconds.
 """
