@@ -23,6 +23,7 @@ from .sparse_coding import matching_pursuit
 from .sparse_plus_low_rank import sparse_plus_low_rank
 from .spectral_norm import leading_pair, spectral_bound
 from .splitting import Splitting
+from .stiefel import cayley, stiefel_tangent
 from .stochastic import add_to_integers, integer_grid, stochastic_bfloat16
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Rounded",
     "Splitting",
     "add_to_integers",
+    "cayley",
     "choose_grids",
     "cosine_rows",
     "cosine_transform",
@@ -78,6 +80,7 @@ __all__ = [
     "soft",
     "sparse_plus_low_rank",
     "spectral_bound",
+    "stiefel_tangent",
     "stochastic_bfloat16",
     "truncated_factors",
     "unpack",
