@@ -27,7 +27,7 @@ LAYERS = [
     {"exporters", "serving"},
     {"compression"},
     {"api"},
-    {"absorbing", "adapting", "certificate", "narrowing", "quickstart", "streaming", "training"},
+    {"absorbing", "adapting", "certificate", "curvature", "narrowing", "quickstart", "streaming", "training"},
     {"following"},
     {"checking", "pretraining", "trainer"},
     {"guarding", "planning"},

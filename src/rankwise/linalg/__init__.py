@@ -9,7 +9,9 @@ from .entries import fit_entries
 from .interpolative import interpolative_rows
 from .k_svd import k_svd
 from .kernels import distance, inner
+from .lanczos import lanczos
 from .masks import draw_places, largest, largest_in_groups
+from .mean_field import critical_variances, gradient_gain, preactivation_variance
 from .metric import Metric, metric_norm, metric_svd, truncated_factors
 from .newton_schulz import MUON, POLAR_EXPRESS, newton_schulz, odd_polynomials, odd_range
 from .orthonormal import draw_normal, orthonormal, power_steps, product, seeded
@@ -37,6 +39,7 @@ __all__ = [
     "choose_grids",
     "cosine_rows",
     "cosine_transform",
+    "critical_variances",
     "decode",
     "distance",
     "draw_categorical",
@@ -46,11 +49,13 @@ __all__ = [
     "eliminate_columns",
     "encode",
     "fit_entries",
+    "gradient_gain",
     "hard",
     "inner",
     "integer_grid",
     "interpolative_rows",
     "k_svd",
+    "lanczos",
     "largest",
     "largest_in_groups",
     "leading_pair",
@@ -70,6 +75,7 @@ __all__ = [
     "pack_fitting",
     "packed_bytes",
     "power_steps",
+    "preactivation_variance",
     "principal_components",
     "product",
     "recompressed",
