@@ -26,6 +26,7 @@ from rankwise import (
     starts,
 )
 from rankwise.cli.options import command_name
+from rankwise.optimizers import retractions
 
 TARGET = Path(__file__).with_name("methods.md")
 SECTIONS: dict[str, tuple[types.ModuleType, str]] = {
@@ -49,6 +50,10 @@ SECTIONS: dict[str, tuple[types.ModuleType, str]] = {
     "Optimisers": (
         optimizers,
         "`rankwise.Optimizer([(model.parameters(), NAME(...))], lr=...)`; each call returns a transform.",
+    ),
+    "Retractions": (
+        retractions,
+        "How `stiefel(retraction=...)` comes back to orthogonal matrices.",
     ),
     "Projectors": (
         projectors,

@@ -45,8 +45,8 @@ from rankwise.optimizers import (
     soap,
     trion,
 )
-from rankwise.optimizers.manifolds import Cayley, Qr
 from rankwise.optimizers.muon import Orthogonalize
+from rankwise.optimizers.retractions import Cayley, Qr
 from rankwise.projectors import (
     Backoff,
     Cosine,

@@ -12,10 +12,11 @@ from rankwise import Optimizer
 from rankwise.core.transforms import Transform, chain
 from rankwise.linalg import cayley, stiefel_tangent
 from rankwise.optimizers import adam, oblique, orthogonal_penalty, sgd, stiefel
-from rankwise.optimizers.manifolds import Cayley, Manifold, Polar, Qr, Retraction, TangentMomentum
+from rankwise.optimizers.manifolds import Manifold, TangentMomentum
 from rankwise.optimizers.muon import Orthogonalize
 from rankwise.optimizers.oblique import Oblique
 from rankwise.optimizers.orthogonal_penalty import NotOrthogonal
+from rankwise.optimizers.retractions import Cayley, Polar, Qr, Retraction
 from rankwise.optimizers.stiefel import Stiefel
 
 SHAPES = [(4, 4), (3, 7), (1, 5)]
@@ -130,11 +131,11 @@ INNER: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("retraction", RETRACTIONS, ids=str)
 def test_rounding_does_not_add_up(retraction: Retraction, inner: str):
-    """A thousand steps in float32, with weight decay."""
+    """A thousand steps in float32 (fewer for the others), with weight decay."""
     kind = stiefel(retraction=retraction, **INNER[inner])
-    for shape in ((16, 16), (24, 8)):
+    for shape, steps in (((16, 16), 1000 if inner == "momentum" else 100), ((24, 8), 50)):
         start = nn.init.orthogonal_(torch.empty(shape), generator=torch.Generator().manual_seed(0))
-        moved = walk(kind, start, 1000 if shape == (16, 16) else 50, 0.05, decay=0.1)
+        moved = walk(kind, start, steps, 0.05, decay=0.1)
         assert gap(moved) < 1e-5
         assert float((moved - start).norm()) > 1
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..core.transforms import Transform, by_shape, wide
 from ..linalg import stiefel_tangent
-from .manifolds import Manifold, OnManifold, Polar, Retraction, TangentMomentum
+from .manifolds import Manifold, OnManifold, TangentMomentum
+from .retractions import Polar, Retraction
 from .sgd import sgd
 
 
@@ -63,7 +64,7 @@ def stiefel(
         beta: of the momentum, which is carried along the manifold by projection.
         inner: another transform of tangent gradients in its place, such as ``adam()``, or ``chain(sgd(beta=0.9),
             Orthogonalize())`` of Muon; its moments are not carried, but its directions are made tangent.
-        retraction: ``Polar()``, ``Qr()`` or ``Cayley()`` of :mod:`rankwise.optimizers.manifolds`.
+        retraction: ``Polar()``, ``Qr()`` or ``Cayley()`` of :mod:`rankwise.optimizers.retractions`.
         scale: s; None takes the root mean square of singular values at the first step.
         magnitude: a transform that trains s, one number a matrix ("scaled Stiefel"), such as ``sgd(beta=0.9)``.
         other: for vectors and scalars.
