@@ -63,6 +63,9 @@ def test_three_ways_give_one_spectrum(law: OutputLaw):
     torch.testing.assert_close(
         torch.tensor(dual.curves["Fisher"], dtype=torch.float64), wanted[:rank], rtol=1e-6, atol=1e-12
     )
+    single = fisher_spectrum(model.float(), [x.float()], count=None, law=law)
+    assert len(single.rows) == rank
+    assert single.totals["largest"] == pytest.approx(float(wanted[0]), rel=1e-5)
     assert lanczos.totals["outputs"] == dual.totals["outputs"] == 9
     assert lanczos.totals["params"] == sum(p.numel() for p in model.parameters())
 

@@ -76,7 +76,7 @@ def fisher_spectrum(
 
     Args:
         model: any module whose operations have two derivatives; in evaluation mode meanwhile.
-        batches: as the model takes them, without labels. A keyword ``attention_mask`` marks padding. More batches
+        batches: as the model takes them, without labels; the work is done in the model's type. A keyword ``attention_mask`` marks padding. More batches
             take longer, not more memory.
         count: how many eigenvalues, by Lanczos' method, at three passes over the data a step. None finds all that
             are not zero through the Gram matrix of the t k rows of L' J, which takes t k passes and rows of all
@@ -118,7 +118,7 @@ def fisher_spectrum(
             rows = [_rows(_derivative(model, batch, parameters), law) for batch in batches]
             total = sum(len(each) for each, _ in rows)
             outputs = sum(t for _, t in rows)
-            factor = torch.cat([each for each, _ in rows]).double()
+            factor = torch.cat([each for each, _ in rows])
             values = _eigenvalues(factor if total <= size else factor.mT) / outputs
             residuals = torch.zeros_like(values)
         else:
@@ -252,9 +252,11 @@ def _rows(at: Linearised, law: OutputLaw) -> tuple[Tensor, int]:
 
 
 def _eigenvalues(factor: Tensor) -> Tensor:
-    """Those of A A', largest first, without what is rounding."""
-    values = torch.linalg.eigvalsh(factor @ factor.mT).flip(-1).cpu()
-    return values[: max(1, int((values > len(values) * torch.finfo(values.dtype).eps * values[0]).sum()))]
+    """Those of A A' in float64, largest first, without what is rounding of that or of A."""
+    exact = factor.double()
+    values = torch.linalg.eigvalsh(exact @ exact.mT).flip(-1).cpu()
+    mine, own = (len(values) * torch.finfo(each.dtype).eps for each in (exact, factor))
+    return values[: max(1, int((values > max(mine, own**2) * values[0]).sum()))]
 
 
 def _from(model: nn.Module, batch: Batch, after: str | None) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from contracts.examples import draw
 from torch import Tensor, nn
 
 from rankwise import Optimizer
+from rankwise.cli.options import build
 from rankwise.core.transforms import Transform, chain
 from rankwise.linalg import cayley, stiefel_tangent
 from rankwise.optimizers import adam, oblique, orthogonal_penalty, sgd, stiefel
@@ -265,6 +266,11 @@ def test_the_penalty_has_its_gradient_and_draws_singular_values_to_the_scale():
         param.grad = torch.zeros_like(param)
         optimizer.step()
     torch.testing.assert_close(torch.linalg.svdvals(param.detach()), torch.full((4,), 1.3).double())
+
+
+def test_the_command_line_names_retractions():
+    words = ["retraction=qr", "inner=adam", "magnitude=sgd"]
+    assert build(stiefel, words) == stiefel(retraction=Qr(), inner=adam(), magnitude=sgd())
 
 
 @pytest.mark.parametrize("make", [stiefel, oblique])
