@@ -489,10 +489,10 @@ def orthogonal() -> list[str]:
     seeds, steps = len({row["seed"] for row in runs}), runs[0]["steps"]
     lines = [
         *_head(f"Orthogonal weights in a tanh network of {runs[0]['depth']} layers", found),
-        "Digits of 8 x 8 points, width 64, SGD with momentum 0.9; variances of weights and biases are critical by",
-        f"mean-field theory. Means over {seeds} seeds, after {steps} steps; the learning rate is each way's best",
-        f"of {', '.join(f'{each:g}' for each in tried)} for another seed. `reached` is the step at which the mean",
-        "training loss of ten batches is below 0.3, for each seed; milliseconds are of a busy machine.",
+        "Digits of 8 x 8 points, width 64, SGD with momentum 0.9; variances at the start are the critical ones",
+        f"of mean-field theory. Means over {seeds} seeds, after {steps} steps; the learning rate is each way's",
+        f"best of {', '.join(f'{each:g}' for each in tried)} for another seed. `reached` is the step at which",
+        "the mean training loss of ten batches is below 0.3, a seed each; milliseconds are of a busy machine.",
         "",
     ]
     cells, curves = [], []
@@ -510,8 +510,8 @@ def orthogonal() -> list[str]:
     head = ["way", "learning rate", "reached", "training loss", "test loss", "accuracy"]
     lines += table([*head, "max of W'W / s^2 - I", "ms a step"], cells)
     lines += [
-        "Singular values of the hidden layers' Jacobian, means over four digits, and the largest eigenvalue of the",
-        "Fisher information; ranges over the seeds:",
+        "Singular values of the hidden layers' Jacobian, means over four digits, and the largest eigenvalue of",
+        "the Fisher information; ranges over the seeds:",
         "",
     ]
     return lines + table(["way", "step", "largest singular value", "median", "Fisher"], curves)

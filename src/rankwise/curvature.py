@@ -76,8 +76,8 @@ def fisher_spectrum(
 
     Args:
         model: any module whose operations have two derivatives; in evaluation mode meanwhile.
-        batches: as the model takes them, without labels; the work is done in the model's type. A keyword ``attention_mask`` marks padding. More batches
-            take longer, not more memory.
+        batches: as the model takes them, without labels. A keyword ``attention_mask`` marks padding. More batches
+            take longer, not more memory. The work is done in the model's type.
         count: how many eigenvalues, by Lanczos' method, at three passes over the data a step. None finds all that
             are not zero through the Gram matrix of the t k rows of L' J, which takes t k passes and rows of all
             parameters; for small networks and few samples.
