@@ -12,7 +12,7 @@ from rankwise import Optimizer
 from rankwise.cli.options import build
 from rankwise.core.transforms import Transform, chain
 from rankwise.linalg import cayley, stiefel_tangent
-from rankwise.optimizers import adam, oblique, orthogonal_penalty, sgd, stiefel
+from rankwise.optimizers import adam, galore, hard_cap, oblique, orthogonal_penalty, sgd, stiefel
 from rankwise.optimizers.manifolds import Manifold, TangentMomentum
 from rankwise.optimizers.muon import Orthogonalize
 from rankwise.optimizers.oblique import Oblique
@@ -125,6 +125,7 @@ def gap(weight: Tensor, scale: float = 1.0) -> float:
 INNER: dict[str, dict[str, Any]] = {
     "momentum": {},
     "adam": {"inner": adam()},
+    "galore": {"inner": galore(rank=4, every=5)},
     "muon": {"inner": chain(sgd(beta=0.9), Orthogonalize())},
 }
 
@@ -278,6 +279,8 @@ def test_bad_arguments_are_refused(make: Any):
     for scale in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="scale must be a finite number > 0"):
             make(scale=scale)
+    with pytest.raises(ValueError, match="leave its constraint out"):
+        make(inner=hard_cap(limit=1.0))
     with pytest.raises(ValueError, match="beta must be"):
         TangentMomentum(manifold=Oblique(), beta=1.0)
     with pytest.raises(ValueError, match="scale must be"):

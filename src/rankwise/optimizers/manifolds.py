@@ -88,6 +88,8 @@ class OnManifold(Transform):
     def __post_init__(self) -> None:
         if self.scale is not None and not 0 < self.scale < math.inf:
             raise ValueError(f"scale must be a finite number > 0, or None, got {self.scale}.")
+        if self.inner.constrains:
+            raise ValueError("the inner transform constrains parameters, too; leave its constraint out.")
 
     def init(self, param: Tensor, index: Tensor) -> State:
         """The inner state, s, and what is known between a step and its end."""
