@@ -139,7 +139,7 @@ def test_rounding_does_not_add_up(retraction: Retraction, inner: str):
         start = nn.init.orthogonal_(torch.empty(shape), generator=torch.Generator().manual_seed(0))
         moved = walk(kind, start, steps, 0.05, decay=0.1)
         assert gap(moved) < 1e-5
-        assert float((moved - start).norm()) > 1
+        assert float((moved - start).norm()) > 0.3
 
 
 def test_without_the_constraint_it_would_be_lost():
