@@ -245,6 +245,10 @@ def test_bad_arguments_are_refused():
     model, x = network(4, 3), draw(2, 4)
     with pytest.raises(ValueError, match="there is no batch"):
         fisher_spectrum(model, [])
+    with pytest.raises(ValueError, match=r"give a list of batches, such as \[x\]"):
+        fisher_spectrum(model, x)
+    with pytest.raises(ValueError, match="outputs must be"):
+        fisher_spectrum(model, [x[0]])
     with pytest.raises(ValueError, match="no parameter 'other'"):
         fisher_spectrum(model, [x], names=["other"])
     with pytest.raises(ValueError, match="no parameters to differentiate by"):

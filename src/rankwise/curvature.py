@@ -2,7 +2,7 @@
 
 import abc
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,7 +93,7 @@ def fisher_spectrum(
         first.
 
     Raises:
-        ValueError: if there is no batch, or an argument is out of range.
+        ValueError: if there is no batch, outputs are no rows, or an argument is out of range.
         FloatingPointError: if something is not finite.
 
     References: Sokol and Park, "Information geometry of orthogonal initializations and training", 2020, arXiv
@@ -106,6 +106,8 @@ def fisher_spectrum(
     [4.5, 0.5]
     """
     _check(count, steps, tolerance)
+    if isinstance(batches, Tensor | Mapping):
+        raise ValueError("give a list of batches, such as [x], not one batch.")
     batches = list(batches)
     if not batches:
         raise ValueError("there is no batch; give at least one.")

@@ -84,5 +84,12 @@ def run(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
 
 
 def output_rows(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
-    """Return the output of a model, or its logits, as rows (t, k) without padding."""
-    return unpadded(run(model, batch, device), batch)
+    """Return the output of a model, or its logits, as rows (t, k) without padding.
+
+    Raises:
+        ValueError: if it has no rows.
+    """
+    output = run(model, batch, device)
+    if output.dim() < 2:
+        raise ValueError(f"outputs must be (..., k), with samples before, got shape {tuple(output.shape)}.")
+    return unpadded(output, batch)
