@@ -27,6 +27,7 @@ from rankwise import (
     starts,
 )
 from rankwise.cli.options import command_name
+from rankwise.optimizers import retractions
 
 TARGET = Path(__file__).with_name("methods.md")
 SECTIONS: dict[str, tuple[types.ModuleType, str]] = {
@@ -54,6 +55,10 @@ SECTIONS: dict[str, tuple[types.ModuleType, str]] = {
     "Preconditioners": (
         preconditioners,
         "`rankwise.precondition(model, method)` and `rankwise train --precondition NAME`.",
+    ),
+    "Retractions": (
+        retractions,
+        "How `stiefel(retraction=...)` comes back to orthogonal matrices.",
     ),
     "Projectors": (
         projectors,

@@ -479,6 +479,53 @@ def optimizer_speed() -> list[str]:
     return lines + table(head, cells)
 
 
+def orthogonal() -> list[str]:
+    """Orthogonal starts and constraints in a deep network."""
+    found = load("orthogonal")
+    if found is None:
+        return []
+    runs = [row for row in found["rows"] if row["part"] == "run"]
+    tried = sorted({row["lr"] for row in found["rows"] if row["part"] == "tuning"})
+    seeds, steps = len({row["seed"] for row in runs}), runs[0]["steps"]
+    lines = [
+        *_head(f"Orthogonal weights in a tanh network of {runs[0]['depth']} layers", found),
+        "Digits of 8 x 8 points, width 64, SGD with momentum 0.9; variances at the start are the critical ones",
+        f"of mean-field theory. Means over {seeds} seeds, after {steps} steps; the learning rate is each way's",
+        f"best of {', '.join(f'{each:g}' for each in tried)} for another seed. `reached` is the step at which",
+        "the mean training loss of ten batches is below 0.3, a seed each; milliseconds are of a busy machine.",
+        "",
+    ]
+    cells, curves = [], []
+    for way in dict.fromkeys(row["way"] for row in runs):
+        rows = [row for row in runs if row["way"] == way]
+        reached = ", ".join(str(row["reached"] or "-") for row in rows)
+        scores = [_mean([row[key] for row in rows]) for key in ("loss", "test_loss", "accuracy")]
+        gaps = f"{max(row['gap'] for row in rows):.1g}"
+        milliseconds = f"{1000 * sum(row['seconds_a_step'] for row in rows) / seeds:.0f}"
+        cells.append([way, f"{rows[0]['lr']:g}", reached, *scores, gaps, milliseconds])
+        for step in rows[0]["spectra"]:
+            seen = [row["spectra"][step] for row in rows]
+            ranges = [_range([each[key] for each in seen]) for key in ("largest", "median", "fisher")]
+            curves.append([way, step, *ranges])
+    head = ["way", "learning rate", "reached", "training loss", "test loss", "accuracy"]
+    lines += table([*head, "max of W'W / s^2 - I", "ms a step"], cells)
+    lines += [
+        "Singular values of the hidden layers' Jacobian, means over four digits, and the largest eigenvalue of",
+        "the Fisher information; ranges over the seeds:",
+        "",
+    ]
+    return lines + table(["way", "step", "largest singular value", "median", "Fisher"], curves)
+
+
+def _mean(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{sum(known) / len(known):.3f}" if len(known) == len(values) else "diverged"
+
+
+def _range(values: list[float]) -> str:
+    return f"{min(values):.3g} ... {max(values):.3g}"
+
+
 def _head(title: str, found: dict) -> list[str]:
     about = found["environment"]
     made = f"torch {about['torch']}, {about['threads']} threads, commit {about['commit']}"
@@ -489,7 +536,7 @@ def page() -> str:
     """Return the whole page."""
     lines = ["# Results", "", "Generated from `benchmarks/results/*.json` by `python docs/results.py`.", ""]
     parts = (quality, narrow, low_bit, damping, prediction, speed, cost, streaming)
-    parts += (optimizer_speed, adapter_quality, adapter_cost, heal_adapter, merge_memory, state_bytes)
+    parts += (optimizer_speed, adapter_quality, adapter_cost, heal_adapter, merge_memory, state_bytes, orthogonal)
     return "\n".join([*lines, *(line for part in parts for line in part())]).rstrip() + "\n"
 
 

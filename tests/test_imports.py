@@ -31,6 +31,7 @@ LAYERS = [
         "absorbing",
         "adapting",
         "certificate",
+        "curvature",
         "narrowing",
         "preconditioning",
         "quickstart",

@@ -28,6 +28,7 @@ from .core.report import Report
 from .core.stepping import Layerwise
 from .core.surgery import StructuredLinear
 from .core.writing import StochasticRounding
+from .curvature import fisher_spectrum, jacobian_spectrum, tangent_kernel
 from .finetuning import finetune
 from .following import finish, follow
 from .models import evaluate, load, load_adapter, save
@@ -65,12 +66,14 @@ __all__ = [
     "exporters",
     "finetune",
     "finish",
+    "fisher_spectrum",
     "fold",
     "follow",
     "heal",
     "initialise",
     "initialisers",
     "inspect",
+    "jacobian_spectrum",
     "layers",
     "lipschitz_bound",
     "load",
@@ -89,6 +92,7 @@ __all__ = [
     "save",
     "schedules",
     "starts",
+    "tangent_kernel",
     "train",
     "train_as_floats",
     "train_as_integers",

@@ -45,6 +45,8 @@ from rankwise.optimizers import (
     soap,
     trion,
 )
+from rankwise.optimizers.muon import Orthogonalize
+from rankwise.optimizers.retractions import Cayley, Qr
 from rankwise.projectors import (
     Backoff,
     Cosine,
@@ -90,6 +92,14 @@ SETTINGS: dict[str, list[Transform]] = {
         q_galore(rank=2, every=Backoff(2, recent=1)),
         q_galore(rank=2, every=3, inner=quantised(adam(), least=1)),
     ],
+    "oblique": [
+        optimizers.oblique(scale=0.5),
+        optimizers.oblique(scale=0.5, inner=adam(), magnitude=sgd(beta=0.9)),
+    ],
+    "orthogonal_penalty": [
+        optimizers.orthogonal_penalty(),
+        optimizers.orthogonal_penalty(scale=0.5, inner=adam()),
+    ],
     "quantised": [
         quantised(adam(), least=1, block=16),
         quantised(galore(rank=2, every=4, carry=Rotate()), least=1, block=16),
@@ -108,6 +118,11 @@ SETTINGS: dict[str, list[Transform]] = {
     "spectral_normalize": [
         chain(adam(), optimizers.spectral_normalize(limit=1.5)),
         optimizers.spectral_normalize(limit=1.5),
+    ],
+    "stiefel": [
+        optimizers.stiefel(scale=0.5),
+        optimizers.stiefel(scale=0.5, retraction=Qr(), inner=adam(), magnitude=sgd(beta=0.9)),
+        optimizers.stiefel(scale=0.5, retraction=Cayley(), inner=chain(sgd(beta=0.5), Orthogonalize())),
     ],
     "tscnc": [optimizers.tscnc(), optimizers.tscnc(condition=0.1, inner=galore(rank=2, every=4))],
     "weight_norm": [

@@ -16,6 +16,8 @@ from ..core.methods import Initialiser, RankRule
 from ..core.subspaces import Carry, Projector, Refresh
 from ..core.surgery import Where
 from ..core.transforms import Transform
+from ..optimizers import retractions
+from ..optimizers.retractions import Retraction
 
 PARTS: dict[type, types.ModuleType] = {
     Carry: projectors,
@@ -23,6 +25,7 @@ PARTS: dict[type, types.ModuleType] = {
     Projector: projectors,
     RankRule: rank_rules,
     Refresh: projectors,
+    Retraction: retractions,
     Transform: optimizers,
 }
 """Kinds of methods that are fields of other methods, and where they are."""

@@ -10,7 +10,9 @@ from .interpolative import interpolative_rows
 from .k_svd import k_svd
 from .kernels import distance, inner
 from .khatri_rao import KhatriRao, Sharing, exact, expanded, reduced
+from .lanczos import lanczos
 from .masks import draw_places, largest, largest_in_groups
+from .mean_field import critical_variances, gradient_gain, preactivation_variance
 from .metric import Metric, metric_norm, metric_svd, truncated_factors
 from .newton_schulz import MUON, POLAR_EXPRESS, newton_schulz, odd_polynomials, odd_range
 from .orthonormal import draw_normal, orthonormal, power_steps, product, seeded
@@ -25,6 +27,7 @@ from .sparse_coding import matching_pursuit
 from .sparse_plus_low_rank import sparse_plus_low_rank
 from .spectral_norm import leading_pair, spectral_bound
 from .splitting import Splitting
+from .stiefel import cayley, stiefel_tangent
 from .stochastic import add_to_integers, integer_grid, stochastic_bfloat16
 
 __all__ = [
@@ -36,9 +39,11 @@ __all__ = [
     "Sharing",
     "Splitting",
     "add_to_integers",
+    "cayley",
     "choose_grids",
     "cosine_rows",
     "cosine_transform",
+    "critical_variances",
     "damped_root",
     "decode",
     "distance",
@@ -51,11 +56,13 @@ __all__ = [
     "exact",
     "expanded",
     "fit_entries",
+    "gradient_gain",
     "hard",
     "inner",
     "integer_grid",
     "interpolative_rows",
     "k_svd",
+    "lanczos",
     "largest",
     "largest_in_groups",
     "leading_pair",
@@ -75,6 +82,7 @@ __all__ = [
     "pack_fitting",
     "packed_bytes",
     "power_steps",
+    "preactivation_variance",
     "principal_components",
     "product",
     "recompressed",
@@ -87,6 +95,7 @@ __all__ = [
     "solve_root",
     "sparse_plus_low_rank",
     "spectral_bound",
+    "stiefel_tangent",
     "stochastic_bfloat16",
     "truncated_factors",
     "unpack",

@@ -15,6 +15,8 @@ from .hard_cap import hard_cap
 from .ldadam import ldadam
 from .lipschitz import lipschitz
 from .muon import muon
+from .oblique import oblique
+from .orthogonal_penalty import orthogonal_penalty
 from .project import project
 from .q_galore import q_galore
 from .quantised import adamw4bit, adamw8bit, quantised
@@ -25,6 +27,7 @@ from .soap import soap
 from .soft_cap import soft_cap
 from .spectral_hammer import spectral_decay, spectral_hammer
 from .spectral_normalize import spectral_normalize
+from .stiefel import stiefel
 from .trion import trion
 from .tscnc import tscnc
 from .weight_norm import weight_norm
@@ -49,6 +52,8 @@ __all__ = [
     "ldadam",
     "lipschitz",
     "muon",
+    "oblique",
+    "orthogonal_penalty",
     "project",
     "q_galore",
     "quantised",
@@ -61,6 +66,7 @@ __all__ = [
     "spectral_decay",
     "spectral_hammer",
     "spectral_normalize",
+    "stiefel",
     "trion",
     "tscnc",
     "weight_norm",
