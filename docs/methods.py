@@ -14,6 +14,7 @@ from rankwise import (
     adapters,
     allocators,
     compressors,
+    estimators,
     exporters,
     initialisers,
     layers,
@@ -53,6 +54,10 @@ SECTIONS: dict[str, tuple[types.ModuleType, str]] = {
     "Projectors": (
         projectors,
         "What projected optimisers hold: subspaces, when they are chosen again, what becomes of moments in them.",
+    ),
+    "Estimators": (
+        estimators,
+        "`rankwise.estimate(model, estimator, ...)`: gradients without back-propagation, for any optimiser.",
     ),
     "Layers": (layers, "What `rankwise.lipschitz_bound(model)` understands beside the layers of torch."),
     "Formats": (

@@ -4,6 +4,7 @@ from . import (
     adapters,
     allocators,
     compressors,
+    estimators,
     exporters,
     initialisers,
     layers,
@@ -27,6 +28,7 @@ from .core.report import Report
 from .core.stepping import Layerwise
 from .core.surgery import StructuredLinear
 from .core.writing import StochasticRounding
+from .estimating import estimate
 from .finetuning import finetune
 from .following import finish, follow
 from .models import evaluate, load, load_adapter, save
@@ -58,6 +60,8 @@ __all__ = [
     "compress",
     "compress_folder",
     "compressors",
+    "estimate",
+    "estimators",
     "evaluate",
     "export",
     "exporters",

@@ -6,6 +6,7 @@ from .cosine import cosine_rows, cosine_transform
 from .dictionary import learned_dictionary, orthogonal_dictionary
 from .dynamic_codes import decode, dynamic_table, encode
 from .entries import fit_entries
+from .feedback import feedback_factors, feedback_range, gradient_factors
 from .interpolative import interpolative_rows
 from .k_svd import k_svd
 from .kernels import distance, inner
@@ -16,6 +17,7 @@ from .orthonormal import draw_normal, orthonormal, power_steps, product, seeded
 from .packing import pack, pack_fitting, packed_bytes, unpack
 from .parabola import log_parabola
 from .principal import principal_components
+from .random_matrices import gaussian, orthogonal
 from .recompression import recompressed
 from .rounding import Rounded, choose_grids, nearest_codes, round_to_grid
 from .shrinking import hard, magnitude, smallest_kept, soft
@@ -43,7 +45,11 @@ __all__ = [
     "dynamic_table",
     "eliminate_columns",
     "encode",
+    "feedback_factors",
+    "feedback_range",
     "fit_entries",
+    "gaussian",
+    "gradient_factors",
     "hard",
     "inner",
     "integer_grid",
@@ -62,6 +68,7 @@ __all__ = [
     "newton_schulz",
     "odd_polynomials",
     "odd_range",
+    "orthogonal",
     "orthogonal_dictionary",
     "orthonormal",
     "pack",

@@ -1,0 +1,135 @@
+"""A random code of the label as the target of each block, learned by forward passes alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..linalg import gaussian, seeded
+from .base import Draw, Estimator
+from .network import Network, Output
+
+POOLS = {1: functional.adaptive_avg_pool1d, 2: functional.adaptive_avg_pool2d, 3: functional.adaptive_avg_pool3d}
+
+
+def squared(values: Tensor, targets: Tensor) -> Tensor:
+    """Half the squared distances: (..., u), (..., u) -> (...,)."""
+    return (values - targets).square().sum(-1) / 2
+
+
+def absolute(values: Tensor, targets: Tensor) -> Tensor:
+    """Sums of absolute differences, whose gradients are signs; they need a rate about five times lower."""
+    return (values - targets).abs().sum(-1)
+
+
+def opposed(values: Tensor, targets: Tensor) -> Tensor:
+    """Minus the inner products: with it this is direct random target projection."""
+    return -(values * targets).sum(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetProjection(Estimator):
+    """Train each block to send inputs to a random code of their label (tpSGD), and the rest by the true loss.
+
+    A block with output h has the target t = s(gain P y), with y the one-hot label, P fixed and random, and s the
+    activation at the end of the block, so that targets lie in its range. The gradient of loss(h, t) is computed
+    at once, with the block's inputs as constants, and the graph is dropped: what is kept for it does not grow
+    with depth. Nor does it with time: recurrent layers have targets at each step, and the state before a step is
+    a constant.
+
+    It descends no loss of the whole network, whose training loss may rise, and blocks lose what their label does
+    not need; so depth hurts. How the paper projects targets of maps, when recurrent layers have them, and how it
+    scales them is not verified; s(gain P y) is this project's own.
+
+    Args:
+        loss: (h, t) (..., u) -> (...,): ``squared``, ``absolute``, ``opposed``, or another.
+        projection: draws P (u, classes), such as :func:`rankwise.linalg.gaussian` or ``orthogonal``.
+        gain: of P.
+        cells: outputs at many positions, such as convolutions', with one label are averaged to this many cells
+            along each axis, each of which has its own target; 1 is the mean, None takes all positions.
+        steps: how many last steps of a recurrent layer have a target; None means all.
+        seed: of all P.
+
+    References: Lomnitz, Daniels, Zhang, Piacentino, "Learning with local gradients at the edge", 2022, arXiv
+        2208.08503; for ``opposed`` Frenkel, Lefebvre, Bol, "Learning without feedback", 2021, arXiv 1909.01311.
+    """
+
+    loss: Callable[[Tensor, Tensor], Tensor] = squared
+    projection: Draw = gaussian
+    gain: float = 1.0
+    cells: int | None = 1
+    steps: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.gain > 0:
+            raise ValueError(f"gain must be > 0, got {self.gain}.")
+        for name in ("cells", "steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1 or None, got {getattr(self, name)}.")
+
+    def backward(self, network: Network, inputs: Any, labels: Tensor) -> Tensor:
+        """See :class:`Estimator`."""
+        codes = network.codes(labels)
+
+        def learn(output: Output) -> None:
+            if output.step is not None and self.steps is not None and output.steps - output.step > self.steps:
+                return
+            local = self.local_loss(output, codes, network.blocks[output.block[0]].squash)
+            if not bool(local.detach().isfinite()):
+                name = network.blocks[output.block[0]].name
+                raise FloatingPointError(
+                    f"the local loss of {name} is {float(local)}; take a lower lr, or drop this batch. "
+                    "Gradients of the blocks before it are written: call zero_grad."
+                )
+            local.backward()
+
+        with network.cut(learn, by_step=True):
+            loss = network.run(inputs, labels)[1]
+        loss.backward()
+        return loss.detach()
+
+    def local_loss(self, output: Output, codes: Tensor, squash: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the mean over a batch of what one block lowers; of a step, its share of that of all steps.
+
+        Args:
+            output: of the block.
+            codes: one-hot labels (b, classes) or, of positions or steps, (b, positions..., classes).
+            squash: the activation.
+
+        Raises:
+            ValueError: if there are not as many labels as outputs.
+        """
+        if output.step is not None and codes.dim() == 3:
+            codes = codes[:, output.step]
+        values = output.values
+        values = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+        if codes.shape[:-1] != values.shape[: codes.dim() - 1] or values.dim() < codes.dim():
+            raise ValueError(
+                f"outputs {tuple(values.shape)} of a block need labels for a batch of {len(values)}, or for each "
+                f"position of it; got {tuple(codes.shape[:-1])}."
+            )
+        values = self._pooled(values, values.dim() - codes.dim())
+        generator = seeded(self.seed, *output.block)
+        matrix = self.gain * self.projection(values.shape[-1], codes.shape[-1], generator).to(values)
+        with torch.no_grad():
+            targets = squash(codes.to(values) @ matrix.mT)
+        steps = output.steps if self.steps is None else min(self.steps, output.steps)
+        return self.loss(values, targets).mean() / steps
+
+    def _pooled(self, values: Tensor, axes: int) -> Tensor:
+        """(b, ..., m) -> (b, ..., u): see ``cells``; the ``axes`` before the last are those of positions."""
+        if axes == 0:
+            return values
+        if self.cells is None:
+            return values.flatten(-axes - 1)
+        if self.cells == 1:
+            return values.mean(tuple(range(-axes - 1, -1)))
+        if axes > 3:
+            raise ValueError(f"outputs with {axes} axes of positions have no cells; take cells=1 or None.")
+        batch = values.shape[: values.dim() - axes - 1]
+        maps = values.flatten(0, len(batch) - 1).movedim(-1, 1)
+        return POOLS[axes](maps, self.cells).flatten(1).unflatten(0, batch)
