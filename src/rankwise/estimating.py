@@ -64,9 +64,9 @@ def estimate(
         model: trained where parameters require gradients.
         estimator: from :mod:`rankwise.estimators`.
         loss: (output, labels) -> number, a mean over the batch.
-        blocks: modules whose outputs end blocks, in order; the loss itself trains what comes behind the last. None
-            takes each linear, convolutional or recurrent layer but the last, with the activation that follows it
-            in the same ``nn.Sequential``; the last is the last in ``model.modules()``.
+        blocks: modules whose outputs end blocks, in order; behind the last the loss itself trains. None
+            takes each linear, convolutional or recurrent layer but the last of ``model.modules()``, together with
+            the activation that follows it in the same ``nn.Sequential``.
         classes: their number; None takes the width of the last layer.
 
     Returns:

@@ -15,9 +15,9 @@ from .network import Network, Output
 class DirectFeedbackAlignment(Estimator):
     """Send the error at the output to each block by a fixed random matrix (DFA), instead of through the others.
 
-    In place of the gradient of the loss by a block's output h stands B e, where e is the gradient by the network's
-    output. Inside a block gradients are exact, through all steps of a recurrent layer, too. All blocks are kept
-    until the error is known, so it saves no memory; the backward passes of blocks do not wait for each other.
+    In place of the gradient of the loss by a block's output h stands B e, where e is the gradient by the output
+    of the network. Inside a block gradients are exact, through all steps of a recurrent layer, too. All blocks
+    are kept until the error is known, so it saves no memory; but no block waits for the error of another.
 
     Args:
         projection: draws B (u, classes) for the u numbers of an output; its entries are divided by sqrt(u).

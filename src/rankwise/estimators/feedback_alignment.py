@@ -14,11 +14,7 @@ from ..linalg import gaussian, seeded
 from .base import Draw, Estimator
 from .network import Network
 
-CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
-    nn.Conv1d: nn.grad.conv1d_input,
-    nn.Conv2d: nn.grad.conv2d_input,
-    nn.Conv3d: nn.grad.conv3d_input,
-}
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +104,10 @@ class _Joined(torch.autograd.Function):
 
 def _back(layer: nn.Linear | _ConvNd, matrix: Tensor, shape: torch.Size, error: Tensor) -> Tensor:
     """Return the error of a layer's input, as if its weight were ``matrix``."""
-    with torch.no_grad():
-        matrix = matrix.to(error.dtype)
-        if isinstance(layer, nn.Linear):
-            return error @ matrix
-        kind = next(k for k in CONVOLUTIONS if isinstance(layer, k))
-        return CONVOLUTIONS[kind](shape, matrix, error, layer.stride, layer.padding, layer.dilation, layer.groups)
+    matrix = matrix.to(error.dtype)
+    if isinstance(layer, nn.Linear):
+        return error @ matrix
+    with torch.enable_grad():  # for all strides and kinds of padding
+        probe = error.new_zeros(shape).requires_grad_()
+        output = layer._conv_forward(probe, matrix, None)
+    return torch.autograd.grad(output, probe, error)[0]

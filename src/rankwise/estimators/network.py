@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -129,7 +130,7 @@ class Network:
             raise ValueError(f"outputs {tuple(output.shape)} need as many labels, got {tuple(labels.shape)}.")
         loss = self.loss(output, labels)
         if not bool(loss.detach().isfinite()):
-            raise FloatingPointError(f"the loss is {float(loss)}; take a lower lr, or drop this batch.")
+            raise FloatingPointError(f"the loss is {float(loss.detach())}; take a lower lr, or drop this batch.")
         return output, loss
 
     @contextmanager
@@ -162,7 +163,7 @@ def ends_of(model: nn.Module) -> list[nn.Module]:
     for parent in model.modules():
         if isinstance(parent, nn.Sequential):
             parts = [part for part in parent if not isinstance(part, NORMS)]
-            follower.update({id(a): b for a, b in zip(parts, parts[1:], strict=False)})
+            follower.update({id(a): b for a, b in pairwise(parts)})
     layers = _layers(model)[:-1]
     behind = [follower.get(id(layer)) for layer in layers]
     return [each if isinstance(each, ACTIVATIONS) else layer for layer, each in zip(layers, behind, strict=True)]

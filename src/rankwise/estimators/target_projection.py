@@ -25,11 +25,6 @@ def absolute(values: Tensor, targets: Tensor) -> Tensor:
     return (values - targets).abs().sum(-1)
 
 
-def opposed(values: Tensor, targets: Tensor) -> Tensor:
-    """Minus the inner products: with it this is direct random target projection."""
-    return -(values * targets).sum(-1)
-
-
 @dataclass(frozen=True, kw_only=True)
 class TargetProjection(Estimator):
     """Train each block to send inputs to a random code of their label (tpSGD), and the rest by the true loss.
@@ -45,7 +40,7 @@ class TargetProjection(Estimator):
     scales them is not verified; s(gain P y) is this project's own.
 
     Args:
-        loss: (h, t) (..., u) -> (...,): ``squared``, ``absolute``, ``opposed``, or another.
+        loss: (h, t) (..., u) -> (...,): ``squared``, ``absolute``, or another.
         projection: draws P (u, classes), such as :func:`rankwise.linalg.gaussian` or ``orthogonal``.
         gain: of P.
         cells: outputs at many positions, such as convolutions', with one label are averaged to this many cells
@@ -54,7 +49,7 @@ class TargetProjection(Estimator):
         seed: of all P.
 
     References: Lomnitz, Daniels, Zhang, Piacentino, "Learning with local gradients at the edge", 2022, arXiv
-        2208.08503; for ``opposed`` Frenkel, Lefebvre, Bol, "Learning without feedback", 2021, arXiv 1909.01311.
+        2208.08503.
     """
 
     loss: Callable[[Tensor, Tensor], Tensor] = squared
@@ -82,7 +77,7 @@ class TargetProjection(Estimator):
             if not bool(local.detach().isfinite()):
                 name = network.blocks[output.block[0]].name
                 raise FloatingPointError(
-                    f"the local loss of {name} is {float(local)}; take a lower lr, or drop this batch. "
+                    f"the local loss of {name} is {float(local.detach())}; take a lower lr, or drop this batch. "
                     "Gradients of the blocks before it are written: call zero_grad."
                 )
             local.backward()

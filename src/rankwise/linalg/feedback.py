@@ -1,10 +1,10 @@
 """Factors Z W of a matrix Y, learned with a fixed random matrix C in the place of the transpose of W.
 
 Gradient descent on |Y - Z W|_F^2 / 2 steps Z by R W' and W by Z' R, R = Y - Z W. Feedback alignment steps Z by
-R C instead. Where it stops, R C = 0, and with W at its optimum the columns of Z span those of Y C. So its limit is
-what the randomised range finder with the sketch C gives, without oversampling or power steps: the optimum if the
-rank is that of Y or more, else a worse error than the truncated SVD's. That reading is ours; it was checked by
-numbers only.
+R C instead. Where it stops, R C = 0, and if W is at its optimum, the columns of Z span those of Y C. So its limit
+is what the randomised range finder with the sketch C gives, without oversampling or power steps: the optimum if
+the rank is that of Y or more, else a worse error than that of the truncated SVD. This reading is not the paper's;
+tests hold it against numbers.
 
 References: Garg, Vempala, "How and when random feedback works: a case study of low-rank matrix factorization",
 2022, arXiv 2111.08706. Their FA* is understood here as :func:`feedback_range`.
