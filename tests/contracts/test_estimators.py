@@ -22,7 +22,7 @@ SETTINGS: dict[str, list[Estimator]] = {
     "TargetProjection": [
         TargetProjection(),
         TargetProjection(loss=absolute, projection=orthogonal, gain=0.5),
-        TargetProjection(cells=2, steps=2),
+        TargetProjection(cells=2, steps=2, share=0.99),
         TargetProjection(cells=None),
     ],
 }

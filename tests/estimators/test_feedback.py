@@ -102,7 +102,7 @@ def test_errors_of_inputs_go_the_same_way():
     model, a, _ = two()
     x, y = draw(9, 5).requires_grad_(), labels(9)
     heard: list[Tensor] = []
-    a.register_full_backward_pre_hook(lambda module, errors: heard.append(errors[0]))
+    a.register_forward_hook(lambda module, args, output: output.register_hook(heard.append) and None)
     rankwise.estimate(model, FeedbackAlignment()).backward(x, y)
     feedback = gaussian(7, 5, seeded(0, 0)).double() / 5**0.5
     torch.testing.assert_close(x.grad, heard[0] @ feedback, **CLOSE)
@@ -110,7 +110,7 @@ def test_errors_of_inputs_go_the_same_way():
 
 @pytest.mark.parametrize("kind", [FeedbackAlignment, DirectFeedbackAlignment])
 def test_estimates_align_with_true_gradients(kind: type):
-    model, a, _ = two(width=20)
+    model, _, _ = two(width=20)
     x, handle = draw(200, 5), rankwise.estimate(model, kind())
     y = (x[:, 0] > 0).long() + (x[:, 1] > 0.5).long()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -123,7 +123,7 @@ def test_estimates_align_with_true_gradients(kind: type):
         return float(functional.cosine_similarity(found.flatten(), true.flatten(), 0))
 
     before = cosine()
-    for _ in range(100):
+    for _ in range(60):
         optimizer.zero_grad()
         handle.backward(x, y)
         optimizer.step()

@@ -26,8 +26,8 @@ def labels(count: int) -> Tensor:
 
 
 def codes(block: int, units: int, layer: int = 0) -> Tensor:
-    """P (units, classes) of a block, with the seed 0."""
-    return gaussian(units, CLASSES, seeded(0, block, layer)).double()
+    """P (units, classes) of a block, with the seed 0 and the default gain."""
+    return TargetProjection().gain * gaussian(units, CLASSES, seeded(0, block, layer)).double()
 
 
 def learned(model: nn.Module, estimator: TargetProjection, x: Tensor, y: Tensor, **options: Any) -> nn.Module:
@@ -84,6 +84,13 @@ def test_maps_are_compared_by_cells(cells: int | None):
     target = codes(0, seen.shape[1]).mT[y].relu()
     local = (seen - target).square().sum() / 2 / 5
     torch.testing.assert_close(grad_of(conv.weight), torch.autograd.grad(local, conv.weight)[0], **CLOSE)
+
+
+def test_units_without_a_target_stay():
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, CLASSES)).double(), draw(9, 5), labels(9)
+    rows = grad_of(learned(model, TargetProjection(share=0.25), x, y)[0].weight).abs().sum(1) > 0  # pyright: ignore
+    assert rows.tolist() == [True] * 2 + [False] * 6
 
 
 class Reader(nn.Module):
@@ -322,7 +329,8 @@ def test_targets_lie_in_the_range_of_the_activation():
 
 
 @pytest.mark.parametrize(
-    ("fields", "named"), [({"gain": 0.0}, "gain"), ({"cells": 0}, "cells"), ({"steps": 0}, "steps")]
+    ("fields", "named"),
+    [({"gain": 0.0}, "gain"), ({"cells": 0}, "cells"), ({"steps": 0}, "steps"), ({"share": 0.0}, "share")],
 )
 def test_bad_fields_are_refused(fields: dict[str, Any], named: str):
     with pytest.raises(ValueError, match=named):

@@ -63,7 +63,7 @@ class FeedbackAlignment(Estimator):
         """Return what stands for the weight of a layer in the backward pass."""
         inputs = weight[0].numel()
         drawn = self.projection(len(weight), inputs, seeded(self.seed, number))
-        return (self.gain / inputs**0.5 * drawn).view_as(weight).to(weight)
+        return drawn.to(weight).view_as(weight) * (self.gain / inputs**0.5)
 
     def _hooks(self, number: int, layer: nn.Linear | _ConvNd) -> tuple[Any, Any]:
         """Cut the layer off its input, and join both again by a way of errors."""

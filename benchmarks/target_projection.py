@@ -1,0 +1,141 @@
+"""Whether target projection and feedback alignment come near back-propagation, and how many bytes they keep.
+
+Small networks on the 10,000 test images of MNIST, of which 8,000 are learned from and 2,000 scored: an MLP, a
+convolutional network, and a GRU that reads an image row by row and whose mean state is read out. All use Adam
+with the same learning rates to choose from, by the last 1,000 images learned from, with half the epochs. Random
+features are hidden layers that stay as drawn. Bytes are the most that graphs hold at one time in a step.
+
+    python benchmarks/target_projection.py --data DATA --json benchmarks/results/target_projection.json
+"""
+
+import argparse
+import gzip
+import time
+from pathlib import Path
+
+import torch
+from common import Rows, peak_saved_bytes
+from torch import nn
+from torch.nn import functional
+
+import rankwise
+from rankwise.estimators import DirectFeedbackAlignment, FeedbackAlignment, TargetProjection
+
+RATES = (1e-3, 3e-3, 1e-2)
+EPOCHS = {"mlp": 8, "cnn": 6, "gru": 5}
+
+
+class Reader(nn.Module):
+    """Reads rows of an image."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.rows, self.head = nn.GRU(28, width, batch_first=True), nn.Linear(width, 10)
+
+    def forward(self, x):
+        return self.head(self.rows(x[:, 0])[0].mean(1))
+
+
+def mlp(depth=2, width=128):
+    hidden = [part for i in range(depth) for part in (nn.Linear(width if i else 784, width), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, 10))
+
+
+def cnn():
+    convolutions = [nn.Conv2d(1, 8, 5, 2, 2), nn.ReLU(), nn.Conv2d(8, 16, 5, 2, 2), nn.ReLU()]
+    return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(784, 10))
+
+
+NETWORKS = {"mlp": mlp, "cnn": cnn, "gru": lambda: Reader(64)}
+METHODS = {
+    "back-propagation": None,
+    "random features": None,
+    "target projection": TargetProjection(cells=2),
+    "feedback alignment": FeedbackAlignment(),
+    "direct feedback alignment": DirectFeedbackAlignment(),
+    "target projection, a quarter of the units": TargetProjection(share=0.25),
+}
+
+
+def images(folder):
+    """Return images (10000, 1, 28, 28) of mean 0 and variance 1, and labels, in an order of their own."""
+
+    def read(name, skip):
+        return torch.frombuffer(bytearray(gzip.open(folder / "mnist10k" / name).read()[skip:]), dtype=torch.uint8)
+
+    x = read("t10k-images-idx3-ubyte.gz", 16).view(-1, 1, 28, 28).float()
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    return ((x - x.mean()) / x.std())[order], read("t10k-labels-idx1-ubyte.gz", 8).long()[order]
+
+
+def built(make, method, seed):
+    """Return a network, and what writes gradients of a batch."""
+    torch.manual_seed(seed)
+    net = make()
+    if method == "random features":
+        for p in list(net.parameters())[:-2]:
+            p.requires_grad_(False)
+    estimator = METHODS[method]
+    if estimator is None:
+        return net, lambda x, y: functional.cross_entropy(net(x), y).backward()
+    return net, rankwise.estimate(net, estimator).backward
+
+
+def fit(make, method, lr, epochs, seed, learned, scored, batch=128):
+    """Train, and return the accuracy, seconds, and bytes kept in a step."""
+    net, backward = built(make, method, seed)
+    optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=lr)
+    generator, start = torch.Generator().manual_seed(seed), time.perf_counter()
+    for _ in range(epochs):
+        for some in torch.randperm(len(learned[0]), generator=generator).split(batch):
+            optimizer.zero_grad()
+            backward(learned[0][some], learned[1][some])
+            optimizer.step()
+    seconds = time.perf_counter() - start
+    some = [each[:batch].clone() for each in learned]
+    kept = peak_saved_bytes(net, lambda: backward(*some))
+    with torch.no_grad():
+        accuracy = float((net(scored[0]).argmax(1) == scored[1]).double().mean())
+    return {"accuracy": accuracy, "seconds": seconds, "kept_bytes": kept}
+
+
+def tuned(rows, net, method, x, y):
+    """Return the best learning rate."""
+    for lr in RATES:
+        if not rows.has(part="rates", net=net, method=method, lr=lr):
+            learned, scored = (x[:7000], y[:7000]), (x[7000:8000], y[7000:8000])
+            found = fit(NETWORKS[net], method, lr, EPOCHS[net] // 2, 100, learned, scored)
+            rows.add(part="rates", net=net, method=method, lr=lr, **found)
+    return max(RATES, key=lambda lr: rows.find(part="rates", net=net, method=method, lr=lr)["accuracy"])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with mnist10k")
+    parser.add_argument("--json", type=Path, default=Path("target_projection.json"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6])
+    options = parser.parse_args()
+    x, y = images(options.data)
+    rows, learned, scored = Rows(options.json), (x[:8000], y[:8000]), (x[8000:], y[8000:])
+    for net, make in NETWORKS.items():
+        for method in list(METHODS)[: 6 if net == "gru" else 5]:
+            lr = tuned(rows, net, method, x, y)
+            for seed in options.seeds:
+                key = {"part": "accuracy", "net": net, "method": method, "lr": lr, "seed": seed}
+                if not rows.has(**key):
+                    rows.add(**key, **fit(make, method, lr, EPOCHS[net], seed, learned, scored))
+    for depth in options.depths:
+        for method in list(METHODS)[:3]:
+            lr = tuned(rows, "mlp", method, x, y)
+            for seed in options.seeds:
+                key = {"part": "depth", "depth": depth, "method": method, "lr": lr, "seed": seed}
+                if not rows.has(**key):
+                    found = fit(
+                        lambda depth=depth: mlp(depth), method, lr, EPOCHS["mlp"] // 2, seed, learned, scored
+                    )
+                    rows.add(**key, **found)
+
+
+if __name__ == "__main__":
+    main()
