@@ -22,7 +22,7 @@ import rankwise
 from rankwise.estimators import DirectFeedbackAlignment, FeedbackAlignment, TargetProjection
 
 RATES = (1e-3, 3e-3, 1e-2)
-EPOCHS = {"mlp": 8, "cnn": 6, "gru": 5}
+EPOCHS = {"mlp": 8, "cnn": 4, "gru": 3}
 
 
 class Reader(nn.Module):
@@ -55,6 +55,8 @@ METHODS = {
     "direct feedback alignment": DirectFeedbackAlignment(),
     "target projection, a quarter of the units": TargetProjection(share=0.25),
 }
+LEFT_OUT = {(net, "target projection, a quarter of the units") for net in ("mlp", "cnn")}
+LEFT_OUT |= {("gru", "feedback alignment")}  # would be exact but for the last layer
 
 
 def images(folder):
@@ -119,7 +121,7 @@ def main():
     x, y = images(options.data)
     rows, learned, scored = Rows(options.json), (x[:8000], y[:8000]), (x[8000:], y[8000:])
     for net, make in NETWORKS.items():
-        for method in list(METHODS)[: 6 if net == "gru" else 5]:
+        for method in [method for method in METHODS if (net, method) not in LEFT_OUT]:
             lr = tuned(rows, net, method, x, y)
             for seed in options.seeds:
                 key = {"part": "accuracy", "net": net, "method": method, "lr": lr, "seed": seed}
@@ -128,7 +130,7 @@ def main():
     for depth in options.depths:
         for method in list(METHODS)[:3]:
             lr = tuned(rows, "mlp", method, x, y)
-            for seed in options.seeds:
+            for seed in options.seeds[:1]:
                 key = {"part": "depth", "depth": depth, "method": method, "lr": lr, "seed": seed}
                 if not rows.has(**key):
                     found = fit(

@@ -39,7 +39,8 @@ class Estimation:
 
         Raises:
             FloatingPointError: if a loss is not finite; some gradients may be written then.
-            ValueError: if inputs or labels are not finite, or do not fit each other; nothing was written.
+            ValueError: if inputs or labels are not finite, or do not fit each other, and nothing was written; or
+                if the model does not fit the estimator.
         """
         for name, value in (("inputs", inputs), ("labels", labels)):
             if not _finite(value):
@@ -58,7 +59,8 @@ def estimate(
 ) -> Estimation:
     """Find gradients by another way than back-propagation; any optimiser steps along them.
 
-    Between backward passes the model is an ordinary one: nothing stays in it, and nothing has to be removed.
+    Between backward passes the model is an ordinary one: nothing stays in it, and nothing has to be removed. It
+    knows one process: with several, average the gradients after ``backward``.
 
     Args:
         model: trained where parameters require gradients.

@@ -313,6 +313,27 @@ def test_blocks_may_be_given():
         torch.testing.assert_close(grad_of(weight), true, **CLOSE)
 
 
+def test_a_frozen_last_layer_is_left_alone_and_one_that_is_cut_off_is_noticed():
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.hidden = nn.Linear(8, CLASSES), nn.Linear(5, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.hidden(x).tanh())
+
+    model, x, y = Backwards(), draw(6, 5).float(), labels(6)
+    with pytest.raises(ValueError, match="give blocks="):
+        rankwise.estimate(model, TargetProjection(), classes=CLASSES).backward(x, y)
+    model.zero_grad()
+    learned(model, TargetProjection(), x, y, blocks=[model.hidden], classes=CLASSES)
+    assert all(p.grad is not None for p in model.parameters())
+    frozen = deep(2)
+    frozen[-1].requires_grad_(False)  # pyright: ignore
+    learned(frozen, TargetProjection(), draw(6, 16).float(), y)
+    assert [p.grad is not None for p in frozen.parameters()] == [True] * 4 + [False] * 2
+
+
 def test_targets_lie_in_the_range_of_the_activation():
     seen: dict[type[nn.Module], Tensor] = {}
     for kind in (nn.ReLU, nn.Sigmoid, nn.Tanh):
@@ -350,6 +371,9 @@ def test_bad_labels_models_and_blocks_are_refused():
         rankwise.estimate(nn.Sequential(nn.Linear(16, 3), nn.GRU(3, 2)), TargetProjection()).backward(
             x, labels(4)
         )
+    reader = rankwise.estimate(Reader(nn.GRU(3, 5, batch_first=True)), TargetProjection())
+    with pytest.raises(ValueError, match="sequences of 6 steps"):
+        reader.backward(draw(4, 6, 3).float(), torch.zeros(4, 5, dtype=torch.long))
     both = rankwise.estimate(Reader(nn.GRU(3, 5, batch_first=True, bidirectional=True)), TargetProjection())
     with pytest.raises(ValueError, match="two directions"):
         both.backward(draw(4, 6, 3).float(), labels(4))

@@ -43,6 +43,8 @@ class DirectFeedbackAlignment(Estimator):
             output, loss = network.run(inputs, labels)
         if not isinstance(output, Tensor):
             raise TypeError(f"direct feedback needs a model that returns a tensor, got {type(output).__name__}.")
+        if not output.requires_grad:
+            raise ValueError("direct feedback needs something that is trained behind the last block.")
         (error,) = torch.autograd.grad(loss, output, retain_graph=True)
         signals = [self.signal(each, error) for each in kept]
         torch.autograd.backward([loss, *(each.values for each in kept)], [None, *signals])

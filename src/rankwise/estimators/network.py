@@ -122,7 +122,7 @@ class Network:
 
         Raises:
             FloatingPointError: if the loss is not finite.
-            ValueError: if there are not as many labels as outputs.
+            ValueError: if there are not as many labels as outputs, or the last layer is cut off the loss.
         """
         arguments, options = call_of(inputs, next(self.model.parameters()).device)
         output = self.model(*arguments, **options)
@@ -131,6 +131,11 @@ class Network:
         loss = self.loss(output, labels)
         if not bool(loss.detach().isfinite()):
             raise FloatingPointError(f"the loss is {float(loss.detach())}; take a lower lr, or drop this batch.")
+        if not loss.requires_grad and any(p.requires_grad for p in _layers(self.model)[-1].parameters()):
+            raise ValueError(
+                "the loss depends on nothing that is trained behind the last block; give blocks=, what the model "
+                "runs before its last layer, in that order."
+            )
         return output, loss
 
     @contextmanager

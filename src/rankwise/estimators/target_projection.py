@@ -89,7 +89,8 @@ class TargetProjection(Estimator):
 
         with network.cut(learn, by_step=True):
             loss = network.run(inputs, labels)[1]
-        loss.backward()
+        if loss.requires_grad:  # the last layer may be frozen
+            loss.backward()
         return loss.detach()
 
     def local_loss(self, output: Output, codes: Tensor, squash: Callable[[Tensor], Tensor]) -> Tensor:
@@ -103,9 +104,11 @@ class TargetProjection(Estimator):
         Raises:
             ValueError: if there are not as many labels as outputs.
         """
-        if output.step is not None and codes.dim() == 3:
-            codes = codes[:, output.step]
         values = output.values
+        if output.step is not None and codes.dim() == 3:
+            if codes.shape[1] != output.steps:
+                raise ValueError(f"sequences of {output.steps} steps need as many labels, got {codes.shape[1]}.")
+            codes = codes[:, output.step]
         values = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
         if codes.shape[:-1] != values.shape[: codes.dim() - 1] or values.dim() < codes.dim():
             raise ValueError(
