@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,9 +111,9 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[int, T
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), result
 
 
-def peak_saved_bytes(model: nn.Module, run: Callable[[], Any]) -> int:
-    """Return the most bytes that graphs hold at one time while ``run`` runs, without parameters."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+def peak_saved_bytes(run: Callable[[], Any], known: Iterable[Tensor]) -> int:
+    """Return the most bytes that graphs hold at one time while ``run`` runs, without known tensors."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in known}
     live, most = [], 0
 
     class Kept:

@@ -2,14 +2,16 @@
 
 Small networks on the 10,000 test images of MNIST, of which 8,000 are learned from and 2,000 scored: an MLP, a
 convolutional network, and a GRU that reads an image row by row and whose mean state is read out. All use Adam
-with the same learning rates to choose from, by the last 1,000 images learned from, with half the epochs. Random
-features are hidden layers that stay as drawn. Bytes are the most that graphs hold at one time in a step.
+with the same learning rates to choose from, by the last 1,000 images learned from, with half the epochs; target
+projection also has two gains. Random features are hidden layers that stay as drawn. Bytes are the most that
+graphs hold at one time in a step, without parameters and inputs.
 
     python benchmarks/target_projection.py --data DATA --json benchmarks/results/target_projection.json
 """
 
 import argparse
 import gzip
+import itertools
 import time
 from pathlib import Path
 
@@ -22,6 +24,7 @@ import rankwise
 from rankwise.estimators import DirectFeedbackAlignment, FeedbackAlignment, TargetProjection
 
 RATES = (1e-3, 3e-3, 1e-2)
+GAINS = (1.0, 3.0)
 EPOCHS = {"mlp": 8, "cnn": 4, "gru": 3}
 
 
@@ -50,10 +53,10 @@ NETWORKS = {"mlp": mlp, "cnn": cnn, "gru": lambda: Reader(64)}
 METHODS = {
     "back-propagation": None,
     "random features": None,
-    "target projection": TargetProjection(cells=2),
-    "feedback alignment": FeedbackAlignment(),
-    "direct feedback alignment": DirectFeedbackAlignment(),
-    "target projection, a quarter of the units": TargetProjection(share=0.25),
+    "target projection": lambda gain: TargetProjection(cells=2, gain=gain),
+    "feedback alignment": lambda gain: FeedbackAlignment(),
+    "direct feedback alignment": lambda gain: DirectFeedbackAlignment(),
+    "target projection, a quarter of the units": lambda gain: TargetProjection(share=0.25, gain=gain),
 }
 LEFT_OUT = {(net, "target projection, a quarter of the units") for net in ("mlp", "cnn")}
 LEFT_OUT |= {("gru", "feedback alignment")}  # would be exact but for the last layer
@@ -70,22 +73,27 @@ def images(folder):
     return ((x - x.mean()) / x.std())[order], read("t10k-labels-idx1-ubyte.gz", 8).long()[order]
 
 
-def built(make, method, seed):
+def settings(method):
+    """Return the learning rates, and gains of targets, to choose from."""
+    return list(itertools.product(RATES, GAINS if method.startswith("target") else (None,)))
+
+
+def built(make, method, gain, seed):
     """Return a network, and what writes gradients of a batch."""
     torch.manual_seed(seed)
     net = make()
     if method == "random features":
         for p in list(net.parameters())[:-2]:
             p.requires_grad_(False)
-    estimator = METHODS[method]
-    if estimator is None:
+    if METHODS[method] is None:
         return net, lambda x, y: functional.cross_entropy(net(x), y).backward()
-    return net, rankwise.estimate(net, estimator).backward
+    return net, rankwise.estimate(net, METHODS[method](gain)).backward
 
 
-def fit(make, method, lr, epochs, seed, learned, scored, batch=128):
+def fit(make, method, setting, epochs, seed, learned, scored, batch=128):
     """Train, and return the accuracy, seconds, and bytes kept in a step."""
-    net, backward = built(make, method, seed)
+    lr, gain = setting
+    net, backward = built(make, method, gain, seed)
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=lr)
     generator, start = torch.Generator().manual_seed(seed), time.perf_counter()
     for _ in range(epochs):
@@ -95,20 +103,22 @@ def fit(make, method, lr, epochs, seed, learned, scored, batch=128):
             optimizer.step()
     seconds = time.perf_counter() - start
     some = [each[:batch].clone() for each in learned]
-    kept = peak_saved_bytes(net, lambda: backward(*some))
+    kept = peak_saved_bytes(lambda: backward(*some), [*net.parameters(), *some])
     with torch.no_grad():
         accuracy = float((net(scored[0]).argmax(1) == scored[1]).double().mean())
     return {"accuracy": accuracy, "seconds": seconds, "kept_bytes": kept}
 
 
 def tuned(rows, net, method, x, y):
-    """Return the best learning rate."""
-    for lr in RATES:
-        if not rows.has(part="rates", net=net, method=method, lr=lr):
+    """Return the best learning rate and gain."""
+    accuracies = {}
+    for lr, gain in settings(method):
+        key = {"part": "settings", "net": net, "method": method, "lr": lr, "gain": gain}
+        if not rows.has(**key):
             learned, scored = (x[:7000], y[:7000]), (x[7000:8000], y[7000:8000])
-            found = fit(NETWORKS[net], method, lr, EPOCHS[net] // 2, 100, learned, scored)
-            rows.add(part="rates", net=net, method=method, lr=lr, **found)
-    return max(RATES, key=lambda lr: rows.find(part="rates", net=net, method=method, lr=lr)["accuracy"])
+            rows.add(**key, **fit(NETWORKS[net], method, (lr, gain), EPOCHS[net] // 2, 100, learned, scored))
+        accuracies[lr, gain] = rows.find(**key)["accuracy"]
+    return max(accuracies, key=lambda setting: accuracies[setting])
 
 
 def main():
@@ -122,19 +132,25 @@ def main():
     rows, learned, scored = Rows(options.json), (x[:8000], y[:8000]), (x[8000:], y[8000:])
     for net, make in NETWORKS.items():
         for method in [method for method in METHODS if (net, method) not in LEFT_OUT]:
-            lr = tuned(rows, net, method, x, y)
+            lr, gain = tuned(rows, net, method, x, y)
             for seed in options.seeds:
-                key = {"part": "accuracy", "net": net, "method": method, "lr": lr, "seed": seed}
+                key = {"part": "accuracy", "net": net, "method": method, "lr": lr, "gain": gain, "seed": seed}
                 if not rows.has(**key):
-                    rows.add(**key, **fit(make, method, lr, EPOCHS[net], seed, learned, scored))
+                    rows.add(**key, **fit(make, method, (lr, gain), EPOCHS[net], seed, learned, scored))
     for depth in options.depths:
         for method in list(METHODS)[:3]:
-            lr = tuned(rows, "mlp", method, x, y)
+            lr, gain = tuned(rows, "mlp", method, x, y)
             for seed in options.seeds[:1]:
-                key = {"part": "depth", "depth": depth, "method": method, "lr": lr, "seed": seed}
+                key = {"part": "depth", "depth": depth, "method": method, "lr": lr, "gain": gain, "seed": seed}
                 if not rows.has(**key):
                     found = fit(
-                        lambda depth=depth: mlp(depth), method, lr, EPOCHS["mlp"] // 2, seed, learned, scored
+                        lambda depth=depth: mlp(depth),
+                        method,
+                        (lr, gain),
+                        EPOCHS["mlp"] // 2,
+                        seed,
+                        learned,
+                        scored,
                     )
                     rows.add(**key, **found)
 

@@ -487,9 +487,9 @@ def target_projection() -> list[str]:
     lines = _head("Target projection and feedback alignment beside back-propagation", found)
     lines += [
         "Small networks, 8,000 of MNIST's 10,000 test images learned from and the others scored; mean and range",
-        "over three seeds at the best of three learning rates of Adam. Random features are hidden layers that",
-        "stay as drawn. Kept are the most bytes that graphs hold at one time in a step of 128 images. Seconds are",
-        "of a busy machine and say little.",
+        "over three seeds at the best of three learning rates of Adam, and of two gains of targets. Random",
+        "features are hidden layers that stay as drawn. Kept are the most bytes that graphs hold at one time in a",
+        "step of 128 images, without the images. Seconds are of a busy machine and say little.",
         "",
     ]
     rows = [row for row in found["rows"] if row["part"] == "accuracy"]
@@ -505,7 +505,7 @@ def target_projection() -> list[str]:
         cells.append(
             [net, method, f"{each[0]['lr']:g}", spread, f"{100 * (mean - best):+.1f}", kept, f"{seconds:.0f}"]
         )
-    lines += table(["", "method", "learning rate", "accuracy", "points", "kB kept", "seconds"], cells)
+    lines += table(["", "method", "learning rate, gain", "accuracy", "points", "kB kept", "seconds"], cells)
     rows = [row for row in found["rows"] if row["part"] == "depth"]
     methods = list(dict.fromkeys(row["method"] for row in rows))
     cells = []
