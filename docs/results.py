@@ -488,8 +488,8 @@ def target_projection() -> list[str]:
     lines += [
         "Small networks, 8,000 of MNIST's 10,000 test images learned from and the others scored; mean and range",
         "over three seeds at the best of three learning rates of Adam, and of two gains of targets. Random",
-        "features are hidden layers that stay as drawn. Kept are the most bytes that graphs hold at one time in a",
-        "step of 128 images, without the images. Seconds are of a busy machine and say little.",
+        "features are hidden layers that stay as drawn. Kept are the most bytes that graphs hold at one time in",
+        "a step of 128 images, without the images. Seconds are of a busy machine and say little.",
         "",
     ]
     rows = [row for row in found["rows"] if row["part"] == "accuracy"]
