@@ -13,7 +13,7 @@ import rankwise
 from rankwise import estimators
 from rankwise.estimators import DirectFeedbackAlignment, FeedbackAlignment, TargetProjection
 from rankwise.estimators.base import Estimator
-from rankwise.estimators.target_projection import absolute
+from rankwise.estimators.target_projection import sign
 from rankwise.linalg import orthogonal
 
 SETTINGS: dict[str, list[Estimator]] = {
@@ -21,7 +21,7 @@ SETTINGS: dict[str, list[Estimator]] = {
     "FeedbackAlignment": [FeedbackAlignment(), FeedbackAlignment(projection=orthogonal, gain=0.5)],
     "TargetProjection": [
         TargetProjection(),
-        TargetProjection(loss=absolute, projection=orthogonal, gain=0.5),
+        TargetProjection(error=sign, projection=orthogonal, gain=0.5),
         TargetProjection(cells=2, steps=2, share=0.99),
         TargetProjection(cells=None),
     ],

@@ -14,7 +14,7 @@ from torch.nn import functional
 import rankwise
 from rankwise.estimators import TargetProjection
 from rankwise.estimators.recurrent import unrolled
-from rankwise.estimators.target_projection import absolute
+from rankwise.estimators.target_projection import sign
 from rankwise.linalg import gaussian, orthogonal, seeded
 
 CLOSE: dict[str, float] = {"rtol": 1e-12, "atol": 1e-14}
@@ -61,7 +61,7 @@ def test_absolute_differences_give_signs():
     torch.manual_seed(0)
     a = nn.Linear(5, 7)
     model, x, y = nn.Sequential(a, nn.Tanh(), nn.Linear(7, CLASSES)).double(), draw(9, 5), labels(9)
-    learned(model, TargetProjection(loss=absolute, projection=orthogonal, gain=0.5), x, y)
+    learned(model, TargetProjection(error=sign, projection=orthogonal, gain=0.5), x, y)
     with torch.no_grad():
         h = (x @ a.weight.mT + a.bias).tanh()
         target = (0.5 * orthogonal(7, CLASSES, seeded(0, 0, 0)).double().mT[y]).tanh()
@@ -340,10 +340,10 @@ def test_targets_lie_in_the_range_of_the_activation():
 
         def keep(values: Tensor, targets: Tensor, kind: type[nn.Module] = kind) -> Tensor:
             seen[kind] = targets
-            return (values - targets).sum(-1)
+            return values - targets
 
         model = nn.Sequential(nn.Linear(5, 40), kind(), nn.Linear(40, CLASSES)).double()
-        learned(model, TargetProjection(loss=keep, gain=3.0), draw(6, 5), labels(6))
+        learned(model, TargetProjection(error=keep, gain=3.0), draw(6, 5), labels(6))
     assert float(seen[nn.ReLU].min()) == 0
     assert 0 < float(seen[nn.Sigmoid].min()) < float(seen[nn.Sigmoid].max()) < 1
     assert -1 < float(seen[nn.Tanh].min()) < 0 < float(seen[nn.Tanh].max()) < 1

@@ -81,8 +81,9 @@ class FeedbackAlignment(Estimator):
             x = inputs.pop()
             if not x.requires_grad:
                 return output
+            shape = x.shape
             return _Joined.apply(
-                x, output, lambda error: _back(layer, self.matrix(number, layer.weight), x.shape, error)
+                x, output, lambda error: _back(layer, self.matrix(number, layer.weight), shape, error)
             )
 
         return layer.register_forward_pre_hook(before), layer.register_forward_hook(after)

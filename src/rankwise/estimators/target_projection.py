@@ -15,14 +15,14 @@ from .network import Network, Output
 POOLS = {1: functional.adaptive_avg_pool1d, 2: functional.adaptive_avg_pool2d, 3: functional.adaptive_avg_pool3d}
 
 
-def squared(values: Tensor, targets: Tensor) -> Tensor:
-    """Half the squared distances: (..., u), (..., u) -> (...,)."""
-    return (values - targets).square().sum(-1) / 2
+def difference(values: Tensor, targets: Tensor) -> Tensor:
+    """The gradient of half the squared distance."""
+    return values - targets
 
 
-def absolute(values: Tensor, targets: Tensor) -> Tensor:
-    """Sums of absolute differences, whose gradients are signs; they need a rate about five times lower."""
-    return (values - targets).abs().sum(-1)
+def sign(values: Tensor, targets: Tensor) -> Tensor:
+    """The gradient of the sum of absolute differences; it needs a rate about five times lower."""
+    return (values - targets).sign()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,17 +30,17 @@ class TargetProjection(Estimator):
     """Train each block to send inputs to a random code of their label (tpSGD), and the rest by the true loss.
 
     A block with output h has the target t = s(gain P y), with y the one-hot label, P fixed and random, and s the
-    activation at the end of the block, so that targets lie in its range. The gradient of loss(h, t) is computed
-    at once, with the block's inputs as constants, and the graph is dropped: what is kept for it does not grow
-    with depth. Nor does it with time: recurrent layers have targets at each step, and the state before a step is
-    a constant.
+    activation at the end of the block, so that targets lie in its range. The gradient of a distance of h and t is
+    computed at once, with the block's inputs as constants, and the graph is dropped: what is kept for it does not
+    grow with depth. Nor does it with time: recurrent layers have targets at each step, and the state before a
+    step is a constant.
 
     It descends no loss of the whole network, whose training loss may rise, and blocks lose what their label does
     not need; so depth hurts. How the paper projects targets of maps, when recurrent layers have them, and how it
     scales them is not verified; s(gain P y) is this project's own.
 
     Args:
-        loss: (h, t) (..., u) -> (...,): ``squared``, ``absolute``, or another.
+        error: (h, t) -> the gradient by h of their distance: ``difference``, ``sign``, or another.
         projection: draws P (u, classes), such as :func:`rankwise.linalg.gaussian` or ``orthogonal``.
         gain: of P; of 1 and 3 the default was better for dense networks on MNIST, and 1 for convolutions.
         cells: outputs at many positions, such as convolutions', with one label are averaged to this many cells
@@ -54,7 +54,7 @@ class TargetProjection(Estimator):
         2208.08503.
     """
 
-    loss: Callable[[Tensor, Tensor], Tensor] = squared
+    error: Callable[[Tensor, Tensor], Tensor] = difference
     projection: Draw = gaussian
     gain: float = 3.0
     cells: int | None = 1
@@ -78,14 +78,14 @@ class TargetProjection(Estimator):
         def learn(output: Output) -> None:
             if output.step is not None and self.steps is not None and output.steps - output.step > self.steps:
                 return
-            local = self.local_loss(output, codes, network.blocks[output.block[0]].squash)
-            if not bool(local.detach().isfinite()):
-                name = network.blocks[output.block[0]].name
+            block = network.blocks[output.block[0]]
+            values, error = self.aim(output, codes, block.squash)
+            if not bool(error.isfinite().all()):
                 raise FloatingPointError(
-                    f"the local loss of {name} is {float(local.detach())}; take a lower lr, or drop this batch. "
-                    "Gradients of the blocks before it are written: call zero_grad."
+                    f"outputs of {block.name} are not finite; take a lower lr, or drop this batch. Gradients of the "
+                    "blocks before it are written: call zero_grad."
                 )
-            local.backward()
+            values.backward(error)
 
         with network.cut(learn, by_step=True):
             loss = network.run(inputs, labels)[1]
@@ -93,8 +93,10 @@ class TargetProjection(Estimator):
             loss.backward()
         return loss.detach()
 
-    def local_loss(self, output: Output, codes: Tensor, squash: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return the mean over a batch of what one block lowers; of a step, its share of that of all steps.
+    def aim(self, output: Output, codes: Tensor, squash: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Return what of a block's output has targets, (b, ..., u), and the gradient of its distance from them.
+
+        That is the mean over a batch and, of a step, its share of the mean over steps.
 
         Args:
             output: of the block.
@@ -120,9 +122,9 @@ class TargetProjection(Estimator):
         generator = seeded(self.seed, *output.block)
         matrix = self.gain * self.projection(values.shape[-1], codes.shape[-1], generator).to(values)
         with torch.no_grad():
+            steps = output.steps if self.steps is None else min(self.steps, output.steps)
             targets = squash(codes.to(values) @ matrix.mT)
-        steps = output.steps if self.steps is None else min(self.steps, output.steps)
-        return self.loss(values, targets).mean() / steps
+            return values, self.error(values, targets) / (steps * values[..., 0].numel())
 
     def _pooled(self, values: Tensor, axes: int) -> Tensor:
         """(b, ..., m) -> (b, ..., u): see ``cells``; the ``axes`` before the last are those of positions."""
