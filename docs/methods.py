@@ -132,7 +132,7 @@ def plain(text: str) -> str:
 
 def type_name(kind: object) -> str:
     """Show a field's type as it is written, in a cell of a table."""
-    shown = kind.__name__ if isinstance(kind, type) else re.sub(r"\b[a-z_]+\.(?=\w)", "", str(kind))
+    shown = kind.__name__ if isinstance(kind, type) else re.sub(r"\b[A-Za-z_]+\.(?=\w)", "", str(kind))
     return shown.replace("|", "\\|")
 
 

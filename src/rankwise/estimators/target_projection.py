@@ -36,8 +36,9 @@ class TargetProjection(Estimator):
     step is a constant.
 
     It descends no loss of the whole network, whose training loss may rise, and blocks lose what their label does
-    not need; so depth hurts. How the paper projects targets of maps, when recurrent layers have them, and how it
-    scales them is not verified; s(gain P y) is this project's own.
+    not need; so depth hurts. Recurrent layers, which have to remember, learn far less than by back-propagation
+    here (docs/results.md), where the paper claims to be within 5 %. How the paper projects targets of maps, when
+    recurrent layers have them, and how it scales them is not verified; s(gain P y) is this project's own.
 
     Args:
         error: (h, t) -> the gradient by h of their distance: ``difference``, ``sign``, or another.
@@ -82,8 +83,8 @@ class TargetProjection(Estimator):
             values, error = self.aim(output, codes, block.squash)
             if not bool(error.isfinite().all()):
                 raise FloatingPointError(
-                    f"outputs of {block.name} are not finite; take a lower lr, or drop this batch. Gradients of the "
-                    "blocks before it are written: call zero_grad."
+                    f"outputs of {block.name} are not finite; take a lower lr, or drop this batch. The gradients "
+                    "of the blocks before it are written: call zero_grad."
                 )
             values.backward(error)
 
