@@ -501,10 +501,9 @@ def target_projection() -> list[str]:
         low, high = (choose(row["accuracy"] for row in each) for choose in (min, max))
         seconds = sum(row["seconds"] for row in each) / len(each)
         spread = f"{mean:.1%} ({low:.1%} ... {high:.1%})"
-        kept = f"{each[0]['kept_bytes'] / 1e3:,.0f}"
-        cells.append(
-            [net, method, f"{each[0]['lr']:g}", spread, f"{100 * (mean - best):+.1f}", kept, f"{seconds:.0f}"]
-        )
+        setting = f"{each[0]['lr']:g}" + (f", {each[0]['gain']:g}" if each[0]["gain"] else "")
+        kept, points = f"{each[0]['kept_bytes'] / 1e3:,.0f}", f"{100 * (mean - best):+.1f}"
+        cells.append([net, method, setting, spread, points, kept, f"{seconds:.0f}"])
     lines += table(["", "method", "learning rate, gain", "accuracy", "points", "kB kept", "seconds"], cells)
     rows = [row for row in found["rows"] if row["part"] == "depth"]
     methods = list(dict.fromkeys(row["method"] for row in rows))
