@@ -109,6 +109,6 @@ def _back(layer: nn.Linear | _ConvNd, matrix: Tensor, shape: torch.Size, error: 
     if isinstance(layer, nn.Linear):
         return error @ matrix
     with torch.enable_grad():  # for all strides and kinds of padding
-        probe = error.new_zeros(shape).requires_grad_()
+        probe = error.new_zeros(()).expand(shape).requires_grad_()
         output = layer._conv_forward(probe, matrix, None)
     return torch.autograd.grad(output, probe, error)[0]
