@@ -8,7 +8,8 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,31 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[int, T
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         result = forward()
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), result
+
+
+def peak_saved_bytes(run: Callable[[], Any], known: Iterable[Tensor]) -> int:
+    """Return the most bytes that graphs hold at one time while ``run`` runs, without known tensors."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in known}
+    live, most = [], 0
+
+    class Kept:
+        """A tensor that a graph holds."""
+
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+
+    def pack(tensor: Tensor) -> Kept:
+        nonlocal most
+        kept = Kept(tensor)
+        live[:] = [each for each in live if each() is not None]
+        live.append(weakref.ref(kept))
+        held = [each.tensor.untyped_storage() for ref in live if (each := ref()) is not None]
+        most = max(most, sum({s.data_ptr(): s.nbytes() for s in held if s.data_ptr() not in own}.values()))
+        return kept
+
+    with saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        run()
+    return most
 
 
 class Rows:

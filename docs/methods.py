@@ -14,6 +14,7 @@ from rankwise import (
     adapters,
     allocators,
     compressors,
+    estimators,
     exporters,
     initialisers,
     layers,
@@ -63,6 +64,10 @@ SECTIONS: dict[str, tuple[types.ModuleType, str]] = {
     "Projectors": (
         projectors,
         "What projected optimisers hold: subspaces, when they are chosen again, what becomes of moments in them.",
+    ),
+    "Estimators": (
+        estimators,
+        "`rankwise.estimate(model, estimator, ...)`: gradients without back-propagation, for any optimiser.",
     ),
     "Layers": (layers, "What `rankwise.lipschitz_bound(model)` understands beside the layers of torch."),
     "Formats": (
@@ -137,7 +142,7 @@ def plain(text: str) -> str:
 
 def type_name(kind: object) -> str:
     """Show a field's type as it is written, in a cell of a table."""
-    shown = kind.__name__ if isinstance(kind, type) else re.sub(r"\b[a-z_]+\.(?=\w)", "", str(kind))
+    shown = kind.__name__ if isinstance(kind, type) else re.sub(r"\b[A-Za-z_]+\.(?=\w)", "", str(kind))
     return shown.replace("|", "\\|")
 
 

@@ -4,6 +4,7 @@ from . import (
     adapters,
     allocators,
     compressors,
+    estimators,
     exporters,
     initialisers,
     layers,
@@ -29,6 +30,7 @@ from .core.stepping import Layerwise
 from .core.surgery import StructuredLinear
 from .core.writing import StochasticRounding
 from .curvature import fisher_spectrum, jacobian_spectrum, tangent_kernel
+from .estimating import estimate
 from .finetuning import finetune
 from .following import finish, follow
 from .models import evaluate, load, load_adapter, save
@@ -61,6 +63,8 @@ __all__ = [
     "compress",
     "compress_folder",
     "compressors",
+    "estimate",
+    "estimators",
     "evaluate",
     "export",
     "exporters",

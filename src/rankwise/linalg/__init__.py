@@ -6,6 +6,7 @@ from .cosine import cosine_rows, cosine_transform
 from .dictionary import learned_dictionary, orthogonal_dictionary
 from .dynamic_codes import decode, dynamic_table, encode
 from .entries import fit_entries
+from .feedback import feedback_factors, feedback_range, gradient_factors
 from .interpolative import interpolative_rows
 from .k_svd import k_svd
 from .kernels import distance, inner
@@ -19,6 +20,7 @@ from .orthonormal import draw_normal, orthonormal, power_steps, product, seeded
 from .packing import pack, pack_fitting, packed_bytes, unpack
 from .parabola import log_parabola
 from .principal import principal_components
+from .random_matrices import gaussian, orthogonal
 from .recompression import recompressed
 from .rounding import Rounded, choose_grids, nearest_codes, round_to_grid
 from .scaled_plus_low_rank import damped_root, solve_root
@@ -55,7 +57,11 @@ __all__ = [
     "encode",
     "exact",
     "expanded",
+    "feedback_factors",
+    "feedback_range",
     "fit_entries",
+    "gaussian",
+    "gradient_factors",
     "gradient_gain",
     "hard",
     "inner",
@@ -76,6 +82,7 @@ __all__ = [
     "newton_schulz",
     "odd_polynomials",
     "odd_range",
+    "orthogonal",
     "orthogonal_dictionary",
     "orthonormal",
     "pack",

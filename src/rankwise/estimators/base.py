@@ -1,0 +1,24 @@
+"""What an estimator of gradients is."""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+from torch import Generator, Tensor
+
+from .network import Network
+
+Draw = Callable[[int, int, Generator], Tensor]
+"""(rows, columns, generator) -> a random matrix whose entries have a mean square of one."""
+
+
+class Estimator(abc.ABC):
+    """Writes gradients that are not those of back-propagation; a frozen dataclass.
+
+    Random matrices are drawn anew from a seed each time they are used, so there is no state. While no backward
+    pass runs, the model is as it was.
+    """
+
+    @abc.abstractmethod
+    def backward(self, network: Network, inputs: Any, labels: Tensor) -> Tensor:
+        """Add to the gradients of the trained parameters; returns the loss, detached."""
