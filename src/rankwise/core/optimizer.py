@@ -130,8 +130,12 @@ class Optimizer(torch.optim.Optimizer):
         self._advance(group, [param], reduced)
 
     @torch.no_grad()
-    def reduce_one(self, param: Tensor) -> Tensor | None:
+    def reduce_one(self, param: Tensor, *, check: bool = True) -> Tensor | None:
         """Return the part of a parameter's gradient that its next step needs, where that is linear and smaller.
+
+        Args:
+            param: has a gradient.
+            check: whether to look if that is finite.
 
         Returns:
             a new tensor, or None if the next step needs the whole gradient; see :meth:`Transform.reduce`.
@@ -141,7 +145,8 @@ class Optimizer(torch.optim.Optimizer):
             FloatingPointError: as :meth:`step_one`.
         """
         transform = self._group_of(param, True)["transform"]
-        self._check([param])
+        if check:
+            self._check([param])
         if not param.numel():
             return None
         stack = self._stacked(transform, [param])
@@ -241,11 +246,12 @@ class Optimizer(torch.optim.Optimizer):
         for param, grad in zip(params, grads, strict=True):
             if not bool(grad.isfinite().all()):
                 raise FloatingPointError(
-                    f"the gradient of {self._name(param)} is not finite; nothing was changed. Skip this step "
+                    f"the gradient of {self.name_of(param)} is not finite; nothing was changed. Skip this step "
                     "(zero_grad and go on), lower lr, clip gradients, or with float16 use a GradScaler."
                 )
 
-    def _name(self, param: Tensor) -> str:
+    def name_of(self, param: Tensor) -> str:
+        """Return the name of a parameter, if it has one, its place among all and its shape; for messages."""
         self._stackable()
         group, number = self._places[param]
         names = self.param_groups[group].get("param_names")
