@@ -1,4 +1,4 @@
-"""What processes with replicas of parameters check; see test_replicated.py."""
+"""What processes with replicas of parameters check; see test_exchange.py."""
 
 import functools
 from collections.abc import Callable, Mapping

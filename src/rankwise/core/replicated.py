@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .fingerprint import digest_of
 from .optimizer import Optimizer
-from .states import State, described
+from .parts import is_sharded
+from .states import State
 from .transforms import working_type
 
 BUCKET = 25 * 2**20  # bytes that are exchanged at once, as in torch's DistributedDataParallel
@@ -61,6 +62,8 @@ class Replicated:
             raise TypeError(f"replicas need a rankwise.Optimizer, got a {type(optimizer).__name__}.")
         if not dist.is_initialized():
             raise ValueError("there are no processes yet; call torch.distributed.init_process_group first.")
+        if any(is_sharded(p) for each in optimizer.param_groups for p in each["params"]):
+            raise ValueError("parameters are sharded already, and the optimiser steps them itself.")
         self.optimizer, self.group = optimizer, group
         self._last = self._total = 0
         self._parameters: list[Tensor] = []
@@ -203,7 +206,7 @@ def _description(optimizer: Optimizer) -> list[Any]:
     return [
         state["param_groups"],
         {number: digest_of(_flat(each)) for number, each in state["state"].items()},
-        described(optimizer.write),
+        type(optimizer.write).__name__,
     ]
 
 

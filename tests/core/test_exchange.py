@@ -1,10 +1,10 @@
-"""Processes that exchange reduced gradients train as one process on the joint batch."""
+"""Processes that exchange gradients, reduced or in parts, train as one process on the joint batch."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from core import replicas
+from core import exchanges
 from processes import together
 from torch import nn
 
@@ -18,13 +18,13 @@ def no_failure(found: dict[str, str]) -> None:
 
 
 def test_two_processes_are_as_one(tmp_path: Path):
-    no_failure(together(replicas.quick, 2, tmp_path))
+    no_failure(together(exchanges.quick, 2, tmp_path))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_optimiser(world: int, tmp_path: Path):
-    no_failure(together(replicas.every, world, tmp_path))
+    no_failure(together(exchanges.every, world, tmp_path))
 
 
 def test_processes_must_be_there():

@@ -1,0 +1,12 @@
+"""All that processes check together, so that they are started once; see test_exchange.py."""
+
+from core import replicas, shards
+from processes import Checks
+
+
+def quick() -> Checks:
+    return {**replicas.quick(), **shards.quick()}
+
+
+def every() -> Checks:
+    return {**replicas.every(), **shards.every()}
