@@ -29,7 +29,7 @@ def together(checks: Callable[[], Checks], world: int, folder: Path) -> dict[str
 
 
 def _work(rank: int, checks: Callable[[], Checks], world: int, folder: str) -> None:
-    file, most = f"file://{folder}/meeting", timedelta(seconds=60)
+    file, most = f"file://{folder}/meeting", timedelta(seconds=30)
     dist.init_process_group("gloo", init_method=file, rank=rank, world_size=world, timeout=most)
     failed = {}
     for name, check in checks().items():

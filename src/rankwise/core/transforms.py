@@ -306,14 +306,12 @@ def state_bytes(transform: Transform, *params: Tensor) -> int:
     >>> state_bytes(adam(), weight), state_bytes(galore(rank=8), weight)
     (131080, 18464)
     """
-    states = [blank_state(transform, param) for param in params]
+    states = [blank_state(transform, param) for param in params if param.numel()]
     return sum(leaf.nbytes for state in states for leaf in leaves(state))
 
 
 def blank_state(transform: Transform, param: Tensor) -> State:
     """Return a parameter's first state (1, ...) on the meta device, of the true one's shapes and types."""
-    if not param.numel():
-        return {}
     shape = as_matrices(param.unsqueeze(0)).shape
     like = torch.empty(shape, dtype=working_type(param.dtype), device="meta")
     return transform.init(like, torch.zeros(1, dtype=torch.int64))
