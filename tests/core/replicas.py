@@ -150,7 +150,7 @@ def not_finite() -> None:
                 assert values is not None
                 if dist.get_rank() == 1:
                     values.view(-1)[step] = float("nan" if step == 1 else "inf")
-                with pytest.raises(FloatingPointError, match="parameter 3 of shape .* nothing was changed"):
+                with pytest.raises(FloatingPointError, match=r"parameter 3 of shape .* nothing was changed"):
                     optimizer.step()
                 for p, q in zip(mine, before, strict=True):
                     torch.testing.assert_close(p.detach(), q, rtol=0, atol=0)

@@ -1,8 +1,8 @@
 """What processes with parts of parameters check; see test_exchange.py."""
 
-import copy
 import functools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from contracts.test_transforms import SETTINGS, SHAPES, parameters, through_a_file
 from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import state_dict as state
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -18,7 +20,6 @@ from rankwise import Layerwise, Optimizer, Replicated, StochasticRounding
 from rankwise.core.states import leaves
 from rankwise.core.transforms import Transform, chain
 from rankwise.optimizers import adam, dct_adamw, frugal, galore, hard_cap, muon, sign
-
 from rankwise.projectors import Every
 
 QUICK: dict[str, Transform] = {
@@ -30,6 +31,8 @@ QUICK: dict[str, Transform] = {
     "muon": muon(),
     "sign": sign(),
 }
+
+SAVED = ("adam", "dct_adamw", "galore", "muon")
 
 
 def quick() -> Mapping[str, Callable[[], None]]:
@@ -108,22 +111,64 @@ def in_two_ways(transform: Transform) -> None:
         as_one(transform, [(6, 9), (9, 6), (7, 5)], mesh, *placements)
 
 
-def model(transform: Transform) -> None:
-    """FSDP2 on parts of a batch is one process on all of it; the sides do not divide by the number of processes."""
+def small(transform: Transform, *, sharded: bool) -> tuple[nn.Module, Optimizer]:
+    """A model whose sides do not divide by the number of processes."""
     torch.manual_seed(0)
-    one = nn.Sequential(nn.Linear(13, 17), nn.Tanh(), nn.Linear(17, 9)).double()
-    mine = copy.deepcopy(one)
-    for layer in (mine[0], mine[2], mine):
+    net = nn.Sequential(nn.Linear(13, 17), nn.Tanh(), nn.Linear(17, 9)).double()
+    for layer in (net[0], net[2], net) if sharded else ():
         fully_shard(layer)
-    first, second = (Optimizer([(m.named_parameters(), transform)], lr=0.02) for m in (one, mine))
-    for _ in range(6):
-        batch = torch.randn(dist.get_world_size(), 5, 13).double()  # the same in all
-        one(batch.flatten(0, 1)).square().mean().backward()
-        mine(batch[dist.get_rank()]).square().mean().backward()
-        for each in (first, second):
-            each.step()
-            each.zero_grad()
+    return net, Optimizer([(net.named_parameters(), transform)], lr=0.02)
+
+
+def learn(net: nn.Module, optimizer: Optimizer, steps: range, rank: int | None = None) -> None:
+    """Steps on one of two batches, or on both."""
+    for number in steps:
+        (both,) = drawn([(2, 5, 13)], number)
+        net(both.flatten(0, 1) if rank is None else both[rank]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def model(transform: Transform) -> None:
+    """FSDP2 on parts of a batch is one process on all of it."""
+    (one, first), (two, second) = (small(transform, sharded=sharded) for sharded in (False, True))
+    learn(one, first, range(6))
+    learn(two, second, range(6), dist.get_rank())
     same(first, second)
+
+
+def saving(folder: Path) -> Mapping[str, Callable[[], None]]:
+    return {f"saved {name}": functools.partial(save, folder, name) for name in SAVED}
+
+
+def save(folder: Path, name: str) -> None:
+    """In torch's two ways: in shards, and as a whole."""
+    net, optimizer = small(QUICK[name], sharded=True)
+    learn(net, optimizer, range(5), dist.get_rank())
+    checkpoint.save(
+        {"model": state.get_model_state_dict(net), "optimizer": state.get_optimizer_state_dict(net, optimizer)},
+        checkpoint_id=folder / name,
+    )
+    whole = state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    kept = [
+        state.get_model_state_dict(net, options=whole),
+        state.get_optimizer_state_dict(net, optimizer, options=whole),
+    ]
+    if dist.get_rank() == 0:
+        torch.save(kept, folder / f"{name}.pt")
+
+
+def loaded(folder: Path, name: str, *, whole: bool) -> tuple[nn.Module, Optimizer]:
+    """What was saved, in this process alone."""
+    net, optimizer = small(QUICK[name], sharded=False)
+    if whole:
+        weights, moments = torch.load(folder / f"{name}.pt", weights_only=True)
+    else:
+        weights, moments = state.get_model_state_dict(net), state.get_optimizer_state_dict(net, optimizer)
+        checkpoint.load({"model": weights, "optimizer": moments}, checkpoint_id=folder / name, no_dist=True)
+    net.load_state_dict(weights)
+    state.set_optimizer_state_dict(net, optimizer, moments)
+    return net, optimizer
 
 
 def bytes_are_few() -> None:

@@ -1,10 +1,11 @@
 """Processes that exchange gradients, reduced or in parts, train as one process on the joint batch."""
 
+import functools
 from pathlib import Path
 
 import pytest
 import torch
-from core import exchanges
+from core import exchanges, shards
 from processes import together
 from torch import nn
 
@@ -25,6 +26,21 @@ def test_two_processes_are_as_one(tmp_path: Path):
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_optimiser(world: int, tmp_path: Path):
     no_failure(together(exchanges.every, world, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_one_process_goes_on_where_two_stopped(tmp_path: Path):
+    """In the middle of a period of refreshes, by torch's two ways of saving."""
+    no_failure(together(functools.partial(shards.saving, tmp_path), 2, tmp_path))
+    for name in shards.SAVED:
+        net, optimizer = shards.small(shards.QUICK[name], sharded=False)
+        shards.learn(net, optimizer, range(9))
+        for whole in (False, True):
+            other, resumed = shards.loaded(tmp_path, name, whole=whole)
+            shards.learn(other, resumed, range(5, 9))
+            for p, q in zip(net.parameters(), other.parameters(), strict=True):
+                torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-9)
 
 
 def test_processes_must_be_there():

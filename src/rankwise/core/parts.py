@@ -154,9 +154,12 @@ class Local(_Sharded):
         if not leaf.is_floating_point():
             return leaf
         whole = self._whole()
-        if leaf.untyped_storage().nbytes() > leaf.nbytes:  # of a stack: such a part cannot be pickled as a DTensor
+        if (
+            leaf.untyped_storage().nbytes() > leaf.nbytes
+        ):  # of a stack: such a part cannot be pickled as a DTensor
             leaf = leaf.clone()
-        return DTensor.from_local(leaf, *self.layout, run_check=False, shape=whole.shape, stride=whole.stride())
+        form = {"shape": whole.shape, "stride": whole.stride()}
+        return DTensor.from_local(leaf, *self.layout, run_check=False, **form)
 
     def loaded(self, leaf: Any) -> Tensor:
         """Take this process's part of a whole tensor, or of one that was saved by as many processes."""
