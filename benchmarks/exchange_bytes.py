@@ -2,8 +2,8 @@
 
 Usage: python benchmarks/exchange_bytes.py [--json benchmarks/results/exchange_bytes.json] [--smoke]
 
-The matrices of a small Llama's blocks in float32, random gradients of each process, gloo on 2 and 4 processes of
-this machine. ``replicas``: each has all parameters, and ``rankwise.Replicated`` averages gradients. The bytes given
+The matrices of a small Llama in float32, random gradients of each process, gloo on 2 and 4 processes of one
+machine. ``replicas``: each has all parameters, and ``rankwise.Replicated`` averages gradients. The bytes given
 to ``all_reduce`` are counted from outside, beside those that torch's DistributedDataParallel gives to its hook of
 communication for the same parameters. ``shards``: each has some rows of each matrix (DTensors), and the bytes are
 those of whole or projected gradients, as the optimiser counts them; elementwise steps exchange nothing.

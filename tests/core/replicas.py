@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from contracts.test_transforms import SETTINGS, parameters
 from torch import nn
 
+import rankwise
 from rankwise import Optimizer, Replicated, StochasticRounding
 from rankwise.core.fingerprint import digest_of
 from rankwise.core.states import leaves
@@ -39,6 +41,32 @@ def every() -> Mapping[str, Callable[[], None]]:
         for name, all_ in SETTINGS.items()
         for i, each in enumerate(all_)
     }
+
+
+def training(folder: Path) -> Mapping[str, Callable[[], None]]:
+    return {f"clip {clip}": functools.partial(stopped, folder, clip) for clip in (None, 0.05)}
+
+
+def task(clip: float | None, folder: Path | None, **more: Any) -> nn.Module:
+    """A small run, the same in any number of processes."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 16)).double()
+    optimizer = Optimizer(rankwise.parameter_groups(net, galore(rank=2, every=4)), lr=0.05)
+    sizes: dict[str, Any] = {"window": 20, "rows": 2, "steps": 9, "accumulate": 3, "every": 3}
+    data = torch.arange(4000).square() % 16
+    rankwise.train(net, data, optimizer, clip=clip, checkpoint=folder, **sizes, **more)
+    return net
+
+
+def stopped(folder: Path, clip: float | None) -> None:
+    """Stops after the checkpoint at step 6; one process computes more of each step than the other."""
+
+    def observe(step: int, _: Any) -> None:
+        if step == 8:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        task(clip, folder / str(clip), observe=observe)
 
 
 def gradients(params: list[nn.Parameter], step: int) -> list[list[torch.Tensor]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from core import exchanges, shards
+from core import exchanges, replicas, shards
 from processes import together
 from torch import nn
 
@@ -41,6 +41,16 @@ def test_one_process_goes_on_where_two_stopped(tmp_path: Path):
             shards.learn(other, resumed, range(5, 9))
             for p, q in zip(net.parameters(), other.parameters(), strict=True):
                 torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_is_one_run(tmp_path: Path):
+    """Stopped in two, it goes on in one, and ends where one alone does."""
+    no_failure(together(functools.partial(replicas.training, tmp_path), 2, tmp_path))
+    for clip in (None, 0.05):
+        ends = [replicas.task(clip, folder) for folder in (None, tmp_path / str(clip))]
+        for p, q in zip(*(end.parameters() for end in ends), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-9)
 
 
 def test_processes_must_be_there():

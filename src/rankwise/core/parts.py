@@ -154,10 +154,8 @@ class Local(_Sharded):
         if not leaf.is_floating_point():
             return leaf
         whole = self._whole()
-        if (
-            leaf.untyped_storage().nbytes() > leaf.nbytes
-        ):  # of a stack: such a part cannot be pickled as a DTensor
-            leaf = leaf.clone()
+        if leaf.storage_offset() or leaf.untyped_storage().nbytes() > leaf.nbytes:
+            leaf = leaf.clone()  # a DTensor of a part of a stack cannot be pickled
         form = {"shape": whole.shape, "stride": whole.stride()}
         return DTensor.from_local(leaf, *self.layout, run_check=False, **form)
 

@@ -1,16 +1,17 @@
 """Data parallelism in which processes exchange what steps need of gradients, not the gradients."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from .fingerprint import digest_of
 from .optimizer import Optimizer
 from .parts import is_sharded
 from .states import State
+from .stepping import Loss
 from .transforms import working_type
 
 BUCKET = 25 * 2**20  # bytes that are exchanged at once, as in torch's DistributedDataParallel
@@ -30,12 +31,14 @@ class Replicated:
     were projected are gone, and ``zero_grad`` drops the others. A parameter without a gradient in some processes
     has a zero one there. Where a gradient is not finite in any process, the step raises in all of them.
 
-    The norm of the joint gradient is not known, so clip no gradients: those of one process differ from those of
-    another. Buffers, such as running means, and frozen parameters are left alone; make models alike. Losses are
-    means over equally large batches. A state may be loaded with any number of processes, by all of them.
+    Do not clip gradients outside: those of one process are not the joint ones. With ``clip`` the joint ones are,
+    for which all are exchanged whole. Buffers, such as running means, and frozen parameters are left alone; make
+    models alike. Losses are means over equally large batches. A state may be loaded with any number of processes,
+    by all of them.
 
     Args:
         optimizer: the same in all processes; its parameters become those of the first process.
+        clip: largest 2-norm of the joint gradient of all parameters, or None.
         group: of processes; None is all.
 
     Raises:
@@ -57,14 +60,18 @@ class Replicated:
     >>> dist.destroy_process_group()
     """
 
-    def __init__(self, optimizer: Optimizer, *, group: "dist.ProcessGroup | None" = None) -> None:
+    def __init__(
+        self, optimizer: Optimizer, *, clip: float | None = None, group: "dist.ProcessGroup | None" = None
+    ) -> None:
+        if clip is not None and not clip > 0:
+            raise ValueError(f"clip must be positive or None, got {clip}.")
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"replicas need a rankwise.Optimizer, got a {type(optimizer).__name__}.")
         if not dist.is_initialized():
             raise ValueError("there are no processes yet; call torch.distributed.init_process_group first.")
         if any(is_sharded(p) for each in optimizer.param_groups for p in each["params"]):
             raise ValueError("parameters are sharded already, and the optimiser steps them itself.")
-        self.optimizer, self.group = optimizer, group
+        self.optimizer, self.clip, self.group = optimizer, clip, group
         self._last = self._total = 0
         self._parameters: list[Tensor] = []
         self._alike = False
@@ -96,20 +103,33 @@ class Replicated:
         whole = sum(p.nbytes for p in self._parameters)
         return {"last": self._last, "total": self._total, "whole": whole}
 
+    @property
+    def device(self) -> torch.device:
+        """Where gradients are."""
+        return self._parameters[0].device
+
     def _forget(self) -> None:
         self._alike = False
 
     def _begin(self) -> None:
         """Have all processes begin with the parameters of the first."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
-        self._compare([(tuple(p.shape), str(p.dtype)) for p in parameters], "parameters")
+        self.compare([(tuple(p.shape), str(p.dtype)) for p in parameters], "parameters")
         first = 0 if self.group is None else dist.get_global_rank(self.group, 0)
         for p in parameters:
             dist.broadcast(p.detach(), first, group=self.group)
         self._parameters, self._alike = parameters, False
 
-    def _compare(self, mine: Any, what: str) -> None:
-        """Raise in all processes unless all have the same."""
+    def compare(self, mine: Any, what: str) -> None:
+        """Raise in all processes unless all have the same.
+
+        Args:
+            mine: what this one has; can be pickled.
+            what: to call it by.
+
+        Raises:
+            ValueError: if there is another one.
+        """
         found: list[Any] = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(found, mine, group=self.group)
         if any(each != found[0] for each in found):
@@ -123,7 +143,7 @@ class Replicated:
             if len(present) != len(self._parameters):
                 self._begin()
             if not self._alike:
-                self._compare(_description(self.optimizer), "optimisers or states")
+                self.compare(_description(self.optimizer), "optimisers or states")
                 self._alike = True
             self._exchange()
 
@@ -162,6 +182,8 @@ class Replicated:
                 param.grad = None
             elif param in low:
                 self.optimizer.step_one(param, low[param])
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(self._parameters, self.clip)
 
     def _buckets(self) -> Iterator[list["_Part"]]:
         """Yield what is exchanged together: neighbours of one type and device, up to a size."""
@@ -186,9 +208,47 @@ class Replicated:
         total = grad.sum(dtype=working_type(grad.dtype))
         flag = torch.where(total.isfinite(), float(param.grad is not None), torch.nan).to(grad.dtype).view(1)
         param.grad = grad
-        low = self.optimizer.reduce_one(param, check=False)
+        low = self.optimizer.reduce_one(param, check=False) if self.clip is None else None
         param.grad = None
         return _Part(param, flag, grad if low is None else low, low is not None)
+
+
+class Shared:
+    """Takes steps of which each process computes a share of the losses; see :class:`Stepping`.
+
+    The steps are those that one process would take of all the losses.
+
+    Args:
+        optimizer: over the parameters, the same in all processes.
+        clip: largest 2-norm of the gradient of all parameters, or None.
+    """
+
+    def __init__(self, optimizer: Optimizer, clip: float | None = None) -> None:
+        self.optimizer, self.replicas = optimizer, Replicated(optimizer, clip=clip)
+
+    def take(self, losses: Sequence[Loss]) -> tuple[float, bool]:
+        """Take one step; each process calls it with all losses."""
+        self.optimizer.zero_grad()
+        world, device = dist.get_world_size(), self.replicas.device
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for compute in losses[dist.get_rank() :: world]:
+            with torch.enable_grad():  # callers may have turned gradients off
+                loss = compute()
+            (loss * world).backward()  # gradients are averaged, losses are summed
+            total += loss.detach()
+        dist.all_reduce(total)
+        if not bool(total.isfinite()):
+            return float(total), False
+        try:
+            self.optimizer.step()
+        except FloatingPointError:
+            return float(total), False
+        return float(total), True
+
+
+def several() -> bool:
+    """Whether more than one process trains."""
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 class _Part(NamedTuple):
