@@ -489,7 +489,7 @@ def exchange_bytes() -> list[str]:
         *_head("Several processes: bytes that a step exchanges", found),
         f"Bytes of a process, divided by those of all gradients, which DistributedDataParallel exchanges; rank "
         f"{rows[0]['rank']}, smaller sides of {rows[0]['smaller_side']}. Replicas exchange gradients by "
-        "`rankwise.Replicated`; shards are rows of DTensors, whose gradients have been exchanged before by FSDP2. A "
+        "`rankwise.Replicated`; shards are rows of DTensors, whose gradients FSDP2 has exchanged before. A "
         "steady step is one in which no basis is due, the mean is over a period. The difference is that to one "
         "process, over the largest change of a parameter.",
         "",

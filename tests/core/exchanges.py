@@ -8,5 +8,9 @@ def quick() -> Checks:
     return {**replicas.quick(), **shards.quick()}
 
 
+def four() -> Checks:
+    return {**replicas.joint(), **shards.four()}
+
+
 def every() -> Checks:
     return {**replicas.every(), **shards.every()}

@@ -30,9 +30,12 @@ QUICK: dict[str, Transform] = {
 
 
 def quick() -> Mapping[str, Callable[[], None]]:
-    one = {f"joint {name}": functools.partial(joint_batch, each) for name, each in QUICK.items()}
     others = [bytes_are_few, half_precision, missing, not_finite, other_states, refused, the_first_decides, whole]
-    return one | {each.__name__: each for each in others}
+    return {**joint(), **{each.__name__: each for each in others}}
+
+
+def joint() -> Mapping[str, Callable[[], None]]:
+    return {f"joint {name}": functools.partial(joint_batch, each) for name, each in QUICK.items()}
 
 
 def every() -> Mapping[str, Callable[[], None]]:

@@ -48,9 +48,16 @@ def every() -> Mapping[str, Callable[[], None]]:
         for name, all_ in SETTINGS.items()
         for i, each in enumerate(all_)
     }
-    if dist.get_world_size() == 4:
-        one |= {f"in two ways {name}": functools.partial(in_two_ways, each) for name, each in QUICK.items()}
     return one
+
+
+def four() -> Mapping[str, Callable[[], None]]:
+    ways = {"one way": as_one, "two ways": in_two_ways}
+    return {
+        f"in {way} {name}": functools.partial(check, each)
+        for way, check in ways.items()
+        for name, each in QUICK.items()
+    }
 
 
 def spread(values: Tensor, mesh: Any = None, *placements: Any) -> DTensor:
