@@ -16,8 +16,8 @@ from rankwise import Optimizer, Replicated, StochasticRounding
 from rankwise.core.fingerprint import digest_of
 from rankwise.core.states import leaves
 from rankwise.core.transforms import Transform
-from rankwise.optimizers import adam, dct_adamw, frugal, galore, muon
-from rankwise.projectors import EnergyDrop, Every
+from rankwise.optimizers import adam, dct_adamw, frugal, galore, muon, project
+from rankwise.projectors import EnergyDrop, Every, LargestRows
 
 QUICK: dict[str, Transform] = {
     "adam": adam(),
@@ -169,24 +169,31 @@ def missing() -> None:
 
 
 def not_finite() -> None:
-    """All processes say so, where the gradient of one is not; also where its projection is."""
+    """All processes say so, where a gradient is not, also where its projection is, or where the sum is not."""
     mine = parameters()
-    optimizer = Optimizer([(mine, frugal(density=0.25)), ([nn.Parameter(torch.ones(2))], adam())], lr=0.05)
+    rows = project(LargestRows(), adam(), rank=2, every=100)
+    optimizer = Optimizer([(mine, rows)], lr=0.05)
     with Replicated(optimizer):
-        for step in range(3):
+        for step in range(7):
             give(mine, gradients(mine, step)[dist.get_rank()])
             if step:
                 before = [p.detach().clone() for p in mine]
                 values = mine[3].grad
                 assert values is not None
                 if dist.get_rank() == 1:
-                    values.view(-1)[step] = float("nan" if step == 1 else "inf")
+                    values[0, step - 1] = float("nan" if step % 2 else "inf")  # most rows are not chosen
                 with pytest.raises(FloatingPointError, match=r"parameter 3 of shape .* nothing was changed"):
                     optimizer.step()
                 for p, q in zip(mine, before, strict=True):
                     torch.testing.assert_close(p.detach(), q, rtol=0, atol=0)
             else:
                 optimizer.step()
+    large = nn.Parameter(torch.zeros(4, dtype=torch.float16))
+    optimizer = Optimizer([([large], adam())], lr=0.05)
+    with Replicated(optimizer):
+        large.grad = torch.full_like(large, 5e4)
+        with pytest.raises(FloatingPointError, match="their sum"):
+            optimizer.step()
 
 
 def other_states() -> None:

@@ -160,6 +160,8 @@ class Replicated:
             self._last += flat.nbytes
             parts = flat.split([size for each in bucket for size in (1, each.value.numel())])
             flags += torch.cat(parts[::2]).tolist()
+            if not bool(flat.isfinite().all()):  # the same numbers in all processes, so all of them raise
+                raise self._not_finite(bucket, parts)
             for each, part in zip(bucket, parts[1::2], strict=True):
                 mean = part.view(each.value.shape).to(each.value.dtype) / world
                 if each.reduced:
@@ -169,14 +171,17 @@ class Replicated:
         self._total += self._last
         self._finish(flags, low)
 
+    def _not_finite(self, bucket: list["_Part"], parts: Sequence[Tensor]) -> FloatingPointError:
+        """Name the first parameter of which something is not finite."""
+        pairs = zip(bucket, parts[::2], parts[1::2], strict=True)
+        param = next(each.param for each, *both in pairs if not all(bool(x.isfinite().all()) for x in both))
+        return FloatingPointError(
+            f"the gradient of {self.optimizer.name_of(param)} is not finite in a process, or their sum is not; "
+            "nothing was changed. Skip this step in all processes (zero_grad and go on), or lower lr."
+        )
+
     def _finish(self, flags: list[float], low: dict[Tensor, Tensor]) -> None:
-        """Step what was reduced, unless a gradient of any process is not finite."""
-        for param, flag in zip(self._parameters, flags, strict=True):
-            if flag != flag:
-                raise FloatingPointError(
-                    f"the gradient of {self.optimizer.name_of(param)} is not finite in a process; nothing was "
-                    "changed. Skip this step in all of them (zero_grad and go on), or lower lr."
-                )
+        """Step what was reduced, and leave the rest to the optimiser."""
         for param, flag in zip(self._parameters, flags, strict=True):
             if not flag:
                 param.grad = None
