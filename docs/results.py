@@ -563,6 +563,36 @@ def target_projection() -> list[str]:
     return lines + table(["hidden layers", *methods], cells)
 
 
+def exchange_bytes() -> list[str]:
+    """What processes exchange for a step."""
+    found = load("exchange_bytes")
+    if found is None:
+        return []
+    rows = found["rows"]
+    lines = [
+        *_head("Several processes: bytes that a step exchanges", found),
+        f"Bytes of a process, divided by those of all gradients, which DistributedDataParallel exchanges; rank "
+        f"{rows[0]['rank']}, smaller sides of {rows[0]['smaller_side']}. Replicas exchange gradients by "
+        "`rankwise.Replicated`; shards are rows of DTensors, whose gradients FSDP2 has exchanged before. A "
+        "steady step is one in which no basis is due, the mean is over a period. The difference is that to one "
+        "process, over the largest change of a parameter.",
+        "",
+    ]
+    cells = [
+        [
+            row["kind"],
+            str(row["world"]),
+            row["method"],
+            *(f"{row[key] / row['ddp']:.3f}" for key in ("first", "steady", "mean")),
+            f"{row['difference']:.1g}",
+            "yes" if row["alike"] else "no",
+        ]
+        for row in rows
+    ]
+    head = ["", "processes", "optimiser", "first step", "steady", "mean", "difference", "same bits in all"]
+    return lines + table(head, cells)
+
+
 def _head(title: str, found: dict) -> list[str]:
     about = found["environment"]
     made = f"torch {about['torch']}, {about['threads']} threads, commit {about['commit']}"
@@ -573,8 +603,8 @@ def page() -> str:
     """Return the whole page."""
     lines = ["# Results", "", "Generated from `benchmarks/results/*.json` by `python docs/results.py`.", ""]
     parts = (quality, narrow, low_bit, damping, prediction, speed, cost, streaming)
-    parts += (optimizer_speed, adapter_quality, adapter_cost, heal_adapter, merge_memory, state_bytes, orthogonal)
-    parts += (target_projection,)
+    parts += (optimizer_speed, exchange_bytes, adapter_quality, adapter_cost, heal_adapter, merge_memory)
+    parts += (state_bytes, orthogonal, target_projection)
     return "\n".join([*lines, *(line for part in parts for line in part())]).rstrip() + "\n"
 
 

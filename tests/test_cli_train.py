@@ -215,3 +215,33 @@ def test_a_tokenizer_is_trained():
     assert len(tokenizer("the cat")["input_ids"]) < len(byte_tokenizer()("the cat")["input_ids"]) == 7
     assert tokenizer.decode(tokenizer("the né")["input_ids"]) == "the né"
     assert read_config("gpt2:hidden=32,layers=2,heads=2").n_embd == 32
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_same_run_in_two_processes(text: Path, tmp_path: Path):
+    """With a tokenizer of its own; only the first speaks and writes."""
+    shared = ["--data", text, "--rank", 4, "--set", "every=3", "--accumulate", 3, "--tokenizer", "pairs"]
+    words = "llama:hidden=32,layers=2,heads=4,intermediate=48,vocab=300"
+    one = train(words, *shared, "--clip", 1e9, "--out", tmp_path / "one", "--json", tmp_path / "one.json")
+    assert one.exit_code == 0, one.output
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--no-python",
+    ]
+    command += [sys.executable, "-c", "from rankwise.cli import main; main()", "train", words]
+    sizes = ["--window", 32, "--batch", 2, "--steps", 4, "--lr", 0.02]
+    more = [*sizes, *shared, "--out", tmp_path / "two", "--json", tmp_path / "two.json"]
+    two = subprocess.run([*command, *map(str, more)], capture_output=True, text=True, timeout=300, check=False)
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("held-out loss") == two.stderr.count("loading ") == 1
+    ends = [rankwise.load(tmp_path / name)[0] for name in ("one", "two")]
+    for p, q in zip(*(end.parameters() for end in ends), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+    first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert first["held_out"]["after"] == pytest.approx(second["held_out"]["after"], rel=1e-4)
+    assert not (tmp_path / "two.partial").exists()

@@ -25,6 +25,7 @@ from .checking import check_adapters
 from .core.errors import CalibrationError
 from .core.integer_weights import IntegerWeights, train_as_floats, train_as_integers
 from .core.optimizer import Optimizer
+from .core.replicated import Replicated
 from .core.report import Report
 from .core.stepping import Layerwise
 from .core.surgery import StructuredLinear
@@ -50,6 +51,7 @@ __all__ = [
     "IntegerWeights",
     "Layerwise",
     "Optimizer",
+    "Replicated",
     "Report",
     "StochasticRounding",
     "StructuredLinear",

@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .core.adapted import refuse_adapted
-from .core.data import batches_of, parted
+from .core.data import batches_of, digest_of_batches, parted
+from .core.fingerprint import fingerprint
 from .core.hidden import hidden_matrices
 from .core.labels import Labels, given
 from .core.memory import layerwise_gradient_bytes
 from .core.modes import recomputing
 from .core.optimizer import Optimizer
 from .core.rates import Cosine
+from .core.replicated import Shared, several
 from .core.report import Report
 from .core.running import Observe, Plan
 from .core.statistics import Batch
@@ -101,6 +104,11 @@ def train(
 ) -> Report:
     """Train a model, from scratch or further, in place, without a second copy of its numbers.
 
+    Where there are several processes (``torch.distributed``), each calls this with the same arguments and
+    computes a share of the ``accumulate`` batches of each step. They exchange projected gradients in place of
+    whole ones, unless there is a ``clip``; see :class:`rankwise.Replicated`. The steps are those of one process.
+    The first writes checkpoints, which any number of processes may take up, but with dropout not bit by bit.
+
     The last numbers remain, also after an interrupt or an error. Parameters in half precision stay so: their
     steps are computed in float32 and then rounded, so that small ones are lost unless the optimiser's ``write``
     rounds in another way.
@@ -178,6 +186,7 @@ def train(
         spare=False,
     )
     layers = _layers(optimizer, accumulate, clip) if layerwise else None
+    shared = _shared(optimizer, clip, model, batches, judges) if several() and layers is None else None
     try:
         with recomputing(model, gradient_checkpointing):
             run, reason, memory = train_supervised(
@@ -191,12 +200,15 @@ def train(
                 checkpoint=checkpoint,
                 notify=notify,
                 observe=observe,
-                stepping=layers,
+                looking=_wait if shared else None,
+                stepping=layers or shared,
                 gradients=layerwise_gradient_bytes(model) if layerwise and accumulate == 1 else None,
             )
     finally:
         if layers is not None:
             layers.remove()
+        if shared is not None:
+            shared.replicas.remove()
     totals = {"optimizer": type(optimizer).__name__, **run.summary(), "stopped": reason, "memory": dict(memory)}
     held = totals["held_out"]
     change = f"held-out loss {held['before']:.4f} -> {held['after']:.4f} nats a token"
@@ -206,6 +218,22 @@ def train(
         "looks",
         totals,
     )
+
+
+def _shared(
+    optimizer: torch.optim.Optimizer, clip: float | None, model: nn.Module, *data: Sequence[Batch]
+) -> Shared:
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(f"several processes need a rankwise.Optimizer, got a {type(optimizer).__name__}.")
+    shared = Shared(optimizer, clip)
+    shared.replicas.compare([digest_of_batches(part) for part in data], "data")
+    shared.replicas.compare(fingerprint(model), "models")
+    return shared
+
+
+def _wait() -> None:
+    """Wait for all processes: the first must not write a checkpoint while others look for an earlier one."""
+    dist.barrier()
 
 
 def _layers(optimizer: torch.optim.Optimizer, accumulate: int, clip: float | None) -> Layerwise:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import torch.distributed as dist
 import typer
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from .app import app, say
 from .arguments import Json, Settings
 from .files import check_file, check_folder, data_texts, write_report
 from .options import at_least, build, pick, registry
+from .several import first_first, launched, leads
 from .work import DTYPES, in_words, partial_folder
 
 TOKENIZER = "tokenizer"
@@ -26,6 +28,7 @@ Judges = Annotated[list[str] | None, typer.Option("--eval", help="Judge by these
 
 
 @app.command()
+@launched
 def train(
     model: Annotated[str, typer.Argument(help="A model, a config.json, llama-60m, or llama:hidden=256.")],
     data: Files,
@@ -41,7 +44,8 @@ def train(
     accumulate: Annotated[int, typer.Option(help="Batches of a step.")] = 1,
     window: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
     clip: Annotated[
-        float | None, typer.Option(help="Largest norm of the gradient; default: 1, or none with --layerwise.")
+        float | None,
+        typer.Option(help="Largest gradient norm; default: 1, or none with --layerwise or several processes."),
     ] = None,
     every: Annotated[int | None, typer.Option(help="Steps between evaluations; default: ten in all.")] = None,
     eval_: Judges = None,
@@ -72,6 +76,9 @@ def train(
 
     Attention and MLP matrices get --optimizer; embeddings, the head, norms and biases get Adam. Texts are put one
     after the other and cut into windows. Checkpoints lie in the folder OUT.partial until OUT is complete.
+
+    Started by torchrun or accelerate, each process computes a share of the --accumulate batches of a step, and
+    they exchange projected gradients, or whole ones with --clip. The steps are those of one process.
     """
     for flag, count in (("--steps", steps), ("--batch", batch), ("--accumulate", accumulate), ("--every", every)):
         at_least(flag, count, 1)
@@ -88,13 +95,15 @@ def train(
     rate = Cosine(warmup)
     precision = pick("--dtype", dtype, DTYPES)
     place = torch.device(pick("--device", device, _devices()))
-    check_folder("--out", out)
-    check_file("--json", json)
-    check_file("--html", html)
-    state = partial_folder(out, resume)
-
-    say(f"loading {model}")
-    network, words_of = _model(model, tokenizer, data, precision, seed, state)
+    if not leads():
+        json = html = logs = None
+    with first_first():
+        check_folder("--out", out)
+        check_file("--json", json)
+        check_file("--html", html)
+        state = partial_folder(out, resume or not leads())
+        say(f"loading {model}")
+        network, words_of = _model(model, tokenizer, data, precision, seed, state)
     from .. import models, pretraining
     from ..core.optimizer import Optimizer
     from ..core.writing import Nearest, StochasticRounding
@@ -122,7 +131,7 @@ def train(
                 steps=steps,
                 accumulate=accumulate,
                 rate=rate,
-                clip=1.0 if clip is None and not layerwise else clip,
+                clip=1.0 if clip is None and not layerwise and not dist.is_initialized() else clip,
                 every=every,
                 autocast=torch.bfloat16 if autocast else None,
                 gradient_checkpointing=gradient_checkpointing,
@@ -138,6 +147,8 @@ def train(
             if state is not None and state.exists():
                 say(f"stopped; the checkpoint is in {state}, and the same command with --resume goes on from it")
             raise
+    if not leads():
+        return
     measured = {name: report.totals["memory"][name] for name in ("rise", "peak")}
     say(f"measured    {in_words(measured)} of the whole process")
     if out is not None:

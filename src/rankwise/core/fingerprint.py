@@ -23,7 +23,9 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        dense = flat.as_strided(flat.shape, (1,), flat.storage_offset())  # one number alone may have any stride
+        digest.update(dense.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -18,6 +18,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from .parts import Part, agreed, part_of
 from .states import State, described, leaves, map_state
 from .transforms import Transform, as_matrices, blank_state, working_type
 from .writing import Nearest, Write
@@ -31,6 +32,10 @@ class Optimizer(torch.optim.Optimizer):
     Groups have ``lr`` and ``weight_decay``, which schedulers may change. Parameters without a gradient are left
     out of a step. Where a gradient is not finite, the step raises before anything has changed.
 
+    Parameters may be DTensors, as FSDP2's ``fully_shard`` makes them: then all processes call ``step`` together,
+    and what a transform must see of others is exchanged (see :mod:`rankwise.core.parts`). States of Adam, SGD and
+    signs are shared out as the parameters are; those of other transforms are whole in each process.
+
     Args:
         params: pairs of parameters and a transform, or groups with ``params``, ``transform`` and perhaps ``lr``
             and ``weight_decay``. Parameters may be named, as in ``model.named_parameters()``.
@@ -41,7 +46,8 @@ class Optimizer(torch.optim.Optimizer):
         write: how steps are written, such as :class:`rankwise.StochasticRounding`.
 
     Raises:
-        ValueError: if an argument is out of range, or parameters are not real floating-point numbers.
+        ValueError: if an argument is out of range, or parameters are not real floating-point numbers, or sharded
+            in a way that is not supported.
 
     >>> from rankwise.optimizers import adam, galore
     >>> model = torch.nn.Linear(64, 32)
@@ -80,6 +86,8 @@ class Optimizer(torch.optim.Optimizer):
         try:
             check_group(self.param_groups[before])
             for param in self.param_groups[before]["params"]:
+                if part_of(param, group["transform"]).layout and not isinstance(self.write, Nearest):
+                    raise ValueError("steps into sharded parameters are rounded to nearest; leave write out.")
                 self.write.init(param, torch.tensor([0]))
                 if group["transform"].constrains and self.write.read([param])[0] is not param:
                     raise ValueError("weights that are kept as integers cannot be constrained by a transform.")
@@ -101,7 +109,8 @@ class Optimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: if a gradient is sparse.
-            FloatingPointError: if a gradient is not finite; no parameter and no state has changed.
+            FloatingPointError: if a gradient is not finite, of any process that shares parameters; no parameter
+                and no state has changed.
         """
         loss = None
         if closure is not None:
@@ -130,8 +139,12 @@ class Optimizer(torch.optim.Optimizer):
         self._advance(group, [param], reduced)
 
     @torch.no_grad()
-    def reduce_one(self, param: Tensor) -> Tensor | None:
+    def reduce_one(self, param: Tensor, *, check: bool = True) -> Tensor | None:
         """Return the part of a parameter's gradient that its next step needs, where that is linear and smaller.
+
+        Args:
+            param: has a gradient.
+            check: whether to look if that is finite.
 
         Returns:
             a new tensor, or None if the next step needs the whole gradient; see :meth:`Transform.reduce`.
@@ -140,12 +153,14 @@ class Optimizer(torch.optim.Optimizer):
             ValueError: as :meth:`step_one`.
             FloatingPointError: as :meth:`step_one`.
         """
-        transform = self._group_of(param, True)["transform"]
-        self._check([param])
-        if not param.numel():
+        self._group_of(param, True)
+        if check:
+            self._check([param])
+        part = self._part(param)
+        if not param.numel() or part.layout:
             return None
-        stack = self._stacked(transform, [param])
-        return transform.reduce(_gradients([param]), stack.state, stack.seen_by(transform, self.write))
+        stack = self._stacked([part])
+        return part.transform.reduce(_gradients([part]), stack.state, stack.seen(self.write))
 
     def _group_of(self, param: Tensor, needs_gradient: bool) -> Group:
         self._stackable()
@@ -153,20 +168,33 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError("give a parameter of this optimiser that has a gradient.")
         return self.param_groups[self._places[param][0]]
 
+    def traffic(self) -> int:
+        """Count the bytes of gradients, whole or reduced, that processes exchanged for the last steps.
+
+        Those that a backward pass exchanges, as FSDP2's does, and flags are not counted.
+        """
+        return sum(part.exchanged for part in self._parts.values())
+
     def state_bytes(self) -> int:
-        """Count the bytes that all states will take once every parameter has been stepped."""
-        kinds: dict[Any, tuple[Transform, Tensor]] = {}  # all others take as much as one of their kind
+        """Count the bytes that all states will take in this process once every parameter has been stepped."""
+        kinds: dict[Any, Tensor] = {}  # all others take as much as one of their kind
         counts: Counter[Any] = Counter()
         for i, group in enumerate(self.param_groups):
             for param in group["params"]:
                 kind = (i, param.shape, param.dtype)
-                kinds[kind] = group["transform"], param
+                kinds[kind] = param
                 counts[kind] += 1
-        return sum(counts[kind] * leaf.nbytes for kind in counts for leaf in leaves(self._blank(*kinds[kind])))
+        return sum(counts[kind] * leaf.nbytes for kind in counts for leaf in leaves(self._blank(kinds[kind])))
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values in torch's layout, which ``torch.load(weights_only=True)`` reads."""
         found = super().state_dict()
+        places = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+        parts = {number: self._part(param) for number, param in enumerate(places)}
+        found["state"] = {
+            number: map_state(parts[number].saved, state) if isinstance(number, int) else state
+            for number, state in found["state"].items()
+        }
         groups = [{**group, "transform": described(group["transform"])} for group in found["param_groups"]]
         return {**found, "param_groups": groups}
 
@@ -187,12 +215,12 @@ class Optimizer(torch.optim.Optimizer):
                 )
         groups = [{**group, "transform": transform} for group, transform in zip(saved, transforms, strict=True)]
         numbers = [number for group in saved for number in group["params"]]
-        pairs = [(group["transform"], param) for group in self.param_groups for param in group["params"]]
-        if len(numbers) != len(pairs):
-            raise ValueError(f"the state is of {len(numbers)} parameters, the optimiser has {len(pairs)}.")
+        params = [param for group in self.param_groups for param in group["params"]]
+        if len(numbers) != len(params):
+            raise ValueError(f"the state is of {len(numbers)} parameters, the optimiser has {len(params)}.")
         states = {
-            param: restored(self._blank(transform, param), param, state_dict["state"][number], number)
-            for number, (transform, param) in zip(numbers, pairs, strict=True)
+            param: restored(self._blank(param), self._part(param), state_dict["state"][number], number)
+            for number, param in zip(numbers, params, strict=True)
             if number in state_dict["state"]
         }
         super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})
@@ -209,6 +237,7 @@ class Optimizer(torch.optim.Optimizer):
         """Drop all that follows from groups and states."""
         self._members: list[tuple[Group, list[Tensor]]] = []
         self._places: dict[Tensor, tuple[int, int]] = {}  # group and number of each parameter
+        self._parts: dict[Tensor, Part] = {}
         self._stacks: dict[Tensor, _Stack] = {}
 
     def _stackable(self) -> list[tuple[Group, list[Tensor]]]:
@@ -219,33 +248,41 @@ class Optimizer(torch.optim.Optimizer):
                 alike: dict[Any, list[Tensor]] = {}
                 for param in group["params"]:
                     self._places[param] = i, next(numbers)
+                    part = self._parts[param] = part_of(param, group["transform"])
                     if param.numel():
-                        alike.setdefault((param.shape, param.dtype, param.device), []).append(param)
+                        kind = (param.shape, param.dtype, param.device, part.layout)
+                        alike.setdefault(kind, []).append(param)
                 for same in alike.values():
                     usual = 2**20 if same[0].device.type == "cpu" else 2**26
                     room = usual if self.stack_bytes is None else self.stack_bytes
-                    most = max(1, room // same[0].nbytes)
+                    most = 1 if self._parts[same[0]].alone else max(1, room // same[0].nbytes)
                     self._members += [(group, same[j : j + most]) for j in range(0, len(same), most)]
         return self._members
 
+    def _part(self, param: Tensor) -> Part:
+        self._stackable()
+        return self._parts[param]
+
     def _check(self, params: list[Tensor]) -> None:
         """Raise unless all gradients can be used; sums tell whether one must look closer."""
-        grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
+        parts = [self._part(param) for param in params]
+        grads: list[Tensor] = [part.own_gradient for part in parts if part.own_gradient is not None]
         if any(grad.is_sparse for grad in grads):
             raise ValueError("gradients are sparse; build the embedding with sparse=False.")
         sums: dict[torch.device, list[Tensor]] = {}
         for grad in grads:
             sums.setdefault(grad.device, []).append(grad.sum(dtype=working_type(grad.dtype)))
-        if all(bool(torch.stack([s.float() for s in each]).isfinite().all()) for each in sums.values()):
-            return
-        for param, grad in zip(params, grads, strict=True):
-            if not bool(grad.isfinite().all()):
-                raise FloatingPointError(
-                    f"the gradient of {self._name(param)} is not finite; nothing was changed. Skip this step "
-                    "(zero_grad and go on), lower lr, clip gradients, or with float16 use a GradScaler."
-                )
+        fine = all(bool(torch.stack([s.float() for s in each]).isfinite().all()) for each in sums.values())
+        wrong = None if fine else _first_not_finite(params, grads)
+        if not agreed(wrong is None, parts):
+            where = "a parameter in another process" if wrong is None else self.name_of(wrong)
+            raise FloatingPointError(
+                f"the gradient of {where} is not finite; nothing was changed. Skip this step "
+                "(zero_grad and go on), lower lr, clip gradients, or with float16 use a GradScaler."
+            )
 
-    def _name(self, param: Tensor) -> str:
+    def name_of(self, param: Tensor) -> str:
+        """Return the name of a parameter, if it has one, its place among all and its shape; for messages."""
         self._stackable()
         group, number = self._places[param]
         names = self.param_groups[group].get("param_names")
@@ -257,28 +294,32 @@ class Optimizer(torch.optim.Optimizer):
         """Step parameters of one shape together."""
         if not params or not params[0].numel():
             return
-        transform, lr, decay = group["transform"], float(group["lr"]), float(group["weight_decay"])
-        stack = self._stacked(transform, params)
-        shape, kind = params[0].shape, working_type(params[0].dtype)
-        values = stack.seen_by(transform, self.write)
+        parts = [self._part(param) for param in params]
+        transform, lr, decay = parts[0].transform, float(group["lr"]), float(group["weight_decay"])
+        stack = self._stacked(parts)
+        values = stack.seen(self.write)
+        if reduced is None and len(parts) == 1:
+            reduced = parts[0].reduced(lambda grad: transform.reduce(grad, stack.state, values))
         if reduced is None:
-            direction = transform.update(_gradients(params), stack.state, values)
+            direction = transform.update(_gradients(parts), stack.state, values)
         else:
             direction = transform.update_reduced(reduced, stack.state, values)
-        steps = [each.reshape(shape) for each in direction]
-        self.write(params, steps, 1 - lr * decay, -lr, stack.state.get("write", {}))
+        own, written = [part.own for part in parts], stack.state.get("write", {})
+        self.write(own, _owned(parts, direction), 1 - lr * decay, -lr, written)
         if transform.constrains:
-            bounded = transform.constrain(_joined(params).to(kind), stack.state, lr, decay)
-            self.write.put(params, [each.reshape(shape) for each in bounded], stack.state.get("write", {}))
+            now = _joined([part.value() for part in parts]).to(direction.dtype)
+            bounded = transform.constrain(now, stack.state, lr, decay)
+            self.write.put(own, _owned(parts, bounded), written)
 
-    def _stacked(self, transform: Transform, params: list[Tensor]) -> "_Stack":
+    def _stacked(self, parts: list[Part]) -> "_Stack":
         """Return the states of parameters in one stack, of which the states of each are views."""
+        params = [part.param for part in parts]
         stack = self._stacks.get(params[0])
         known = all(
             self._stacks.get(p) is stack and p in self.state for p in params
         )  # a schedule may drop states
         if stack is None or not known or not stack.holds(params):
-            states = [self.state[p] or self._first(transform, p) for p in params]
+            states = [self.state[part.param] or self._first(part) for part in parts]
             if len(params) == 1:
                 joined = map_state(lambda value: value.unsqueeze(0), states[0])
                 self.state[params[0]] = states[0]
@@ -286,40 +327,45 @@ class Optimizer(torch.optim.Optimizer):
                 joined = map_state(_stacked_values, *states)
                 for i, param in enumerate(params):
                     self.state[param] = map_state(lambda value, i=i: value[i], joined)
-            shape = as_matrices(torch.empty_like(params[0], device="meta").expand(len(params), *params[0].shape))
-            stack = _Stack(tuple(params), _read_only(joined), shape)
+            shape = as_matrices(_shape_of(parts[0]).expand(len(params), *parts[0].shape))
+            stack = _Stack(tuple(parts), _read_only(joined), shape)
             self._stacks.update(dict.fromkeys(params, stack))
         return stack
 
-    def _first(self, transform: Transform, param: Tensor) -> State:
+    def _first(self, part: Part) -> State:
         """Return the state of one parameter before its first step."""
-        index = torch.tensor([self._places[param][1]])
-        value = _joined([param]).to(working_type(param.dtype))
-        state = with_written(transform.init(value, index), self.write.init(param, index))
+        index = torch.tensor([self._places[part.param][1]])
+        value = _joined([part.like()]).to(working_type(part.param.dtype))
+        state = with_written(part.transform.init(value, index), self.write.init(part.param, index))
         return map_state(lambda leaf: leaf.squeeze(0), state)
 
-    def _blank(self, transform: Transform, param: Tensor) -> State:
+    def _blank(self, param: Tensor) -> State:
         """Return the first state (1, ...) of one parameter on the meta device."""
+        part = self._part(param)
         if not param.numel():
             return {}
-        return with_written(blank_state(transform, param), self.write.init(param, torch.tensor([0])))
+        blank = blank_state(part.transform, _shape_of(part))
+        return with_written(blank, self.write.init(param, torch.tensor([0])))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Stack:
     """Parameters that were last stepped together, their states, and a tensor without values of their shape."""
 
-    params: tuple[Tensor, ...]
+    parts: tuple[Part, ...]
     state: State
     shape: Tensor
 
     def holds(self, params: list[Tensor]) -> bool:
         """Whether it is of these parameters and no others."""
-        return len(params) == len(self.params) and all(a is b for a, b in zip(params, self.params, strict=True))
+        same = zip(params, self.parts, strict=False)
+        return len(params) == len(self.parts) and all(param is part.param for param, part in same)
 
-    def seen_by(self, transform: Transform, write: Write) -> Tensor:
+    def seen(self, write: Write) -> Tensor:
         """Return the parameters, or only their shape where their values are not read."""
-        return _joined(write.read(self.params)) if transform.reads_param else self.shape
+        if not self.parts[0].transform.reads_param:
+            return self.shape
+        return _joined(write.read([part.value() for part in self.parts]))
 
 
 def as_group(given: Any) -> Group:
@@ -355,7 +401,7 @@ def with_written(state: State, written: State) -> State:
     return {**state, "write": written} if written else state
 
 
-def restored(blank: State, param: Tensor, saved: Any, number: int) -> dict[str, Any]:
+def restored(blank: State, part: Part, saved: Any, number: int) -> dict[str, Any]:
     """Copy a saved state to where it belongs, in the shapes and types of a blank one.
 
     Raises:
@@ -364,10 +410,12 @@ def restored(blank: State, param: Tensor, saved: Any, number: int) -> dict[str, 
 
     def place(wanted: Tensor, value: Any) -> Tensor:
         form = (tuple(wanted.shape[1:]), wanted.dtype)
+        if isinstance(value, Tensor):
+            value = part.loaded(value)
         if not isinstance(value, Tensor) or (tuple(value.shape), value.dtype) != form:
             found = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"the state of parameter {number} has {found} in place of {form}.")
-        return value.detach().to(param.device if wanted.is_meta else wanted.device, copy=True)
+        return value.detach().to(part.param.device if wanted.is_meta else wanted.device, copy=True)
 
     if _keys(blank) != _keys(saved):
         raise ValueError(f"the state of parameter {number} has other entries than the transform: {_keys(saved)}.")
@@ -385,9 +433,24 @@ def _joined(values: Sequence[Tensor]) -> Tensor:
     return as_matrices(stack.detach())
 
 
-def _gradients(params: Sequence[Tensor]) -> Tensor:
+def _gradients(parts: Sequence[Part]) -> Tensor:
     """Stack the gradients of parameters of one shape, in the type of steps."""
-    return _joined([p.grad for p in params if p.grad is not None]).to(working_type(params[0].dtype))
+    return _joined([part.gradient() for part in parts]).to(working_type(parts[0].param.dtype))
+
+
+def _owned(parts: Sequence[Part], seen: Tensor) -> list[Tensor]:
+    """Return what this process holds of tensors (k, ...) that transforms make."""
+    return [part.mine(each.reshape(part.shape)) for part, each in zip(parts, seen, strict=True)]
+
+
+def _shape_of(part: Part) -> Tensor:
+    """Return a tensor of the shape that the transform sees, without values."""
+    return torch.empty(part.shape, dtype=part.param.dtype, device="meta")
+
+
+def _first_not_finite(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor | None:
+    pairs = zip(params, grads, strict=True)
+    return next((param for param, grad in pairs if not bool(grad.isfinite().all())), None)
 
 
 def _stacked_values(*values: Tensor) -> Tensor:

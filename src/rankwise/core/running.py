@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Generator, Tensor, nn
 
 from .checkpoint import load_tree, save_tree
@@ -332,8 +333,8 @@ class Run:
                 tensor.copy_(values[name])
 
     def _save(self) -> None:
-        if self.file is None:
-            return
+        if self.file is None or (dist.is_initialized() and dist.get_rank() > 0):
+            return  # the first of several processes writes for all
         cuda = {"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}
         tree = {
             "identity": self.identity,

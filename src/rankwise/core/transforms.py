@@ -87,6 +87,15 @@ class Transform(abc.ABC):
                 "or carry=Reset()."
             )
 
+    def acting_on(self, param: Tensor) -> "Transform":
+        """Return the transform that acts on parameters (k, ...) of this shape, with the same state."""
+        return self
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether each number is stepped by its own gradients alone, so that parts can be stepped apart."""
+        return False
+
     @property
     def reads_param(self) -> bool:
         """Whether ``update`` reads the values of parameters, which stacking copies."""
@@ -122,6 +131,15 @@ class Chain(Transform):
         """Carry the states of all parts."""
         for i, part in enumerate(self.parts):
             part.rotate(state[str(i)], rotation)
+
+    def acting_on(self, param: Tensor) -> Transform:
+        """Those of the parts."""
+        return Chain(tuple(part.acting_on(param) for part in self.parts))
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether all parts are."""
+        return all(part.elementwise for part in self.parts)
 
     @property
     def reads_param(self) -> bool:
@@ -187,6 +205,10 @@ class ByShape(Transform):
     def rotate(self, state: State, rotation: Tensor) -> None:
         """What is inside a basis has one shape and should not be told apart by it."""
         raise ValueError("a transform by shape cannot stand inside a projection; give the one for matrices.")
+
+    def acting_on(self, param: Tensor) -> Transform:
+        """That of the one that acts."""
+        return self._pick(param).acting_on(param)
 
     @property
     def reads_param(self) -> bool:
@@ -284,14 +306,12 @@ def state_bytes(transform: Transform, *params: Tensor) -> int:
     >>> state_bytes(adam(), weight), state_bytes(galore(rank=8), weight)
     (131080, 18464)
     """
-    states = [blank_state(transform, param) for param in params]
+    states = [blank_state(transform, param) for param in params if param.numel()]
     return sum(leaf.nbytes for state in states for leaf in leaves(state))
 
 
 def blank_state(transform: Transform, param: Tensor) -> State:
     """Return a parameter's first state (1, ...) on the meta device, of the true one's shapes and types."""
-    if not param.numel():
-        return {}
     shape = as_matrices(param.unsqueeze(0)).shape
     like = torch.empty(shape, dtype=working_type(param.dtype), device="meta")
     return transform.init(like, torch.zeros(1, dtype=torch.int64))

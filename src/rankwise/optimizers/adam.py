@@ -51,6 +51,11 @@ class Adam(Transform):
         root = square.sqrt().mul_(per_parameter(scales, grad)).add_(per_parameter(added, grad))
         return torch.div(mean, root, out=root)
 
+    @property
+    def elementwise(self) -> bool:
+        """It is."""
+        return True
+
     def rotate(self, state: State, rotation: Tensor) -> None:
         """Rotate the mean; treat the squares as variances of independent rows, plus the squared mean.
 

@@ -42,6 +42,11 @@ class Momentum(Transform):
         momentum = state["momentum"].mul_(self.beta).add_(grad, alpha=weight)
         return torch.add(grad * weight, momentum, alpha=self.beta) if self.nesterov else momentum
 
+    @property
+    def elementwise(self) -> bool:
+        """It is."""
+        return True
+
     def rotate(self, state: State, rotation: Tensor) -> None:
         """Rotate the sum."""
         if self.beta:

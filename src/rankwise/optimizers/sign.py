@@ -16,6 +16,11 @@ class Sign(Transform):
         """(k, ...)."""
         return grad.sign()
 
+    @property
+    def elementwise(self) -> bool:
+        """It is."""
+        return True
+
 
 def sign() -> Transform:
     """signSGD: all entries move by the same length. There is no state.
