@@ -6,16 +6,18 @@ from .cosine import cosine_rows, cosine_transform
 from .dictionary import learned_dictionary, orthogonal_dictionary
 from .dynamic_codes import decode, dynamic_table, encode
 from .entries import fit_entries
+from .importance import draw_important, importance_scales
 from .interpolative import interpolative_rows
 from .k_svd import k_svd
 from .kernels import distance, inner
-from .khatri_rao import KhatriRao, Sharing, exact, expanded, reduced
+from .khatri_rao import KhatriRao, Sharing, averaged, exact, expanded, reduced
 from .masks import draw_places, largest, largest_in_groups
 from .metric import Metric, metric_norm, metric_svd, truncated_factors
 from .newton_schulz import MUON, POLAR_EXPRESS, newton_schulz, odd_polynomials, odd_range
 from .orthonormal import draw_normal, orthonormal, power_steps, product, seeded
 from .packing import pack, pack_fitting, packed_bytes, unpack
 from .parabola import log_parabola
+from .pivoted_cholesky import Interpolation, pivoted_cholesky
 from .principal import principal_components
 from .recompression import recompressed
 from .rounding import Rounded, choose_grids, nearest_codes, round_to_grid
@@ -30,12 +32,14 @@ from .stochastic import add_to_integers, integer_grid, stochastic_bfloat16
 __all__ = [
     "MUON",
     "POLAR_EXPRESS",
+    "Interpolation",
     "KhatriRao",
     "Metric",
     "Rounded",
     "Sharing",
     "Splitting",
     "add_to_integers",
+    "averaged",
     "choose_grids",
     "cosine_rows",
     "cosine_transform",
@@ -43,6 +47,7 @@ __all__ = [
     "decode",
     "distance",
     "draw_categorical",
+    "draw_important",
     "draw_normal",
     "draw_places",
     "dynamic_table",
@@ -52,6 +57,7 @@ __all__ = [
     "expanded",
     "fit_entries",
     "hard",
+    "importance_scales",
     "inner",
     "integer_grid",
     "interpolative_rows",
@@ -74,6 +80,7 @@ __all__ = [
     "pack",
     "pack_fitting",
     "packed_bytes",
+    "pivoted_cholesky",
     "power_steps",
     "principal_components",
     "product",
