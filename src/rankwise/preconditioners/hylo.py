@@ -45,12 +45,12 @@ class HyLo(Preconditioner):
     (0, 1/a]. Rows of low rank are of use only if a is above the next eigenvalue of K/N: see :meth:`neglected`.
 
     Args:
-        rank: rows to keep for each process: a whole number, or a share of its samples, rounded down, at least one.
+        rank: rows to keep for each process: a whole number, or a share of its samples, rounded down, at least 1.
         damping: a > 0, as for :class:`Sngd`; local rows are mixed with that of the step which looks at them.
         every: steps between two looks at the samples; in between the old rows are used.
         mode: see above.
-        sharing: of samples with several positions. ``rankwise.linalg.reduced`` makes one outer product of them, as
-            the method wants; ``exact`` costs more; ``averaged`` is the released code's for convolutions, which
+        sharing: of samples with several positions. ``rankwise.linalg.reduced`` makes one outer product of them,
+            as the method wants; ``exact`` costs more; ``averaged`` is the released code's for convolutions, which
             makes the matrix T^2 times smaller for T positions.
         reweight: let kis draw with replacement and scale rows so that the Fisher matrix is unbiased: better where
             damping is large, much worse where it is far below the largest eigenvalue.
