@@ -42,7 +42,7 @@ class HyLo(Preconditioner):
       this test and the threshold are unverified; the released code has schedules fixed by hand instead.
 
     In all of them S is symmetric and positive definite, so that the multiplication is, too, with eigenvalues in
-    (0, 1/a]. Rows of low rank are of use only if a is above the next eigenvalue of K/N: see :meth:`neglected`.
+    (0, 1/a]. Few rows are of use only if a is not far below the next eigenvalue of K/N: see :meth:`neglected`.
 
     Args:
         rank: rows to keep for each process: a whole number, or a share of its samples, rounded down, at least 1.
@@ -106,7 +106,7 @@ class HyLo(Preconditioner):
 
     def update(self, shared: Shared, samples: int, curvature: Curvature) -> None:
         """Keep the rows of all."""
-        for name in ("mix", "trace", "residual"):
+        for name in ("mix", "left"):
             curvature.pop(name, None)
         curvature |= {name: rows for name, rows in shared.rows.items() if name not in ("counts", "mix")}
         curvature |= shared.sums
@@ -145,16 +145,16 @@ class HyLo(Preconditioner):
     def neglected(self, handle: Conditioning) -> dict[str, dict[str, float]]:
         """Say how much the last interpolation left out, by layers; those that were sampled are not there.
 
-        ``share`` is that of the trace of the kernels, and ``over_damping`` tr E / (N a), which is at least the
-        next eigenvalue of a process's kernel divided by damping. Near or above one no low rank is of use with
-        this damping: take more rows, or damp more.
+        ``share`` is that of the trace of the kernels. ``over_damping`` is |E| / (N a) in the Frobenius norm, which
+        is at least the next eigenvalue of the kernels divided by N a, and at least the e of the bound above. Far
+        above one no low rank is of use with this damping: take more rows, or damp more.
         """
         found = {}
         for block, curvature in handle.curvature.items():
-            if "residual" in curvature:
-                left, trace = float(curvature["residual"]), float(curvature["trace"])
+            if "left" in curvature:
+                trace, left, squares = curvature["left"].tolist()
                 scale = float(curvature["samples"]) * float(curvature["damping"])
-                found[block] = {"share": left / trace if trace else 0.0, "over_damping": left / scale}
+                found[block] = {"share": left / trace if trace else 0.0, "over_damping": squares**0.5 / scale}
         return found
 
     def restart(self, handle: Conditioning) -> None:
@@ -177,8 +177,8 @@ class HyLo(Preconditioner):
         half = torch.linalg.solve_triangular(damped, found.mix[:, others].mT, upper=False)
         if self.kept_only and len(kept):
             kept = kept.scaled((len(each) / len(kept)) ** 0.5)
-        traces = {"trace": kernel.trace(), "residual": found.residual.trace()}
-        return _shared(kept, damped_root(half.mT @ half, 1.0), traces)
+        left = torch.stack([kernel.trace(), found.residual.trace(), found.residual.square().sum()])
+        return _shared(kept, damped_root(half.mT @ half, 1.0), {"left": left})
 
     def _sampled(self, each: KhatriRao, generator: Generator) -> KhatriRao:
         """Kis: rows, scaled so that the sum of their outer products stands for that of all."""
