@@ -208,6 +208,16 @@ class TestLowRank:
         nothing = rows(3).scaled(0.0)
         torch.testing.assert_close(matrix(method, [nothing], 0.1), 10 * torch.eye(M * N, dtype=u.dtype))
 
+    @pytest.mark.parametrize("kind", ["kid", "kis"])
+    def test_float32_is_close(self, kind: str):
+        samples, found = rows(40), []
+        for dtype in (torch.float32, torch.float64):
+            each = KhatriRao(samples.inputs.to(dtype), samples.gradients.to(dtype), N)
+            method = with_fields(KINDS[kind], rank=40 if kind == "kis" else 6)
+            curvature = learnt(method, [each], 0.01)
+            found.append(method.apply([torch.ones(M, N, dtype=dtype)], curvature, 0.01)[0].double())
+        assert float((found[0] - found[1]).norm() / found[1].norm()) < 1e-4
+
     @pytest.mark.parametrize(("rank", "kept"), [(0.1, 1), (0.25, 2), (0.5, 4), (3, 3), (20, 8), (1.0, 8), (1, 1)])
     @pytest.mark.parametrize("mode", ["kid", "kis"])
     def test_rows_that_are_kept(self, mode: str, rank, kept: int):

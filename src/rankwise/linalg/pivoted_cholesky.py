@@ -52,22 +52,21 @@ def pivoted_cholesky(kernel: Tensor, rank: int, *, tolerance: float | None = Non
     """
     if rank < 0:
         raise ValueError(f"rank must be >= 0, got {rank}.")
-    n = len(kernel)
-    factor, left = kernel.new_zeros(n, min(rank, n)), kernel.diagonal().clone()
+    n, left = len(kernel), kernel.diagonal().clone()
     least = n * torch.finfo(kernel.dtype).eps if tolerance is None else tolerance
-    floor = least * float(left.max()) if n else 0.0
-    chosen: list[int] = []
-    for j in range(factor.shape[1]):
-        row = int(left.argmax())
-        if not left[row] > floor:
-            break
-        column = kernel[:, row] - factor[:, :j] @ factor[row, :j]
-        column[chosen] = 0
-        factor[:, j] = column / column[row].clamp_min(floor).sqrt()
-        left -= factor[:, j].square()
-        left[row] = -torch.inf
-        chosen.append(row)
-    return _interpolation(kernel, factor[:, : len(chosen)], torch.tensor(chosen, device=kernel.device).long())
+    floor = least * torch.cat([left, left.new_zeros(1)]).max()
+    factor, open_ = kernel.new_zeros(n, min(rank, n)), torch.ones_like(left)
+    rows, pivots = [left.new_empty(0, dtype=torch.long)], [left[:0]]
+    for j in range(factor.shape[1]):  # nothing here waits for an accelerator
+        row = left.argmax()[None]
+        rows.append(row)
+        pivots.append(left[row])
+        column = kernel.index_select(1, row)[:, 0] - factor[:, :j] @ factor.index_select(0, row)[0, :j]
+        factor[:, j] = column * open_ / column[row].clamp_min(floor).sqrt()
+        left = (left - factor[:, j].square()).index_fill(0, row, -torch.inf)
+        open_ = open_.index_fill(0, row, 0.0)
+    count = int((torch.cat(pivots) > floor).long().cumprod(0).sum())
+    return _interpolation(kernel, factor[:, :count], torch.cat(rows)[:count])
 
 
 def _interpolation(kernel: Tensor, factor: Tensor, rows: Tensor) -> Interpolation:

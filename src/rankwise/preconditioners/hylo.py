@@ -145,9 +145,9 @@ class HyLo(Preconditioner):
     def neglected(self, handle: Conditioning) -> dict[str, dict[str, float]]:
         """Say how much the last interpolation left out, by layers; those that were sampled are not there.
 
-        ``share`` is that of the trace of the kernels. ``over_damping`` is |E| / (N a) in the Frobenius norm, which
-        is at least the next eigenvalue of the kernels divided by N a, and at least the e of the bound above. Far
-        above one no low rank is of use with this damping: take more rows, or damp more.
+        ``share`` is that of the trace of the kernels. ``over_damping`` is |E| / (N a) in the Frobenius norm: at
+        least the next eigenvalue of each kernel divided by N a, and at least the e of the bound above. Far above
+        one no low rank is of use with this damping: take more rows, or damp more.
         """
         found = {}
         for block, curvature in handle.curvature.items():
