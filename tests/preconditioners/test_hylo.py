@@ -92,6 +92,12 @@ class TestAllRows:
         one, other = HyLo(mode="exact", sharing=exact), Sngd()
         assert torch.equal(matrix(one, [samples], 0.1), matrix(other, [samples], 0.1))
 
+    def test_rows_that_need_not_be_kept_do_not_change_what_kept_ones_are_divided_by(self):
+        samples = rows(4).take(torch.tensor([0, 1, 2, 3, 0, 1]))
+        u = columns(samples)
+        found = matrix(HyLo(mode="kid", rank=1.0, kept_only=True), [samples], 0.05)
+        torch.testing.assert_close(found, inverse(u @ u.mT / 6, 0.05), rtol=1e-9, atol=1e-9)
+
     @pytest.mark.parametrize("kind", ["kid", "kis"])
     def test_copies_and_zeros_need_no_rows(self, kind: str):
         few = rows(4)

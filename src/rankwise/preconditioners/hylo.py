@@ -169,14 +169,14 @@ class HyLo(Preconditioner):
 
     def _interpolated(self, each: KhatriRao, samples: int, damping: float) -> Shared:
         """Kid: S = L L' with T the mix of the other rows, S = I + T (I + E / (N a))^-1 T'."""
-        kernel = each.gram()
-        found = pivoted_cholesky(kernel, self._count(len(each)))
+        kernel, count = each.gram(), self._count(len(each))
+        found = pivoted_cholesky(kernel, count)
         others, kept = found.others, each.take(found.rows)
         by = 1 if self.kept_only else samples
         damped = damped_root(found.residual[others][:, others] / (by * damping), 1.0)
         half = torch.linalg.solve_triangular(damped, found.mix[:, others].mT, upper=False)
-        if self.kept_only and len(kept):
-            kept = kept.scaled((len(each) / len(kept)) ** 0.5)
+        if self.kept_only and count:
+            kept = kept.scaled((len(each) / count) ** 0.5)
         left = torch.stack([kernel.trace(), found.residual.trace(), found.residual.square().sum()])
         return _shared(kept, damped_root(half.mT @ half, 1.0), {"left": left})
 
