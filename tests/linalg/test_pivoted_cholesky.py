@@ -54,6 +54,17 @@ def test_the_residual_is_between_the_best_one_and_the_known_bound():
     assert traces[0] == pytest.approx(float(values.sum()))
 
 
+@pytest.mark.parametrize("damping", [1e-3, 1.0])
+@pytest.mark.parametrize("rank", [0, 3, 12])
+def test_what_is_left_out_counts_as_damping(rank: int, damping: float):
+    u = columns()
+    found = pivoted_cholesky(u.mT @ u, rank)
+    wanted = found.mix @ torch.linalg.inv(torch.eye(12, dtype=u.dtype) + found.residual / damping) @ found.mix.mT
+    lower = found.damped(damping)
+    torch.testing.assert_close(lower @ lower.mT, wanted, rtol=1e-9, atol=1e-10)
+    assert torch.equal(lower, lower.tril())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_copies_and_zeros_are_not_chosen(dtype: torch.dtype):
     u = columns(4)[:, [0, 1, 0, 2, 2, 3, 0]].to(dtype)

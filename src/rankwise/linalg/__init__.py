@@ -28,6 +28,7 @@ from .sparse_plus_low_rank import sparse_plus_low_rank
 from .spectral_norm import leading_pair, spectral_bound
 from .splitting import Splitting
 from .stochastic import add_to_integers, integer_grid, stochastic_bfloat16
+from .triangles import from_triangles, to_triangle
 
 __all__ = [
     "MUON",
@@ -56,6 +57,7 @@ __all__ = [
     "exact",
     "expanded",
     "fit_entries",
+    "from_triangles",
     "hard",
     "importance_scales",
     "inner",
@@ -95,6 +97,7 @@ __all__ = [
     "sparse_plus_low_rank",
     "spectral_bound",
     "stochastic_bfloat16",
+    "to_triangle",
     "truncated_factors",
     "unpack",
 ]

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .scaled_plus_low_rank import damped_root
+
 
 @dataclass(frozen=True)
 class Interpolation:
@@ -26,6 +28,19 @@ class Interpolation:
         left = torch.ones(self.mix.shape[1], dtype=torch.bool, device=self.rows.device)
         left[self.rows] = False
         return left.nonzero()[:, 0]
+
+    def damped(self, damping: float) -> Tensor:
+        """Return the lower triangular L (r, r) with L L' = P (I + E / damping)^-1 P'.
+
+        It is what remains of (I + E / damping)^-1, in which E counts as damping, for the chosen rows.
+
+        Raises:
+            ValueError: if damping is not positive.
+        """
+        others = self.others
+        root = damped_root(self.residual[others][:, others] / damping, 1.0)
+        half = torch.linalg.solve_triangular(root, self.mix[:, others].mT, upper=False)
+        return damped_root(half.mT @ half, 1.0)  # P is the identity on the chosen rows, where E is zero
 
 
 def pivoted_cholesky(kernel: Tensor, rank: int, *, tolerance: float | None = None) -> Interpolation:

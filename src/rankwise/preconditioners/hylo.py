@@ -13,11 +13,12 @@ from ..core.sampled_fisher import divided, root_of, row_length, stored
 from ..linalg import (
     KhatriRao,
     Sharing,
-    damped_root,
     draw_important,
+    from_triangles,
     importance_scales,
     pivoted_cholesky,
     reduced,
+    to_triangle,
 )
 
 WATCHED = ("accumulated", "count", "norm", "critical")  # what is known about the course of the training
@@ -112,7 +113,7 @@ class HyLo(Preconditioner):
         curvature |= shared.sums
         curvature["samples"] = torch.tensor(samples)
         if "mix" in shared.rows:
-            curvature["mix"] = _unpacked(shared.rows["mix"], shared.rows["counts"].tolist())
+            curvature["mix"] = from_triangles(shared.rows["mix"], shared.rows["counts"].tolist())
 
     def invert(self, curvature: Curvature, damping: float, shapes: Sequence[tuple[int, int]]) -> Curvature:
         """The Cholesky factor of the kernel of the kept rows of all processes, damped."""
@@ -168,20 +169,18 @@ class HyLo(Preconditioner):
         return min(rows, self.rank if isinstance(self.rank, int) else max(1, int(rows * self.rank)))
 
     def _interpolated(self, each: KhatriRao, samples: int, damping: float) -> Shared:
-        """Kid: S = L L' with T the mix of the other rows, S = I + T (I + E / (N a))^-1 T'."""
+        """Rows for kid, and the L of S = L L'."""
         kernel, count = each.gram(), self._count(len(each))
         found = pivoted_cholesky(kernel, count)
-        others, kept = found.others, each.take(found.rows)
-        by = 1 if self.kept_only else samples
-        damped = damped_root(found.residual[others][:, others] / (by * damping), 1.0)
-        half = torch.linalg.solve_triangular(damped, found.mix[:, others].mT, upper=False)
+        kept = each.take(found.rows)
+        mix = found.damped(damping * (1 if self.kept_only else samples))
         if self.kept_only and count:
             kept = kept.scaled((len(each) / count) ** 0.5)
         left = torch.stack([kernel.trace(), found.residual.trace(), found.residual.square().sum()])
-        return _shared(kept, damped_root(half.mT @ half, 1.0), {"left": left})
+        return _shared(kept, mix, {"left": left})
 
     def _sampled(self, each: KhatriRao, generator: Generator) -> KhatriRao:
-        """Kis: rows, scaled so that the sum of their outer products stands for that of all."""
+        """Rows for kis, scaled so that the sum of their outer products stands for that of all."""
         squares = each.squared_norms()
         alive, count = squares.nonzero()[:, 0], self._count(len(each))
         if len(alive) <= count:
@@ -195,17 +194,5 @@ def _shared(kept: KhatriRao, mix: Tensor | None = None, sums: Curvature | None =
     """What is exchanged: rows, and the lower triangle of their mix L."""
     rows = stored([kept])
     if mix is not None:
-        low, high = torch.tril_indices(*mix.shape, device=mix.device)
-        rows |= {"mix": mix[low, high], "counts": torch.tensor([len(kept)], device=mix.device)}
+        rows |= {"mix": to_triangle(mix), "counts": torch.tensor([len(kept)], device=mix.device)}
     return Shared(sums or {}, rows)
-
-
-def _unpacked(triangles: Tensor, counts: Sequence[int]) -> Tensor:
-    """The block diagonal matrix of the processes' lower triangular ones."""
-    blocks = []
-    for count, part in zip(counts, triangles.split([r * (r + 1) // 2 for r in counts]), strict=True):
-        block = part.new_zeros(count, count)
-        low, high = torch.tril_indices(count, count, device=part.device)
-        block[low, high] = part
-        blocks.append(block)
-    return torch.block_diag(*blocks)
