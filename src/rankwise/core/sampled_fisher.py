@@ -27,7 +27,7 @@ def root_of(curvature: Curvature, damping: float, shapes: Sequence[tuple[int, in
     if "mix" in curvature:
         kernel = curvature["mix"].mT @ kernel @ curvature["mix"]
     root = damped_root(kernel / curvature["samples"], damping)
-    return {"root": root, "damping": torch.tensor(damping, dtype=torch.float64)}
+    return {"root": root, "damping": torch.tensor(damping, dtype=torch.float64, device=root.device)}
 
 
 def divided(gradients: Sequence[Tensor], curvature: Curvature) -> list[Tensor]:
@@ -41,7 +41,7 @@ def divided(gradients: Sequence[Tensor], curvature: Curvature) -> list[Tensor]:
     weights = weights if mix is None else mix.mT @ weights
     weights = solve_root(curvature["root"], weights) / curvature["samples"]
     weights = weights if mix is None else mix @ weights
-    within = float(curvature["damping"])
+    within = curvature["damping"]
     return [(v - u.combination(weights)) / within for u, v in zip(each, gradients, strict=True)]
 
 
