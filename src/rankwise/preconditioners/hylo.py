@@ -35,9 +35,12 @@ class HyLo(Preconditioner):
       K chooses, and what is left, E = K - P' K_ss P, is kept as damping within:
       S = P (I + E / (N a))^-1 P'. On one process nothing else is approximated, and the multiplication is off by
       at most (e + sqrt e) / a in the spectral norm, where e = min(1, |E| / (N a)).
+
     - ``"kis"``, kernel importance sampling: rows drawn with chances proportional to their |u_k|^2, without
       replacement, and S = n/r: biased towards the large ones, but cheap.
+
     - ``"exact"``: all rows; what :class:`Sngd` does.
+
     - ``"auto"``: a layer takes kid while its gradients change quickly, else kis. Their sums D over one
       window after the other are compared: kid if ``| |D| - |D_before| | >= threshold |D_before|``. The form of
       this test and the threshold are unverified; the released code has schedules fixed by hand instead.
@@ -51,8 +54,8 @@ class HyLo(Preconditioner):
         every: steps between two looks at the samples; in between the old rows are used.
         mode: see above.
         sharing: of samples with several positions. ``rankwise.linalg.reduced`` makes one outer product of them,
-            as the method wants; ``exact`` costs more; ``averaged`` is the released code's for convolutions, which
-            makes the matrix T^2 times smaller for T positions.
+            as the method wants, which for trained convolutions may change more than few rows do; ``exact`` costs
+            more; ``averaged`` is the released code's for convolutions, the matrix T^2 times smaller for T positions.
         reweight: let kis draw with replacement and scale rows so that the Fisher matrix is unbiased: better where
             damping is large, much worse where it is far below the largest eigenvalue.
         kept_only: let kid divide kept rows by their number instead of N, and the residual by nothing, as the
