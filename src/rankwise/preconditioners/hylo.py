@@ -26,7 +26,7 @@ WATCHED = ("accumulated", "count", "norm", "critical")  # what is known about th
 
 @dataclass(frozen=True, kw_only=True)
 class HyLo(Preconditioner):
-    """Let each process tell the others about few of its samples, so that what is exchanged depends on no width.
+    """Let each process tell the others about few of its samples: what is inverted is as large as they are many.
 
     With the gradients of n samples of a process as the columns of U and the kernel K = U'U, of which the entries
     need no U, the Fisher matrix U U'/N becomes U_s S U_s'/N, a sum over r rows for each process:
@@ -55,7 +55,8 @@ class HyLo(Preconditioner):
         mode: see above.
         sharing: of samples with several positions. ``rankwise.linalg.reduced`` makes one outer product of them,
             as the method wants, which for trained convolutions may change more than few rows do; ``exact`` costs
-            more; ``averaged`` is the released code's for convolutions, the matrix T^2 times smaller for T positions.
+            more; ``averaged`` is what the released code does to convolutions, a matrix T^2 times too small for T
+            positions.
         reweight: let kis draw with replacement and scale rows so that the Fisher matrix is unbiased: better where
             damping is large, much worse where it is far below the largest eigenvalue.
         kept_only: let kid divide kept rows by their number instead of N, and the residual by nothing, as the
