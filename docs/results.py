@@ -42,6 +42,11 @@ def find(rows: list[dict], **key: Any) -> dict | None:
     return next((row for row in rows if all(row.get(k) == v for k, v in key.items())), None)
 
 
+def find_all(rows: list[dict], **key: Any) -> list[dict]:
+    """Return the rows with these values."""
+    return [row for row in rows if all(row.get(k) == v for k, v in key.items())]
+
+
 def quality() -> list[str]:
     """Perplexity after compression."""
     found = load("compression_quality")
@@ -593,6 +598,42 @@ def exchange_bytes() -> list[str]:
     return lines + table(head, cells)
 
 
+def gradient_error() -> list[str]:
+    """Natural gradients from few rows beside those of all."""
+    found = load("gradient_error")
+    if found is None:
+        return []
+    rows = [row for row in found["rows"] if row["method"] != "reduced"]
+    ranks, tasks = ([*dict.fromkeys(row[key] for row in rows)] for key in ("rank", "task"))
+    lines = _head("Natural gradients from few samples, beside those of all", found)
+    lines += [
+        "Relative error (cosine) by the share of the samples that HyLo keeps, the network at the beginning, in",
+        "the middle and late in its training, in float64. What is left out is `over_damping` of `HyLo.neglected`",
+        "at a share of 0.1, of the layer where it is largest: far above one no low rank can work.",
+        "",
+    ]
+    for task in tasks:
+        cells = []
+        for row in find_all(rows, task=task, rank=ranks[0]):
+            key = {name: row[name] for name in ("task", "phase", "damping", "method")}
+            each = [find(rows, **key, rank=rank) for rank in ranks]
+            shown = [f"{r['error']:.3f} ({r['cosine']:.3f})" if r else "" for r in each]
+            over = (find(rows, **key, rank=0.1) or row)["over"]
+            about = [row["phase"], f"{row['loss']:.2f}", f"{row['damping']:g}", row["method"]]
+            cells.append([*about, "" if over is None else f"{over:.2f}", *shown])
+        head = ["phase", "loss", "damping", "method", "left out", *map(str, ranks)]
+        lines += [f"### {task}", "", *table(head, cells)]
+        cells = [
+            [row["phase"], f"{row['damping']:g}", f"{row['error']:.3f} ({row['cosine']:.3f})"]
+            for row in find_all(found["rows"], task=task, method="reduced")
+            if row["error"] > 1e-9
+        ]
+        if cells:
+            lines += ["What one product for all positions of a sample (`reduced`) changes, with all samples:", ""]
+            lines += table(["phase", "damping", "error (cosine)"], cells)
+    return lines
+
+
 def _head(title: str, found: dict) -> list[str]:
     about = found["environment"]
     made = f"torch {about['torch']}, {about['threads']} threads, commit {about['commit']}"
@@ -604,7 +645,7 @@ def page() -> str:
     lines = ["# Results", "", "Generated from `benchmarks/results/*.json` by `python docs/results.py`.", ""]
     parts = (quality, narrow, low_bit, damping, prediction, speed, cost, streaming)
     parts += (optimizer_speed, exchange_bytes, adapter_quality, adapter_cost, heal_adapter, merge_memory)
-    parts += (state_bytes, orthogonal, target_projection)
+    parts += (state_bytes, orthogonal, target_projection, gradient_error)
     return "\n".join([*lines, *(line for part in parts for line in part())]).rstrip() + "\n"
 
 

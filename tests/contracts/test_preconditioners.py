@@ -13,9 +13,14 @@ import rankwise
 from rankwise import preconditioners
 from rankwise.core.conditioning import Conditioning
 from rankwise.core.preconditioner import Preconditioner
-from rankwise.preconditioners import Sngd
+from rankwise.linalg import exact
+from rankwise.preconditioners import HyLo, Sngd
 
 METHODS: dict[str, Preconditioner] = {
+    "HyLo, auto": HyLo(damping=0.5, every=2, rank=0.5, window=2, threshold=0.05),
+    "HyLo, exact": HyLo(damping=0.5, every=2, mode="exact", sharing=exact),
+    "HyLo, kid": HyLo(damping=0.5, every=2, rank=2, mode="kid"),
+    "HyLo, kis": HyLo(damping=0.5, every=2, rank=0.5, mode="kis", sharing=exact),
     "Sngd": Sngd(damping=0.5, every=2),
     "Sngd, together": Sngd(damping=0.5, every=2, together=True),
 }

@@ -188,6 +188,8 @@ class Conditioning:
                     [seen.get(name) or self._nothing(name, seen) for name in self.blocks[block]],
                     self.curvature[block],
                     self._generator(i),
+                    samples,
+                    damping,
                 )
                 for i, block in enumerate(self.blocks)
                 if block in blocks

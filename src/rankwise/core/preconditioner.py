@@ -58,13 +58,17 @@ class Preconditioner(abc.ABC):
         """Whether all layers are one block; else each is one."""
         return False
 
-    def local(self, rows: Sequence[Rows], curvature: Curvature, generator: Generator) -> Shared:
+    def local(
+        self, rows: Sequence[Rows], curvature: Curvature, generator: Generator, samples: int, damping: float
+    ) -> Shared:
         """Return what this process has to say about the samples of a block.
 
         Args:
             rows: of each layer of the block. A process may have none of a layer's: ``len(each) == 0``.
             curvature: as it is, ``{}`` before the first call.
             generator: for what is drawn; other processes draw other numbers.
+            samples: N of all processes.
+            damping: of this step.
         """
         return Shared()
 

@@ -7,10 +7,11 @@ from .dictionary import learned_dictionary, orthogonal_dictionary
 from .dynamic_codes import decode, dynamic_table, encode
 from .entries import fit_entries
 from .feedback import feedback_factors, feedback_range, gradient_factors
+from .importance import draw_important, importance_scales
 from .interpolative import interpolative_rows
 from .k_svd import k_svd
 from .kernels import distance, inner
-from .khatri_rao import KhatriRao, Sharing, exact, expanded, reduced
+from .khatri_rao import KhatriRao, Sharing, averaged, exact, expanded, reduced
 from .lanczos import lanczos
 from .masks import draw_places, largest, largest_in_groups
 from .mean_field import critical_variances, gradient_gain, preactivation_variance
@@ -19,6 +20,7 @@ from .newton_schulz import MUON, POLAR_EXPRESS, newton_schulz, odd_polynomials, 
 from .orthonormal import draw_normal, orthonormal, power_steps, product, seeded
 from .packing import pack, pack_fitting, packed_bytes, unpack
 from .parabola import log_parabola
+from .pivoted_cholesky import Interpolation, pivoted_cholesky
 from .principal import principal_components
 from .random_matrices import gaussian, orthogonal
 from .recompression import recompressed
@@ -31,16 +33,19 @@ from .spectral_norm import leading_pair, spectral_bound
 from .splitting import Splitting
 from .stiefel import cayley, stiefel_tangent
 from .stochastic import add_to_integers, integer_grid, stochastic_bfloat16
+from .triangles import from_triangles, to_triangle
 
 __all__ = [
     "MUON",
     "POLAR_EXPRESS",
+    "Interpolation",
     "KhatriRao",
     "Metric",
     "Rounded",
     "Sharing",
     "Splitting",
     "add_to_integers",
+    "averaged",
     "cayley",
     "choose_grids",
     "cosine_rows",
@@ -50,6 +55,7 @@ __all__ = [
     "decode",
     "distance",
     "draw_categorical",
+    "draw_important",
     "draw_normal",
     "draw_places",
     "dynamic_table",
@@ -60,10 +66,12 @@ __all__ = [
     "feedback_factors",
     "feedback_range",
     "fit_entries",
+    "from_triangles",
     "gaussian",
     "gradient_factors",
     "gradient_gain",
     "hard",
+    "importance_scales",
     "inner",
     "integer_grid",
     "interpolative_rows",
@@ -88,6 +96,7 @@ __all__ = [
     "pack",
     "pack_fitting",
     "packed_bytes",
+    "pivoted_cholesky",
     "power_steps",
     "preactivation_variance",
     "principal_components",
@@ -104,6 +113,7 @@ __all__ = [
     "spectral_bound",
     "stiefel_tangent",
     "stochastic_bfloat16",
+    "to_triangle",
     "truncated_factors",
     "unpack",
 ]

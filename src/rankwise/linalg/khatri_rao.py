@@ -48,6 +48,11 @@ class KhatriRao:
         """Return some of the samples."""
         return KhatriRao(self.inputs[rows], self.gradients[rows], self.width)
 
+    def scaled(self, factors: Tensor | float) -> "KhatriRao":
+        """Return the samples' gradients times a number, or times one for each, (R,)."""
+        by = factors[:, None, None] if isinstance(factors, Tensor) else factors
+        return KhatriRao(self.inputs, self.gradients * by, self.width)
+
     def squared_norms(self) -> Tensor:
         """Return |u_k|^2, (R,)."""
         if self.gradients.shape[1] == 1:
@@ -153,3 +158,13 @@ def reduced(samples: KhatriRao) -> KhatriRao:
         return expanded(samples)
     inputs, gradients = samples.inputs.mean(1, keepdim=True), samples.gradients.sum(1, keepdim=True)
     return KhatriRao(inputs, gradients, samples.width)
+
+
+def averaged(samples: KhatriRao) -> KhatriRao:
+    """Let the mean input and the mean gradient stand for a sample's T positions: T times less than ``reduced``.
+
+    The Fisher matrix is T^2 times smaller, so that a damping acts T^2 times stronger. The released code of HyLo
+    sees convolutions so; it is here for reproductions alone.
+    """
+    positions = 1 if samples.one_hot else samples.gradients.shape[1]
+    return reduced(samples).scaled(1 / positions)

@@ -1,5 +1,6 @@
 """Second-order methods, one a file."""
 
+from .hylo import HyLo
 from .sngd import Sngd
 
-__all__ = ["Sngd"]
+__all__ = ["HyLo", "Sngd"]

@@ -8,7 +8,8 @@ from torch import Generator, Tensor
 
 from ..core.capture import Rows
 from ..core.preconditioner import Curvature, Damping, Preconditioner, Shared, damping_at, every_step
-from ..linalg import KhatriRao, Sharing, damped_root, exact, expanded, solve_root
+from ..core.sampled_fisher import divided, root_of, row_length, stored
+from ..linalg import Sharing, exact, expanded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +53,13 @@ class Sngd(Preconditioner):
         """As the field says."""
         return self.together
 
-    def local(self, rows: Sequence[Rows], curvature: Curvature, generator: Generator) -> Shared:
+    def local(
+        self, rows: Sequence[Rows], curvature: Curvature, generator: Generator, samples: int, damping: float
+    ) -> Shared:
         """All samples."""
         if self.together and any(len(layer.each) != layer.samples for layer in rows):
             raise ValueError("a layer sees other rows than the model's samples; leave it out, or together=False.")
-        found = {}
-        for i, each in enumerate(self.sharing(layer.each) for layer in rows):
-            found |= {f"inputs.{i}": each.inputs, f"gradients.{i}": each.gradients}
-        return Shared(rows=found)
+        return Shared(rows=stored(self.sharing(layer.each) for layer in rows))
 
     def update(self, shared: Shared, samples: int, curvature: Curvature) -> None:
         """Keep the samples of all."""
@@ -68,25 +68,12 @@ class Sngd(Preconditioner):
 
     def invert(self, curvature: Curvature, damping: float, shapes: Sequence[tuple[int, int]]) -> Curvature:
         """The Cholesky factor of K/N + damping I."""
-        grams = [each.gram() for each in _samples(curvature, shapes)]
-        root = damped_root(torch.stack(grams).sum(0) / curvature["samples"], damping)
-        return {"root": root, "damping": torch.tensor(damping, dtype=torch.float64)}
+        return root_of(curvature, damping, shapes)
 
     def apply(self, gradients: Sequence[Tensor], curvature: Curvature, damping: float) -> list[Tensor]:
         """(V - U (K/N + a I)^-1 U'V / N) / a, with the damping of the last inversion."""
-        each = _samples(curvature, [(v.shape[0], v.shape[1]) for v in gradients])
-        products = torch.stack([u.products(v) for u, v in zip(each, gradients, strict=True)]).sum(0)
-        weights = solve_root(curvature["root"], products) / curvature["samples"]
-        within = float(curvature["damping"])
-        return [(v - u.combination(weights)) / within for u, v in zip(each, gradients, strict=True)]
+        return divided(gradients, curvature)
 
     def cost(self, shapes: Sequence[tuple[int, int]]) -> float:
         """Kernels of equal size, from rows as long as (m, n) say."""
-        return float(sum(m + n for m, n in shapes))
-
-
-def _samples(curvature: Curvature, shapes: Sequence[tuple[int, int]]) -> list[KhatriRao]:
-    """The samples of all processes, by layers."""
-    return [
-        KhatriRao(curvature[f"inputs.{i}"], curvature[f"gradients.{i}"], n) for i, (_, n) in enumerate(shapes)
-    ]
+        return row_length(shapes)
