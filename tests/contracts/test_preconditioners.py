@@ -13,9 +13,16 @@ import rankwise
 from rankwise import preconditioners
 from rankwise.core.conditioning import Conditioning
 from rankwise.core.preconditioner import Preconditioner
-from rankwise.preconditioners import Sngd
+from rankwise.linalg import Separately, both, expanded, reduced
+from rankwise.preconditioners import Ekfac, Kfac, Sngd
 
 METHODS: dict[str, Preconditioner] = {
+    "Ekfac": Ekfac(damping=0.5, factors_every=1, every=2),
+    "Ekfac, by positions, diagonal sides": Ekfac(damping=0.5, every=1, moments=expanded, largest_side=5),
+    "Kfac": Kfac(damping=0.5, factors_every=2, every=4),
+    "Kfac, reduced, diagonal sides": Kfac(damping=0.5, every=1, sharing=reduced, largest_side=5),
+    "Kfac, factors damped by their sizes": Kfac(damping=0.5, factors_every=1, every=2, solver=Separately()),
+    "Kfac, as KAISA": Kfac(damping=0.5, every=1, solver=Separately(share=both), identity_start=True),
     "Sngd": Sngd(damping=0.5, every=2),
     "Sngd, together": Sngd(damping=0.5, every=2, together=True),
 }

@@ -53,6 +53,8 @@ class Conditioning:
         self.inverted: set[str] = set()
         self.exchange = Exchange(traffic or Traffic(), group)
         self.parts = self.exchange.size // max(1, round(workers * self.exchange.size))
+        if method.projects and self.parts > 1:
+            raise ValueError(f"{type(method).__name__} needs all inverses on all processes; take workers=1.")
         self.within = self.exchange.divided(self.parts)  # the processes that multiply the same gradients
         self.part_of, self.owner_of = self._places()
         self.capture = Capture(model, layers)
@@ -249,7 +251,7 @@ class Conditioning:
             return 1.0
         assert self.optimizer is not None
         rate = float(self.optimizer.param_groups[0]["lr"])
-        change = sum(float((natural[name] * gradients[name]).sum()) for name in natural)
+        change = float(torch.stack([(natural[name] * gradients[name]).sum() for name in natural]).sum())
         return min(1.0, (self.kl_clip / max(abs(rate**2 * change), 1e-30)) ** 0.5)
 
     def _count(self, names: Iterable[str], seen: Mapping[str, Rows]) -> int:

@@ -6,10 +6,13 @@ from .cosine import cosine_rows, cosine_transform
 from .dictionary import learned_dictionary, orthogonal_dictionary
 from .dynamic_codes import decode, dynamic_table, encode
 from .entries import fit_entries
+from .folding import fold, unfold
 from .interpolative import interpolative_rows
 from .k_svd import k_svd
 from .kernels import distance, inner
-from .khatri_rao import KhatriRao, Sharing, exact, expanded, reduced
+from .khatri_rao import KhatriRao, Sharing, exact, expanded, reduced, with_gradient
+from .kronecker_basis import KroneckerBasis, eigen
+from .kronecker_solver import Jointly, KroneckerSolver, Separately, balanced, both
 from .masks import draw_places, largest, largest_in_groups
 from .metric import Metric, metric_norm, metric_svd, truncated_factors
 from .newton_schulz import MUON, POLAR_EXPRESS, newton_schulz, odd_polynomials, odd_range
@@ -26,16 +29,23 @@ from .sparse_plus_low_rank import sparse_plus_low_rank
 from .spectral_norm import leading_pair, spectral_bound
 from .splitting import Splitting
 from .stochastic import add_to_integers, integer_grid, stochastic_bfloat16
+from .symmetric_eigen import symmetric_eigen
 
 __all__ = [
     "MUON",
     "POLAR_EXPRESS",
+    "Jointly",
     "KhatriRao",
+    "KroneckerBasis",
+    "KroneckerSolver",
     "Metric",
     "Rounded",
+    "Separately",
     "Sharing",
     "Splitting",
     "add_to_integers",
+    "balanced",
+    "both",
     "choose_grids",
     "cosine_rows",
     "cosine_transform",
@@ -46,11 +56,13 @@ __all__ = [
     "draw_normal",
     "draw_places",
     "dynamic_table",
+    "eigen",
     "eliminate_columns",
     "encode",
     "exact",
     "expanded",
     "fit_entries",
+    "fold",
     "hard",
     "inner",
     "integer_grid",
@@ -88,6 +100,9 @@ __all__ = [
     "sparse_plus_low_rank",
     "spectral_bound",
     "stochastic_bfloat16",
+    "symmetric_eigen",
     "truncated_factors",
+    "unfold",
     "unpack",
+    "with_gradient",
 ]

@@ -1,5 +1,7 @@
 """Second-order methods, one a file."""
 
+from .ekfac import Ekfac
+from .kfac import Kfac
 from .sngd import Sngd
 
-__all__ = ["Sngd"]
+__all__ = ["Ekfac", "Kfac", "Sngd"]
