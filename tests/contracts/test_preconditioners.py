@@ -79,6 +79,11 @@ def test_every_exported_method_has_a_cell():
     assert kinds == {type(each) for each in METHODS.values()}
 
 
+def test_a_handle_says_what_it_is(method: Preconditioner):
+    handle = rankwise.precondition(small(), method)
+    assert repr(handle) == f"Conditioning({type(method).__name__}, 3 layers, 0 steps)"
+
+
 def test_the_loss_goes_down(method: Preconditioner):
     model, data = small(), batches(1)[0]
     handle = rankwise.precondition(model, method)

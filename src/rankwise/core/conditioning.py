@@ -12,7 +12,6 @@ from .capture import Capture, Rows
 from .conditioned import Conditioned
 from .exchange import Exchange, Traffic, place
 from .preconditioner import Curvature, Preconditioner, Shared, damping_at
-from .states import described
 
 SPLIT = "\0"  # between the name of a block and that of a tensor
 
@@ -143,7 +142,7 @@ class Conditioning:
 
     def __repr__(self) -> str:
         """Name the method and count the layers."""
-        return f"Conditioning({described(self.method)}, {len(self.layers)} layers, {self.steps} steps)"
+        return f"Conditioning({type(self.method).__name__}, {len(self.layers)} layers, {self.steps} steps)"
 
     def _places(self) -> tuple[dict[str, int], dict[str, int]]:
         """Say which part of the processes multiplies the gradients of a block, and which of them inverts."""

@@ -25,8 +25,8 @@ def check_factors(method: Any) -> None:
     every_step(method.every)
     if method.every % method.factors_every:
         raise ValueError(
-            f"every must be a multiple of factors_every, {method.factors_every}, as only a look at the samples can "
-            f"be followed by an inversion; got {method.every}."
+            f"every must be a multiple of factors_every, {method.factors_every}, as inversions follow looks at "
+            f"the samples; got {method.every}."
         )
     if not 0 <= method.decay < 1:
         raise ValueError(f"decay must be >= 0 and < 1, got {method.decay}.")
@@ -111,11 +111,11 @@ def found_or_kept(find: Callable[[], Curvature], curvature: Curvature, sign: str
     """Return what is found; where the decomposition fails, warn and keep what is there under the name ``sign``.
 
     Raises:
-        torch.linalg.LinAlgError: if it fails and there is nothing.
+        ArithmeticError: if it fails and there is nothing.
     """
     try:
         return find()
-    except torch.linalg.LinAlgError as error:
+    except ArithmeticError as error:
         if sign not in curvature:
             raise
         warnings.warn(f"{error} The previous one stays in use.", RuntimeWarning, stacklevel=2)

@@ -8,8 +8,8 @@ from torch.nn.functional import pad
 def fold(matrix: Tensor) -> Tensor:
     """Return the n (n + 1) / 2 numbers of a symmetric matrix (n, n) as (ceil(n / 2), n + 1 or n + 2) numbers.
 
-    The short rows of the lower triangle stand, reversed, behind the long ones; an odd n is filled up by one row of
-    zeros. Nothing waits for a device, as choosing by a mask does.
+    The short rows of the lower triangle stand, reversed, behind the long ones; an odd n is filled up by one row
+    of zeros. Nothing waits for a device, as choosing by a mask does.
 
     >>> fold(torch.tensor([[1.0, 2.0], [2.0, 3.0]]))
     tensor([[2., 3., 1.]])

@@ -115,11 +115,10 @@ class KhatriRao:
             return self._squares_of_tokens()
         if self.gradients.shape[1] == 1:
             return self.gradients[:, 0].square().mT @ self.inputs[:, 0].square()
-        (m, n), found = self.shape, []
+        m, n = self.shape
         step = max(1, CHUNK // max(1, len(self) * n))
-        for low in range(0, m, step):
-            found.append(self._matrices(low, low + step).square().sum(0))
-        return torch.cat(found)
+        parts = (self._matrices(low, low + step) for low in range(0, m, step))
+        return torch.cat([part.square().sum(0) for part in parts])
 
     def _squares_of_tokens(self) -> Tensor:
         """Add up what one sample has at the same token before squaring; no matrix per sample."""

@@ -16,7 +16,7 @@ Share = Callable[[Tensor, Tensor, float], tuple[float, float]]
 
 
 class KroneckerSolver(abc.ABC):
-    """Solves G X A = V with some damping, for positive semi-definite A (n, n) and G (m, m), or their diagonals."""
+    """Solves G X A = V with some damping, for positive semi-definite A (n, n) and G (m, m) or their diagonals."""
 
     sign: ClassVar[str]
     """A name that is in what was prepared."""
@@ -83,8 +83,8 @@ def both(inputs: Tensor, outputs: Tensor, damping: float) -> tuple[float, float]
 class Separately(KroneckerSolver):
     """(G + b I) X (A + a I) = V by Cholesky factors: cheaper than eigenvectors, and another damping than theirs.
 
-    The product has G kron a I and b I kron A beside the a b I that ``balanced`` makes equal to the damping, so the
-    same number damps more than with :class:`Jointly`. The damping is that of the preparation.
+    The product has G kron a I and b I kron A beside the a b I that ``balanced`` makes equal to the damping, so
+    that the same number damps more than with :class:`Jointly`. The damping is that of the preparation.
 
     Args:
         share: from A, G and the damping to a and b: ``balanced`` or ``both``.

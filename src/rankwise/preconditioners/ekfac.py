@@ -26,8 +26,8 @@ class Ekfac(Preconditioner):
     """Divide by second moments of samples' gradients in the eigenbasis of K-FAC's factors, plus damping.
 
     With eigenvectors Q_G and Q_A of the factors of :class:`Kfac`, the diagonal of F in the basis Q_G kron Q_A is
-    the mean of (Q_G' V_k Q_A)^2 over the samples' gradients V_k. Of all diagonals in that basis it is nearest to F
-    in the Frobenius norm, and so never farther than K-FAC's products of eigenvalues.
+    the mean of (Q_G' V_k Q_A)^2 over the samples' gradients V_k. Of all diagonals in that basis it is nearest to
+    F in the Frobenius norm, and so never farther than K-FAC's products of eigenvalues.
 
     Moments are averages over batches, of which each is measured in the basis that the step began with: the first
     step is K-FAC's. Where a new basis is found, what is known is carried over as the diagonal that the old

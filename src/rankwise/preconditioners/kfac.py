@@ -48,7 +48,7 @@ class Kfac(Preconditioner):
     factors_every: int = 1
     decay: float = 0.95
     sharing: Sharing = expanded
-    solver: KroneckerSolver = Jointly()
+    solver: KroneckerSolver = Jointly()  # noqa: RUF009 (frozen)
     largest_side: int = 8192
     identity_start: bool = False
 
