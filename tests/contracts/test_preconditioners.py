@@ -17,11 +17,11 @@ from rankwise.linalg import Separately, both, expanded, reduced
 from rankwise.preconditioners import Ekfac, Kfac, Sngd
 
 METHODS: dict[str, Preconditioner] = {
-    "Ekfac": Ekfac(damping=0.5, factors_every=1, every=2),
+    "Ekfac": Ekfac(damping=0.5, every=2, early=0),
     "Ekfac, by positions, diagonal sides": Ekfac(damping=0.5, every=1, moments=expanded, largest_side=5),
-    "Kfac": Kfac(damping=0.5, factors_every=2, every=4),
+    "Kfac": Kfac(damping=0.5, factors_every=2, every=4, early=0),
     "Kfac, reduced, diagonal sides": Kfac(damping=0.5, every=1, sharing=reduced, largest_side=5),
-    "Kfac, factors damped by their sizes": Kfac(damping=0.5, factors_every=1, every=2, solver=Separately()),
+    "Kfac, factors damped by their sizes": Kfac(damping=0.5, every=3, solver=Separately()),
     "Kfac, as KAISA": Kfac(damping=0.5, every=1, solver=Separately(share=both), identity_start=True),
     "Sngd": Sngd(damping=0.5, every=2),
     "Sngd, together": Sngd(damping=0.5, every=2, together=True),

@@ -28,6 +28,8 @@ def check_factors(method: Any) -> None:
             f"every must be a multiple of factors_every, {method.factors_every}, as inversions follow looks at "
             f"the samples; got {method.every}."
         )
+    if method.early < 0:
+        raise ValueError(f"early must be >= 0, got {method.early}.")
     if not 0 <= method.decay < 1:
         raise ValueError(f"decay must be >= 0 and < 1, got {method.decay}.")
     every_step(method.largest_side, "largest_side")

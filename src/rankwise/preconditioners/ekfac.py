@@ -37,6 +37,8 @@ class Ekfac(Preconditioner):
         damping: in units of squared gradients of single samples; or a function of the step.
         every: steps between two new bases, a multiple of ``factors_every``.
         factors_every: steps between two looks at the samples.
+        early: how many steps at the beginning find a new basis after each look, whatever ``every`` says: averages
+            are young and weights move far, so that old bases do the most harm.
         decay: of running averages, for each look.
         sharing: what the factors make of samples with several positions, :func:`rankwise.linalg.expanded` or
             ``reduced``.
@@ -51,6 +53,7 @@ class Ekfac(Preconditioner):
     damping: Damping = 0.1
     every: int = 10
     factors_every: int = 1
+    early: int = 10
     decay: float = 0.95
     sharing: Sharing = expanded
     moments: Sharing = exact
@@ -70,8 +73,8 @@ class Ekfac(Preconditioner):
         return step % self.factors_every == 0
 
     def inverts(self, step: int) -> bool:
-        """At the first of every few steps."""
-        return step % self.every == 0
+        """At the first of every few steps, and as long as it is early."""
+        return step < self.early or step % self.every == 0
 
     def local(self, rows: Sequence[Rows], curvature: Curvature, generator: Generator) -> Shared:
         """Sums of products, and of squared coordinates once there is a basis."""

@@ -28,6 +28,8 @@ class Kfac(Preconditioner):
         damping: in units of squared gradients of single samples; or a function of the step.
         every: steps between two inversions, a multiple of ``factors_every``.
         factors_every: steps between two looks at the samples.
+        early: how many steps at the beginning invert after each look, whatever ``every`` says: averages
+            are young and weights move far, so that old inverses do the most harm.
         decay: of running averages, for each look.
         sharing: of samples with several positions, :func:`rankwise.linalg.expanded` or ``reduced``.
         solver: :class:`rankwise.linalg.Jointly` damps the product exactly, by eigenvectors; ``Separately()``
@@ -40,12 +42,14 @@ class Kfac(Preconditioner):
         2015, arXiv 1503.05671; Grosse and Martens, "A Kronecker-factored approximate Fisher matrix for
         convolution layers", 2016, arXiv 1602.01407; Pauloski, Huang, Xu, Chard, Hou, Foster, Zhang, "KAISA: an
         adaptive second-order optimizer framework for deep neural networks", 2021, arXiv 2107.01739. Of the
-        first, the adaptive damping, the rescaling of steps and sampled labels are not included.
+        first, which has ``early=3``, the adaptive damping, the rescaling of steps and sampled labels are not
+        included.
     """
 
     damping: Damping = 0.1
     every: int = 10
     factors_every: int = 1
+    early: int = 10
     decay: float = 0.95
     sharing: Sharing = expanded
     solver: KroneckerSolver = Jointly()  # noqa: RUF009 (frozen)
@@ -60,8 +64,8 @@ class Kfac(Preconditioner):
         return step % self.factors_every == 0
 
     def inverts(self, step: int) -> bool:
-        """At the first of every few steps."""
-        return step % self.every == 0
+        """At the first of every few steps, and as long as it is early."""
+        return step < self.early or step % self.every == 0
 
     def local(self, rows: Sequence[Rows], curvature: Curvature, generator: Generator) -> Shared:
         """Sums of products, each as one triangle."""
