@@ -31,7 +31,8 @@ class Ekfac(Preconditioner):
 
     Moments are averages over batches, of which each is measured in the basis that the step began with: the first
     step is K-FAC's. Where a new basis is found, what is known is carried over as the diagonal that the old
-    approximation has in the new basis. The released code takes new moments there instead.
+    approximation has in the new basis. Eigenvectors of equal eigenvalues, such as the zeros of factors from few
+    samples, are not determined: there several processes may find another basis than one does, which is as good.
 
     Args:
         damping: in units of squared gradients of single samples; or a function of the step.
