@@ -148,6 +148,22 @@ def test_failures_keep_the_previous_basis_and_its_moments(monkeypatch):
     assert len(factors(handle.curvature["0"], (7, 6))) == 2
 
 
+def test_moments_that_overflow_are_not_taken_in():
+    model = nn.Linear(3, 2)
+    handle = rankwise.precondition(model, Ekfac())
+    x, signs = torch.ones(4, 3), torch.tensor([[1e25], [-1e25], [1e25], [-1e25]])
+    for scale in (0.0, 1.0, 0.0):
+        model.zero_grad()
+        model(x).sum().backward()
+        (model(x) * signs * scale).sum().backward()  # huge samples whose sum is not
+        if scale:
+            with pytest.warns(RuntimeWarning, match="not finite are not taken in"):
+                handle.step()
+        else:
+            handle.step()
+    assert bool(handle.curvature[""]["moments"].isfinite().all())
+
+
 def test_all_processes_need_all_bases(monkeypatch):
     monkeypatch.setattr(conditioning.Exchange, "__init__", _two)
     with pytest.raises(ValueError, match="Ekfac needs all inverses on all processes; take workers=1"):

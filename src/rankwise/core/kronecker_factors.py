@@ -65,13 +65,8 @@ def average(curvature: Curvature, new: Mapping[str, Tensor], decay: float) -> No
     """Let running averages take something in, each with the weight that it has in all.
 
     Where something is not finite, averages stay as they were, with a warning.
-
-    Raises:
-        ValueError: if something is not finite and there is no average yet.
     """
-    if not all(bool(tensor.isfinite().all()) for tensor in new.values()):
-        if not all(name in curvature for name in new):
-            raise ValueError("the second moments of a layer are not finite, though its gradient is.")
+    if not _finite(new):
         warnings.warn("second moments that are not finite are not taken in.", RuntimeWarning, stacklevel=2)
         return
     for name, tensor in new.items():
@@ -96,9 +91,15 @@ def averaged(curvature: Curvature, name: str) -> Tensor:
 def update_factors(
     curvature: Curvature, sums: Mapping[str, Tensor], samples: int, decay: float, identity_start: bool
 ) -> None:
-    """Let the running averages of both factors take in a batch."""
+    """Let the running averages of both factors take in a batch.
+
+    Raises:
+        ValueError: if the first is not finite.
+    """
     new = factor_means(sums, samples)
-    if identity_start and "inputs" not in curvature:
+    if "inputs" not in curvature and not _finite(new):
+        raise ValueError("the second moments of a layer are not finite, though its gradient is; lower the loss.")
+    if "inputs" not in curvature and identity_start:
         begin_average(curvature, {name: _identity(tensor) for name, tensor in new.items()}, weight=1.0)
     average(curvature, new, decay)
 
@@ -138,6 +139,10 @@ def _input_sum(each: KhatriRao, counted: Tensor, largest_side: int) -> Tensor:
 def _second_moment(rows: Tensor, largest_side: int) -> Tensor:
     """Sum x x' over rows (k, n), folded, or its diagonal (n,)."""
     return rows.square().sum(0) if rows.shape[1] > largest_side else fold(rows.mT @ rows)
+
+
+def _finite(tensors: Mapping[str, Tensor]) -> bool:
+    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).all())
 
 
 def _whole(kept: Tensor, side: int) -> Tensor:
