@@ -98,7 +98,7 @@ def update_factors(
     """
     new = factor_means(sums, samples)
     if "inputs" not in curvature and not _finite(new):
-        raise ValueError("the second moments of a layer are not finite, though its gradient is; scale the loss down.")
+        raise ValueError("second moments of a layer are not finite, though its gradient is: scale the loss down.")
     if "inputs" not in curvature and identity_start:
         begin_average(curvature, {name: _identity(tensor) for name, tensor in new.items()}, weight=1.0)
     average(curvature, new, decay)
