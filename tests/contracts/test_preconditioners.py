@@ -13,10 +13,16 @@ import rankwise
 from rankwise import preconditioners
 from rankwise.core.conditioning import Conditioning
 from rankwise.core.preconditioner import Preconditioner
-from rankwise.linalg import exact
-from rankwise.preconditioners import HyLo, Sngd
+from rankwise.linalg import Separately, both, exact, expanded, reduced
+from rankwise.preconditioners import Ekfac, HyLo, Kfac, Sngd
 
 METHODS: dict[str, Preconditioner] = {
+    "Ekfac": Ekfac(damping=0.5, every=2, early=0),
+    "Ekfac, by positions, diagonal sides": Ekfac(damping=0.5, every=1, moments=expanded, largest_side=5),
+    "Kfac": Kfac(damping=0.5, factors_every=2, every=4, early=0),
+    "Kfac, reduced, diagonal sides": Kfac(damping=0.5, every=1, sharing=reduced, largest_side=5),
+    "Kfac, factors damped by their sizes": Kfac(damping=0.5, every=3, solver=Separately()),
+    "Kfac, as KAISA": Kfac(damping=0.5, every=1, solver=Separately(share=both), identity_start=True),
     "HyLo, auto": HyLo(damping=0.5, every=2, rank=0.5, window=2, threshold=0.05),
     "HyLo, exact": HyLo(damping=0.5, every=2, mode="exact", sharing=exact),
     "HyLo, kid": HyLo(damping=0.5, every=2, rank=2, mode="kid"),
@@ -75,6 +81,11 @@ def test_every_exported_method_has_a_cell():
     exported = {getattr(preconditioners, name) for name in preconditioners.__all__}
     kinds = {kind for kind in exported if isinstance(kind, type) and issubclass(kind, Preconditioner)}
     assert kinds == {type(each) for each in METHODS.values()}
+
+
+def test_a_handle_says_what_it_is(method: Preconditioner):
+    handle = rankwise.precondition(small(), method)
+    assert repr(handle) == f"Conditioning({type(method).__name__}, 3 layers, 0 steps)"
 
 
 def test_the_loss_goes_down(method: Preconditioner):

@@ -129,6 +129,8 @@ def _positions(call: _Call, view: View, samples: int) -> tuple[Tensor, Tensor]:
 
 def _joined(calls: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Put the positions of several calls about the same samples side by side."""
+    if len(calls) == 1:
+        return calls[0]
     if len({len(x) for x, _ in calls}) > 1:  # not the same samples: each row is one by itself
         calls = [(x.flatten(0, 1)[:, None], g.flatten(0, 1)[:, None]) for x, g in calls]
         return torch.cat([x for x, _ in calls]), torch.cat([g for _, g in calls])
@@ -136,10 +138,11 @@ def _joined(calls: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _stacked(batches: Sequence[Tensor]) -> Tensor:
-    """Put samples below each other, filled up with zeros where they have fewer positions."""
+    """Put samples below each other, filled up with zeros where they have fewer positions; a copy."""
     longest = max(batch.shape[1] for batch in batches)
-    filled = [
-        torch.cat([batch, batch.new_zeros(len(batch), longest - batch.shape[1], *batch.shape[2:])], 1)
-        for batch in batches
-    ]
-    return torch.cat(filled)
+    return torch.cat([batch if batch.shape[1] == longest else _filled(batch, longest) for batch in batches])
+
+
+def _filled(batch: Tensor, positions: int) -> Tensor:
+    zeros = batch.new_zeros(len(batch), positions - batch.shape[1], *batch.shape[2:])
+    return torch.cat([batch, zeros], 1)

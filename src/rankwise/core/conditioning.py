@@ -12,7 +12,6 @@ from .capture import Capture, Rows
 from .conditioned import Conditioned
 from .exchange import Exchange, Traffic, place
 from .preconditioner import Curvature, Preconditioner, Shared, damping_at
-from .states import described
 
 SPLIT = "\0"  # between the name of a block and that of a tensor
 
@@ -53,6 +52,8 @@ class Conditioning:
         self.inverted: set[str] = set()
         self.exchange = Exchange(traffic or Traffic(), group)
         self.parts = self.exchange.size // max(1, round(workers * self.exchange.size))
+        if method.projects and self.parts > 1:
+            raise ValueError(f"{type(method).__name__} needs all inverses on all processes; take workers=1.")
         self.within = self.exchange.divided(self.parts)  # the processes that multiply the same gradients
         self.part_of, self.owner_of = self._places()
         self.capture = Capture(model, layers)
@@ -141,7 +142,7 @@ class Conditioning:
 
     def __repr__(self) -> str:
         """Name the method and count the layers."""
-        return f"Conditioning({described(self.method)}, {len(self.layers)} layers, {self.steps} steps)"
+        return f"Conditioning({type(self.method).__name__}, {len(self.layers)} layers, {self.steps} steps)"
 
     def _places(self) -> tuple[dict[str, int], dict[str, int]]:
         """Say which part of the processes multiplies the gradients of a block, and which of them inverts."""
@@ -251,7 +252,7 @@ class Conditioning:
             return 1.0
         assert self.optimizer is not None
         rate = float(self.optimizer.param_groups[0]["lr"])
-        change = sum(float((natural[name] * gradients[name]).sum()) for name in natural)
+        change = float(torch.stack([(natural[name] * gradients[name]).sum() for name in natural]).sum())
         return min(1.0, (self.kl_clip / max(abs(rate**2 * change), 1e-30)) ** 0.5)
 
     def _count(self, names: Iterable[str], seen: Mapping[str, Rows]) -> int:

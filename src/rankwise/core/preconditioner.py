@@ -58,6 +58,11 @@ class Preconditioner(abc.ABC):
         """Whether all layers are one block; else each is one."""
         return False
 
+    @property
+    def projects(self) -> bool:
+        """Whether ``local`` reads what ``invert`` returned, which all processes then need of all blocks."""
+        return False
+
     def local(
         self, rows: Sequence[Rows], curvature: Curvature, generator: Generator, samples: int, damping: float
     ) -> Shared:

@@ -7,11 +7,14 @@ from .dictionary import learned_dictionary, orthogonal_dictionary
 from .dynamic_codes import decode, dynamic_table, encode
 from .entries import fit_entries
 from .feedback import feedback_factors, feedback_range, gradient_factors
+from .folding import fold, unfold
 from .importance import draw_important, importance_scales
 from .interpolative import interpolative_rows
 from .k_svd import k_svd
 from .kernels import distance, inner
-from .khatri_rao import KhatriRao, Sharing, averaged, exact, expanded, reduced
+from .khatri_rao import KhatriRao, Sharing, averaged, exact, expanded, reduced, with_gradient
+from .kronecker_basis import KroneckerBasis, eigen
+from .kronecker_solver import Jointly, KroneckerSolver, Separately, balanced, both
 from .lanczos import lanczos
 from .masks import draw_places, largest, largest_in_groups
 from .mean_field import critical_variances, gradient_gain, preactivation_variance
@@ -33,19 +36,26 @@ from .spectral_norm import leading_pair, spectral_bound
 from .splitting import Splitting
 from .stiefel import cayley, stiefel_tangent
 from .stochastic import add_to_integers, integer_grid, stochastic_bfloat16
+from .symmetric_eigen import symmetric_eigen
 from .triangles import from_triangles, to_triangle
 
 __all__ = [
     "MUON",
     "POLAR_EXPRESS",
     "Interpolation",
+    "Jointly",
     "KhatriRao",
+    "KroneckerBasis",
+    "KroneckerSolver",
     "Metric",
     "Rounded",
+    "Separately",
     "Sharing",
     "Splitting",
     "add_to_integers",
     "averaged",
+    "balanced",
+    "both",
     "cayley",
     "choose_grids",
     "cosine_rows",
@@ -59,6 +69,7 @@ __all__ = [
     "draw_normal",
     "draw_places",
     "dynamic_table",
+    "eigen",
     "eliminate_columns",
     "encode",
     "exact",
@@ -66,6 +77,7 @@ __all__ = [
     "feedback_factors",
     "feedback_range",
     "fit_entries",
+    "fold",
     "from_triangles",
     "gaussian",
     "gradient_factors",
@@ -113,7 +125,10 @@ __all__ = [
     "spectral_bound",
     "stiefel_tangent",
     "stochastic_bfloat16",
+    "symmetric_eigen",
     "to_triangle",
     "truncated_factors",
+    "unfold",
     "unpack",
+    "with_gradient",
 ]

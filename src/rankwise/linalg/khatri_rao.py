@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 CHUNK = 1 << 24  # numbers of a temporary matrix
@@ -113,6 +114,26 @@ class KhatriRao:
         """Return all samples' gradients, (R, m, n)."""
         return self._matrices(0, self.shape[0])
 
+    def squares(self) -> Tensor:
+        """Return sum_k u_k * u_k, entry by entry, (m, n)."""
+        if self.one_hot:
+            return self._squares_of_tokens()
+        if self.gradients.shape[1] == 1:
+            return self.gradients[:, 0].square().mT @ self.inputs[:, 0].square()
+        m, n = self.shape
+        step = max(1, CHUNK // max(1, len(self) * n))
+        parts = (self._matrices(low, low + step) for low in range(0, m, step))
+        return torch.cat([part.square().sum(0) for part in parts])
+
+    def _squares_of_tokens(self) -> Tensor:
+        """Add up what one sample has at the same token before squaring; no matrix per sample."""
+        (m, n), samples = self.shape, torch.arange(len(self), device=self.inputs.device)
+        pairs, places = (samples[:, None] * n + self.inputs).unique(return_inverse=True)
+        sums = self.gradients.new_zeros(len(pairs), m).index_add_(
+            0, places.flatten(), self.gradients.flatten(0, 1)
+        )
+        return sums.new_zeros(n, m).index_add_(0, pairs % n, sums.square()).mT
+
     def products(self, matrix: Tensor) -> Tensor:
         """Return U' vec V for V (m, n), (R,)."""
         if self.one_hot:
@@ -150,14 +171,16 @@ def expanded(samples: KhatriRao) -> KhatriRao:
 def reduced(samples: KhatriRao) -> KhatriRao:
     """Let the mean input and the sum of the gradients stand for a sample's positions, one product for all.
 
-    Numbers of tokens have no mean; they are expanded.
+    Positions without a gradient, such as those that fill samples up to the same length, are none. Numbers of
+    tokens have no mean; they are expanded.
 
     References: as for :func:`expanded` ("reduce"); HyLo sees convolutions so.
     """
     if samples.one_hot:
         return expanded(samples)
-    inputs, gradients = samples.inputs.mean(1, keepdim=True), samples.gradients.sum(1, keepdim=True)
-    return KhatriRao(inputs, gradients, samples.width)
+    counted = with_gradient(samples.gradients).unsqueeze(-1)  # (R, T, 1)
+    inputs = (samples.inputs * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp_min(1)
+    return KhatriRao(inputs, samples.gradients.sum(1, keepdim=True), samples.width)
 
 
 def averaged(samples: KhatriRao) -> KhatriRao:
@@ -168,3 +191,8 @@ def averaged(samples: KhatriRao) -> KhatriRao:
     """
     positions = 1 if samples.one_hot else samples.gradients.shape[1]
     return reduced(samples).scaled(1 / positions)
+
+
+def with_gradient(gradients: Tensor) -> Tensor:
+    """Return one for each position with a gradient, and zero for those that say nothing, (R, T)."""
+    return (gradients != 0).any(-1).to(gradients.dtype)

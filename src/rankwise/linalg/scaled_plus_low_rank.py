@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .symmetric_eigen import symmetric_eigen
+
 
 def damped_root(kernel: Tensor, damping: float) -> Tensor:
     """Return a lower triangular L with L L' = K + damping I for a positive semi-definite kernel K (R, R).
@@ -24,8 +26,8 @@ def damped_root(kernel: Tensor, damping: float) -> Tensor:
     root, info = torch.linalg.cholesky_ex(kernel + damping * one)
     if not info:
         return root
-    values, vectors = torch.linalg.eigh(kernel.double())
-    upper = torch.linalg.qr((values.clamp_min(0) + damping).sqrt()[:, None] * vectors.mT)[1]
+    values, vectors = symmetric_eigen(kernel.double())
+    upper = torch.linalg.qr((values + damping).sqrt()[:, None] * vectors.mT)[1]
     return (upper.mT * upper.diagonal().sign()).to(kernel.dtype)
 
 
