@@ -326,7 +326,7 @@ class TestFailures:
 def test_triangles_are_exchanged():
     each = KhatriRao(torch.randn(9, 1, 40), torch.randn(9, 1, 31), 40)
     rows = type("Rows", (), {"each": each})()
-    shared = Kfac().local([rows], {}, torch.Generator())
+    shared = Kfac().local([rows], {}, torch.Generator(), 8, 0.1)
     assert sum(tensor.numel() for tensor in shared.sums.values()) <= 0.55 * (40**2 + 31**2)
     assert not shared.rows
 

@@ -1,17 +1,13 @@
 """Second-order methods, one a file."""
 
+from .ekfac import Ekfac
 from .hylo import HyLo
+from .kfac import Kfac
 from .sngd import Sngd
 
 __all__ = [
-    "HyLo",
-    "Sngd",
-]
-from .ekfac import Ekfac
-from .kfac import Kfac
-
-__all__ = [
     "Ekfac",
+    "HyLo",
     "Kfac",
     "Sngd",
 ]
