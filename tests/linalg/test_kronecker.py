@@ -11,9 +11,9 @@ from rankwise.linalg import (
     balanced,
     both,
     eigen,
-    fold,
+    fold_symmetric,
     symmetric_eigen,
-    unfold,
+    unfold_symmetric,
 )
 
 
@@ -30,11 +30,13 @@ def dense(factor: Tensor) -> Tensor:
 @pytest.mark.parametrize("n", [1, 2, 3, 6, 7])
 def test_folding_keeps_a_symmetric_matrix_in_half_the_numbers(n: int):
     matrix = spd(n)
-    folded = fold(matrix)
-    assert torch.equal(unfold(folded, n), matrix)
+    folded = fold_symmetric(matrix)
+    assert torch.equal(unfold_symmetric(folded, n), matrix)
     even = n + n % 2
     assert folded.numel() == even * (even + 1) // 2
-    assert torch.equal(unfold(fold(matrix) + fold(spd(n, 1)), n), matrix + spd(n, 1))
+    assert torch.equal(
+        unfold_symmetric(fold_symmetric(matrix) + fold_symmetric(spd(n, 1)), n), matrix + spd(n, 1)
+    )
 
 
 KINDS = {"full": (spd(4), spd(6, 1)), "diagonal outputs": (torch.rand(4).double(), spd(6, 1))}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..linalg import KhatriRao, Sharing, fold, unfold, with_gradient
+from ..linalg import KhatriRao, Sharing, fold_symmetric, unfold_symmetric, with_gradient
 from .capture import Rows
 from .preconditioner import Curvature, damping_at, every_step
 
@@ -138,7 +138,7 @@ def _input_sum(each: KhatriRao, counted: Tensor, largest_side: int) -> Tensor:
 
 def _second_moment(rows: Tensor, largest_side: int) -> Tensor:
     """Sum x x' over rows (k, n), folded, or its diagonal (n,)."""
-    return rows.square().sum(0) if rows.shape[1] > largest_side else fold(rows.mT @ rows)
+    return rows.square().sum(0) if rows.shape[1] > largest_side else fold_symmetric(rows.mT @ rows)
 
 
 def _finite(tensors: Mapping[str, Tensor]) -> bool:
@@ -146,11 +146,11 @@ def _finite(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _whole(kept: Tensor, side: int) -> Tensor:
-    return kept if kept.dim() == 1 else unfold(kept, side)
+    return kept if kept.dim() == 1 else unfold_symmetric(kept, side)
 
 
 def _identity(like: Tensor) -> Tensor:
     """The identity, kept as the other factor is; a folded one is as wide as its side or one more."""
     if like.dim() == 1:
         return torch.ones_like(like)
-    return fold(torch.eye(like.shape[1] - 1, dtype=like.dtype, device=like.device))
+    return fold_symmetric(torch.eye(like.shape[1] - 1, dtype=like.dtype, device=like.device))

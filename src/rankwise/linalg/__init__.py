@@ -7,7 +7,7 @@ from .dictionary import learned_dictionary, orthogonal_dictionary
 from .dynamic_codes import decode, dynamic_table, encode
 from .entries import fit_entries
 from .feedback import feedback_factors, feedback_range, gradient_factors
-from .folding import fold, unfold
+from .folding import fold_symmetric, unfold_symmetric
 from .importance import draw_important, importance_scales
 from .interpolative import interpolative_rows
 from .k_svd import k_svd
@@ -77,7 +77,7 @@ __all__ = [
     "feedback_factors",
     "feedback_range",
     "fit_entries",
-    "fold",
+    "fold_symmetric",
     "from_triangles",
     "gaussian",
     "gradient_factors",
@@ -128,7 +128,7 @@ __all__ = [
     "symmetric_eigen",
     "to_triangle",
     "truncated_factors",
-    "unfold",
+    "unfold_symmetric",
     "unpack",
     "with_gradient",
 ]
