@@ -204,6 +204,7 @@ def test_recomputed_activations(reentrant: bool):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of the compiler
 def test_compiled_models():
     """Compiled later it works, also where some steps are not looked at; compiled code knows no later hooks."""
     torch.compiler.reset()

@@ -55,6 +55,7 @@ class Capture:
         self.layers, self.axis = layers, axis
         self.wanted: Collection[str] = ()
         self.calls: dict[str, list[_Call]] = {}
+        self.used: dict[int, list[tuple[bool, int]]] = {}  # runs: whether calls had no axis, and their first one
         self.batch, self.counts = 0, {0: 0}
         self._handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for name, layer in layers.items():
@@ -69,6 +70,7 @@ class Capture:
     def clear(self) -> None:
         """Forget what was seen."""
         self.calls.clear()
+        self.used.clear()
         self.batch, self.counts = 0, {0: 0}
 
     def take(self, scale: float = 1.0) -> dict[str, Rows]:
@@ -77,7 +79,7 @@ class Capture:
         Args:
             scale: what the loss was multiplied by, as a gradient scaler does.
         """
-        counts = self._samples()
+        counts = self._counts()
         samples = sum(counts.values())
         found = {}
         for name, calls in self.calls.items():
@@ -92,16 +94,15 @@ class Capture:
         self.clear()
         return found
 
-    def _samples(self) -> dict[int, int]:
-        """Return the number of samples of each run that the loss depends on."""
-        found: dict[int, list[tuple[bool, int]]] = {}
-        for name, calls in self.calls.items():
-            for call in calls:
-                alone = _alone(call.inputs, self.layers[name].site.view)
-                found.setdefault(call.batch, []).append((alone, 1 if alone else len(call.inputs)))
+    def samples(self) -> int:
+        """Return N, the samples of the runs that the loss depends on, through whichever layers."""
+        return sum(self._counts().values())
+
+    def _counts(self) -> dict[int, int]:
+        """Return the samples of each of these runs."""
         return {
             batch: 1 if all(alone for alone, _ in each) else self.counts[batch] or each[0][1]
-            for batch, each in found.items()
+            for batch, each in self.used.items()
         }
 
     def _seen(
@@ -120,15 +121,20 @@ class Capture:
 
     def _called(self, name: str) -> Any:
         def called(module: nn.Module, args: Sequence[Any], options: Mapping[str, Any], output: Tensor) -> None:
-            if name in self.wanted and torch.is_grad_enabled() and output.requires_grad:
+            if self.wanted and torch.is_grad_enabled() and output.requires_grad:
                 batch, inputs = self.batch, next(_tensors([args, options])).detach()
-                output.register_hook(lambda gradient: self._add(name, _Call(batch, inputs, gradient)))
+                alone = _alone(inputs, self.layers[name].site.view)
+                use = alone, 1 if alone else len(inputs)
+                kept = inputs if name in self.wanted else None
+                output.register_hook(lambda gradient: self._add(name, batch, use, kept, gradient))
 
         return called
 
-    def _add(self, name: str, call: _Call) -> None:
-        if name in self.wanted:
-            self.calls.setdefault(name, []).append(call)
+    def _add(self, name: str, batch: int, use: tuple[bool, int], inputs: Tensor | None, gradient: Tensor) -> None:
+        if self.wanted:
+            self.used.setdefault(batch, []).append(use)
+        if name in self.wanted and inputs is not None:
+            self.calls.setdefault(name, []).append(_Call(batch, inputs, gradient))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

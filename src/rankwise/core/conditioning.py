@@ -122,7 +122,7 @@ class Conditioning:
             parameter.grad = None
 
     def discard(self) -> None:
-        """Forget the samples since the last step, as where gradients are dropped, or are not those of the loss."""
+        """Forget the samples since the last step; for gradients that are dropped, or not those of the loss."""
         self.capture.clear()
 
     def traffic(self) -> dict[str, dict[str, float]]:
@@ -236,7 +236,7 @@ class Conditioning:
         if least[-1] != largest[-1]:
             raise ValueError("processes have taken other numbers of steps; load the same state on all of them.")
         for name, low, high in zip(self.layers, least, largest, strict=False):
-            if high < float("inf") and high - low > ALIKE * high:
+            if high < float("inf") and high - low > ALIKE * abs(high):
                 raise ValueError(
                     f"processes have other gradients of layer {name}; average them before this step, as "
                     "DistributedDataParallel does."
@@ -257,13 +257,13 @@ class Conditioning:
         """Look at the samples, tell the other processes, and invert."""
         due, traffic = self.method.captures(self.steps), self.exchange.traffic
         blocks = [block for block in moving if due or not self.curvature[block]]
-        seen = self.capture.take(scale)
+        own, seen = self.capture.samples(), self.capture.take(scale)
         with traffic.phase("exchange"):
-            samples = self._count([n for block in blocks for n in self.blocks[block] if n in layers], seen)
+            samples = self._count(own, [n for block in blocks for n in self.blocks[block] if n in layers], seen)
         with traffic.phase("factorise"):
             shared = {
                 block: self.method.local(
-                    [seen.get(name) or self._nothing(name, seen) for name in self.blocks[block]],
+                    [seen.get(name) or self._nothing(name, own) for name in self.blocks[block]],
                     self.curvature[block],
                     self._generator(i),
                 )
@@ -276,6 +276,7 @@ class Conditioning:
         with traffic.phase("factorise"):
             for block in blocks:
                 self.method.update(Shared(sums[block], rows[block]), samples, self.curvature[block])
+                self.curvature[block].update(_dense(self.curvature[block]))
         wanted = self.method.inverts(self.steps)
         self._invert([block for block in blocks if wanted or block not in self.inverted], damping)
 
@@ -286,7 +287,7 @@ class Conditioning:
             with self.exchange.traffic.phase("invert"):
                 for block in lacking:
                     inverse = self.method.invert(self.curvature[block], damping, self._shapes(block))
-                    self.curvature[block].update(inverse)
+                    self.curvature[block].update(_dense(inverse))
             self.inverted.update(lacking)
 
     def _invert(self, blocks: Iterable[str], damping: float) -> None:
@@ -294,7 +295,7 @@ class Conditioning:
         owners = {block: self.owner_of[block] for block in blocks if self._mine(block)}
         with self.exchange.traffic.phase("invert"):
             own = {
-                block: self.method.invert(self.curvature[block], damping, self._shapes(block))
+                block: _dense(self.method.invert(self.curvature[block], damping, self._shapes(block)))
                 for block, owner in owners.items()
                 if owner == self.within.rank
             }
@@ -340,14 +341,13 @@ class Conditioning:
         change = sum(float((natural[name] * gradients[name]).sum()) for name in natural)
         return min(1.0, (self.kl_clip / max(abs(rate**2 * change), 1e-30)) ** 0.5)
 
-    def _count(self, names: Sequence[str], seen: Mapping[str, Rows]) -> int:
-        """Return the samples of all processes.
+    def _count(self, own: int, names: Sequence[str], seen: Mapping[str, Rows]) -> int:
+        """Return the samples of all processes, of which ``own`` are here.
 
         Raises:
             ValueError: if no process saw any for a layer that has a gradient.
         """
-        mine = [max((rows.samples for rows in seen.values()), default=0)]
-        mine += [len(seen[name].each) if name in seen else 0 for name in names]
+        mine = [own, *(len(seen[name].each) if name in seen else 0 for name in names)]
         counts = self.exchange.add("exchange", {"counts": torch.tensor(mine, device=self.device)})[
             "counts"
         ].tolist()
@@ -360,14 +360,14 @@ class Conditioning:
                 )
         return counts[0]
 
-    def _nothing(self, name: str, seen: Mapping[str, Rows]) -> Rows:
+    def _nothing(self, name: str, own: int) -> Rows:
         """What a process knows of a layer that it did not call: nothing, or, beside other layers, only zeros."""
         layer = self.layers[name]
-        samples = max((rows.samples for rows in seen.values()), default=0) if self.method.whole else 0
+        samples = own if self.method.whole else 0
         (m, n), zeros = layer.shape, self._zeros(name)
         inputs = zeros.new_zeros(samples, 1, *(() if layer.tokens else (n,)))
         each = KhatriRao(inputs.long() if layer.tokens else inputs, zeros.new_zeros(samples, 1, m), n)
-        return Rows(each, samples)
+        return Rows(each, own)
 
     def _zeros(self, name: str) -> Tensor:
         weight = self.layers[name].weight
@@ -390,6 +390,11 @@ def _parts(processes: int, workers: float) -> int:
             f"workers must be a share that divides {processes} processes ({fitting}), got {workers}."
         )
     return processes // width
+
+
+def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Let numbers lie in memory as they do after a broadcast or in a file, on which rounding depends."""
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def _named(nested: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
