@@ -215,3 +215,52 @@ def test_a_tokenizer_is_trained():
     assert len(tokenizer("the cat")["input_ids"]) < len(byte_tokenizer()("the cat")["input_ids"]) == 7
     assert tokenizer.decode(tokenizer("the né")["input_ids"]) == "the né"
     assert read_config("gpt2:hidden=32,layers=2,heads=2").n_embd == 32
+
+
+def test_natural_gradients(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With fields in words, figures, and exact resume."""
+    figures = tmp_path / "figures.json"
+    words = [WORDS, "--data", text, "--rank", 4, "--every", 1, "--precondition", "sngd", "--json", figures]
+    words += ["--precondition-set", "damping=0.5", "--precondition-set", "sharing=reduced"]
+    whole = train(*words, "--precondition-set", "every=2", "--out", tmp_path / "whole")
+    assert whole.exit_code == 0, whole.output
+    assert "preconditioned 4 steps, passed over 0: " in whole.stderr
+    found = json.loads(figures.read_text())["precondition"]
+    assert found["method"] == {
+        "kind": "Sngd",
+        "damping": 0.5,
+        "every": 2,
+        "together": False,
+        "sharing": "reduced",
+    }
+    assert found["phases"]["invert"]["times"] == 2
+
+    step, calls = running.Run._step, itertools.count(1)
+
+    def killed(self: running.Run) -> Any:
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return step(self)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(running.Run, "_step", killed)
+        assert train(*words, "--precondition-set", "every=2", "--out", out).exit_code == 130
+    refused(train(*words, "--out", out, "--resume"), "other precondition")
+    result = train(*words, "--precondition-set", "every=2", "--out", out, "--resume")
+    assert result.exit_code == 0, result.output
+    assert same(tmp_path / "whole", out)
+
+
+def test_natural_gradients_that_are_refused(text: Path):
+    words = [WORDS, "--data", text, "--rank", 4]
+    refused(train(*words, "--precondition-set", "damping=1"), "--precondition-set needs --precondition")
+    refused(train(*words, "--precondition", "sngdd"), "--precondition: unknown 'sngdd'; did you mean sngd?")
+    refused(train(*words, "--precondition", "sngd", "--layerwise"), "--layerwise", "leave one out")
+    named = [*words, "--precondition", "sngd", "--precondition-set"]
+    refused(train(*named, "sharing=none"), "--precondition-set sharing", "exact, expanded, reduced")
+    refused(train(*named, "damping=much"), "--precondition-set damping", "must be float")
+    refused(train(*named, "damping=-1"), "damping must be a number > 0")
+    shown = run("list").stdout
+    for line in ("sngd: ", "damping: float = 0.1", "sharing: exact | expanded | reduced = exact"):
+        assert line in shown

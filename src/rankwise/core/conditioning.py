@@ -134,6 +134,20 @@ class Conditioning:
         """
         return self.exchange.traffic.table()
 
+    def about(self) -> dict[str, Any]:
+        """Say as plain data what decides about the natural gradients, without the state."""
+        return {
+            "method": described(self.method),
+            "layers": [*self.layers],
+            "kl_clip": self.kl_clip,
+            "seed": self.seed,
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """Say as plain data what was done: the method, steps, steps passed over, and the :meth:`traffic`."""
+        done = {"layers": len(self.layers), "steps": self.steps, "skipped": self.skipped}
+        return {"method": described(self.method), **done, "phases": self.traffic()}
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state: nested dictionaries of tensors, numbers and strings.
 

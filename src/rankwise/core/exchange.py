@@ -149,7 +149,7 @@ class Exchange:
             raise ValueError(f"{self.size} processes are not divided into {parts} equal parts.")
         width = self.size // parts
         low = self.rank // width * width
-        whole = dist.group.WORLD if self.group is None else self.group
+        whole: Any = dist.group.WORLD if self.group is None else self.group
         ranks = [dist.get_global_rank(whole, each) for each in range(low, low + width)]
         group = dist.new_group(ranks, use_local_synchronization=True)
         return Exchange(self.traffic, group, self.device)
