@@ -16,6 +16,8 @@ from test_cli import refused, run
 from test_cli import text as text
 
 import rankwise
+from rankwise import preconditioners
+from rankwise.cli.options import command_name
 from rankwise.core import running
 from rankwise.core.checkpoint import load_tree
 from rankwise.core.supervision import CHECKPOINT
@@ -250,6 +252,14 @@ def test_natural_gradients(text: Path, tmp_path: Path, monkeypatch: pytest.Monke
     result = train(*words, "--precondition-set", "every=2", "--out", out, "--resume")
     assert result.exit_code == 0, result.output
     assert same(tmp_path / "whole", out)
+
+
+@pytest.mark.parametrize("name", [command_name(name) for name in preconditioners.__all__])
+def test_every_preconditioner_trains_a_language_model(name: str, text: Path, tmp_path: Path):
+    figures = tmp_path / "figures.json"
+    result = train(WORDS, "--data", text, "--rank", 4, "--precondition", name, "--json", figures)
+    assert result.exit_code == 0, result.output
+    assert json.loads(figures.read_text())["precondition"]["steps"] == 4
 
 
 def test_natural_gradients_that_are_refused(text: Path):

@@ -41,8 +41,8 @@ def precondition(
     at each layer. Several runs before one backward pass must not recompute with reentrant checkpoints.
 
     Args:
-        model: trains; nothing in it is changed but hooks that :meth:`Conditioning.remove` takes off. Its first
-            tensor has the samples on the first axis; see ``axis``.
+        model: trains; nothing in it is changed but hooks that :meth:`Conditioning.remove` takes off. It is called
+            as a whole, not its parts, and its first tensor has the samples on the first axis; see ``axis``.
         method: such as ``rankwise.preconditioners.HyLo(rank=0.1)``.
         where: leaves a layer out if it is false for (name, module); None leaves out what has a frozen weight, the
             output head that a transformers model names, and 3-D parameters.
