@@ -1,5 +1,6 @@
 """What several processes check together about preconditioning; see test_precondition_processes."""
 
+import contextlib
 import copy
 import dataclasses
 import datetime
@@ -30,7 +31,7 @@ from rankwise.core.preconditioner import Curvature, Preconditioner, Shared
 from rankwise.linalg import expanded
 from rankwise.preconditioners import Sngd
 
-SECONDS = 20  # until a process that does not answer is given up
+SECONDS = 60  # until a process that does not answer is given up
 EACH = 4  # samples of a process
 
 
@@ -190,6 +191,32 @@ def joint_batch_with_all_reduce_and_any_share_of_workers(place: Place) -> None:
                 assert len(mine) < len(handle.blocks)
         assert all(torch.equal(each, found[0]) for each in found)
         close(found[0], joint(place, method, range(4)))
+
+
+def parts_of_a_batch_and_short_steps(place: Place) -> None:
+    """Of several backward passes the last one averages; ``kl_clip`` shortens all steps alike."""
+    for method, workers in itertools.product(METHODS.values(), (1.0, 1 / place.world)):
+        found = []
+        for shared in (True, False):
+            model = Net()
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            called = DistributedDataParallel(model) if shared else model
+            group, share = (None, workers) if shared else (place.alone, 1.0)
+            handle = rankwise.precondition(
+                model, method, kl_clip=1e-4, optimizer=optimizer, group=group, workers=share
+            )
+            for step in range(3):
+                before, batches = vector(model), [batch(2 * step + each, EACH * place.world) for each in (0, 1)]
+                optimizer.zero_grad()
+                for i, (x, y) in enumerate(place.own(*each) if shared else each for each in batches):
+                    last = i == 1 or not isinstance(called, DistributedDataParallel)
+                    with contextlib.nullcontext() if last else called.no_sync():
+                        (functional.cross_entropy(called(x, torch.ones(len(x)).double()), y) / 2).backward()
+                handle.step()
+                optimizer.step()
+                assert 0 < (vector(model) - before).norm() < 0.1
+            found.append(vector(model))
+        close(*found)
 
 
 def owners_are_chosen_by_cost(place: Place) -> None:
@@ -413,6 +440,7 @@ def a_process_that_ends(place: Place) -> None:
 QUICK = [
     joint_batch_with_ddp,
     joint_batch_with_all_reduce_and_any_share_of_workers,
+    parts_of_a_batch_and_short_steps,
     owners_are_chosen_by_cost,
     uneven_batches,
     layers_that_only_some_processes_call,
