@@ -228,6 +228,10 @@ def owners_are_chosen_by_cost(place: Place) -> None:
         loads[loads.index(min(loads))] += costs[name]
     with pytest.raises(ValueError, match=f"workers must be a share that divides {place.world} processes"):
         rankwise.precondition(Net(), Moments(), workers=1 - 0.25 / place.world)
+    first = dist.new_group([0])
+    if place.rank:
+        with pytest.raises(ValueError, match="this process is not one of the group"):
+            rankwise.precondition(Net(), Moments(), group=first)
 
 
 def uneven_batches(place: Place) -> None:

@@ -294,6 +294,17 @@ class TestPrecondition:
         with pytest.raises(ValueError, match=r"another model.*\(other precondition\)"):
             self.run(accumulate=2, checkpoint=tmp_path, precondition=None)
 
+    def test_recomputed_activations_change_nothing(self):
+        one, _, _ = self.run(accumulate=2)
+        other, _, _ = self.run(accumulate=2, gradient_checkpointing=True)
+        torch.testing.assert_close(one.state_dict(), other.state_dict())
+
+    def test_half_precision(self):
+        _, report, handle = self.run(steps=20, autocast=torch.bfloat16)
+        assert report.totals["held_out"]["after"] < report.totals["held_out"]["before"]
+        kept = [t for tensors in handle.curvature.values() for t in tensors.values() if t.dim()]
+        assert {t.dtype for t in kept if t.is_floating_point()} == {torch.float32}
+
     def test_steps_that_are_not_finite_are_passed_over(self, monkeypatch: pytest.MonkeyPatch):
         loss, calls = Supervised.loss, itertools.count()
 
