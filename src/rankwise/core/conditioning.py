@@ -8,14 +8,14 @@ import torch
 from torch import Generator, Tensor, nn
 
 from ..linalg import KhatriRao, seeded
+from .agreement import agreed
 from .capture import Capture, Rows
 from .conditioned import Conditioned
-from .exchange import Exchange, Traffic, place
+from .exchange import Exchange, Traffic, parts_of, place
 from .preconditioner import Curvature, Preconditioner, Shared, damping_at
 from .states import described
 
 SPLIT = "\0"  # between the name of a block and that of a tensor
-ALIKE = 1e-3  # share by which norms of equal gradients may differ between unequal machines
 
 
 class Conditioning:
@@ -58,7 +58,7 @@ class Conditioning:
         self.curvature: dict[str, Curvature] = {block: {} for block in self.blocks}
         self.inverted: set[str] = set()
         self.exchange = Exchange(traffic or Traffic(), group, self.device)
-        self.parts = _parts(self.exchange.size, workers)
+        self.parts = parts_of(self.exchange.size, workers)
         self.within = self.exchange.divided(self.parts)  # the processes that multiply the same gradients
         self.part_of, self.owner_of = self._places()
         self.capture = Capture(model, layers, axis)
@@ -94,7 +94,7 @@ class Conditioning:
         damping = damping_at(self.method.damping, self.steps)
         with torch.autocast(self.device.type, enabled=False):
             gradients = self._gradients()
-            norms = self._agreed(gradients)
+            norms = agreed(self.exchange, gradients, [*self.layers], self.steps)
             if not all(norm < float("inf") for norm in norms.values()):
                 self.skip()
                 warnings.warn(
@@ -128,7 +128,8 @@ class Conditioning:
     def traffic(self) -> dict[str, dict[str, float]]:
         """Return bytes, seconds and times of each phase, summed since the beginning; see :class:`Traffic`.
 
-        ``factorise`` is what each process makes of its samples and of what it was told, ``exchange`` is telling,
+        ``agree`` is asking whether all have the same gradients, ``factorise`` what each process makes of its
+        samples and of what it was told, ``exchange`` is telling,
         ``invert`` the work of this process for all, ``broadcast`` the giving of inverses, ``apply`` the
         multiplication at each step, and ``gradients`` their giving to processes that do not multiply.
         """
@@ -231,31 +232,6 @@ class Conditioning:
             if gradient is not None:
                 found[name] = gradient
         return found
-
-    def _agreed(self, gradients: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return the norms of all gradients, infinite where one is not finite on any process.
-
-        Raises:
-            ValueError: if processes have other gradients, or have taken other numbers of steps.
-        """
-        sizes = [torch.linalg.vector_norm(gradient).double() for gradient in gradients.values()]
-        norms = torch.stack(sizes).nan_to_num(torch.inf, torch.inf) if sizes else torch.zeros(0)
-        if self.exchange.size == 1:
-            return dict(zip(gradients, norms.tolist(), strict=True))
-        every = norms.new_full((len(self.layers) + 1,), -1.0, dtype=torch.float64, device=self.device)
-        every[[i for i, name in enumerate(self.layers) if name in gradients]] = norms.to(every)
-        every[-1] = self.steps
-        with self.exchange.traffic.phase("agree"):
-            least, largest = (each.tolist() for each in self.exchange.extremes("agree", every))
-        if least[-1] != largest[-1]:
-            raise ValueError("processes have taken other numbers of steps; load the same state on all of them.")
-        for name, low, high in zip(self.layers, least, largest, strict=False):
-            if high < float("inf") and high - low > ALIKE * abs(high):
-                raise ValueError(
-                    f"processes have other gradients of layer {name}; average them before this step, as "
-                    "DistributedDataParallel does."
-                )
-        return {name: high for name, high in zip(self.layers, largest, strict=False) if name in gradients}
 
     def _put(self, natural: Mapping[str, Tensor], factor: float) -> None:
         """Let natural gradients be the gradients, or nothing where this is interrupted."""
@@ -391,19 +367,6 @@ class Conditioning:
     def _generator(self, block: int) -> Generator:
         """Return random numbers that depend on the step, the process and the block alone."""
         return seeded(self.seed, self.steps, self.exchange.rank, block, device=self.device)
-
-
-def _parts(processes: int, workers: float) -> int:
-    """Return into how many parts processes fall, of which each multiplies the gradients of some blocks."""
-    width = max(1, round(workers * processes))
-    if processes % width or abs(workers * processes - width) > 1e-6 * processes + max(
-        0.0, 1 - workers * processes
-    ):
-        fitting = ", ".join(f"{each}/{processes}" for each in range(1, processes + 1) if processes % each == 0)
-        raise ValueError(
-            f"workers must be a share that divides {processes} processes ({fitting}), got {workers}."
-        )
-    return processes // width
 
 
 def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -190,6 +190,27 @@ def place(costs: Mapping[str, float], processes: int) -> dict[str, int]:
     return owners
 
 
+def parts_of(processes: int, workers: float) -> int:
+    """Return into how many equal parts processes fall, of which each has a share ``workers`` of them.
+
+    A share of less than one process is one.
+
+    Raises:
+        ValueError: if there are no such parts.
+
+    >>> parts_of(4, 1.0), parts_of(4, 0.5), parts_of(1, 0.5)
+    (1, 2, 1)
+    """
+    wanted = max(1.0, workers * processes)
+    width = round(wanted)
+    if processes % width or abs(wanted - width) > 1e-6 * processes:
+        fitting = ", ".join(f"{each}/{processes}" for each in range(1, processes + 1) if processes % each == 0)
+        raise ValueError(
+            f"workers must be a share that divides {processes} processes ({fitting}), got {workers}."
+        )
+    return processes // width
+
+
 def _by_type(tensors: Tensors) -> list[dict[str, Tensor]]:
     """Tensors of one type together, in an order that is the same everywhere."""
     kinds = sorted({tensor.dtype for tensor in tensors.values()}, key=str)
