@@ -74,4 +74,4 @@ def described(value: Any) -> Any:
         return value.__qualname__
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise ValueError(f"fields of transforms are plain values, functions or dataclasses, got {value!r}.")
+    raise ValueError(f"fields of transforms are plain values or dataclasses, or functions, got {value!r}.")
