@@ -4,7 +4,7 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
-from processes import ALL, QUICK, work
+from preconditioned import ALL, QUICK, work
 
 SECONDS = 240  # until processes are given up
 
