@@ -318,6 +318,13 @@ class TestPrecondition:
         assert (handle.steps, handle.skipped) == (8, 1)
         assert report.totals["precondition"]["skipped"] == 1
 
+    def test_several_processes_need_a_loop_of_their_own(self, monkeypatch: pytest.MonkeyPatch):
+        model, handle = tiny(), rankwise.precondition(tiny(), Sngd())
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        with pytest.raises(ValueError, match="a loop of your own, with DistributedDataParallel"):
+            rankwise.train(model, counting(), over(model, adam()), steps=1, precondition=handle)
+
     def test_what_is_refused(self):
         with pytest.raises(ValueError, match="leave out layerwise or precondition"):
             self.run(layerwise=True)

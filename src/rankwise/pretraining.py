@@ -227,6 +227,11 @@ def _check_handle(model: nn.Module, handle: Conditioning | None, layerwise: bool
             "layer by layer each gradient is used up and freed before natural gradients can be made of all; "
             "leave out layerwise or precondition."
         )
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        raise ValueError(
+            "precondition in several processes needs a loop of your own, with DistributedDataParallel: "
+            "loss.backward(); handle.step(); optimizer.step()."
+        )
     if not any(each is handle.model for each in model.modules()):
         raise ValueError("precondition is the handle of another model; give rankwise.precondition(model, ...).")
 
