@@ -100,7 +100,7 @@ def default_of(field: dataclasses.Field) -> str:
 def entry(name: str, value: object, package: types.ModuleType) -> Iterator[str]:
     """Yield the paragraphs about one exported name."""
     yield f"### {name}"
-    if package in (compressors, allocators, adapters, initialisers, rank_rules, exporters):
+    if package in (compressors, allocators, adapters, initialisers, rank_rules, exporters, preconditioners):
         yield f"On the command line: `{command_name(name)}`."
     yield from paragraphs(inspect.getdoc(value) or "")
     if inspect.isclass(value) and dataclasses.is_dataclass(value) and dataclasses.fields(value):

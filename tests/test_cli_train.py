@@ -16,6 +16,8 @@ from test_cli import refused, run
 from test_cli import text as text
 
 import rankwise
+from rankwise import preconditioners
+from rankwise.cli.options import command_name
 from rankwise.core import running
 from rankwise.core.checkpoint import load_tree
 from rankwise.core.supervision import CHECKPOINT
@@ -245,3 +247,60 @@ def test_torchrun_starts_the_same_run_in_two_processes(text: Path, tmp_path: Pat
     first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert first["held_out"]["after"] == pytest.approx(second["held_out"]["after"], rel=1e-4)
     assert not (tmp_path / "two.partial").exists()
+
+
+def test_natural_gradients(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With fields in words, figures, and exact resume."""
+    figures = tmp_path / "figures.json"
+    words = [WORDS, "--data", text, "--rank", 4, "--every", 1, "--precondition", "sngd", "--json", figures]
+    words += ["--precondition-set", "damping=0.5", "--precondition-set", "sharing=reduced"]
+    whole = train(*words, "--precondition-set", "every=2", "--out", tmp_path / "whole")
+    assert whole.exit_code == 0, whole.output
+    assert "preconditioned 4 steps, passed over 0: " in whole.stderr
+    found = json.loads(figures.read_text())["precondition"]
+    assert found["method"] == {
+        "kind": "Sngd",
+        "damping": 0.5,
+        "every": 2,
+        "together": False,
+        "sharing": "reduced",
+    }
+    assert found["phases"]["invert"]["times"] == 2
+
+    step, calls = running.Run._step, itertools.count(1)
+
+    def killed(self: running.Run) -> Any:
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return step(self)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(running.Run, "_step", killed)
+        assert train(*words, "--precondition-set", "every=2", "--out", out).exit_code == 130
+    refused(train(*words, "--out", out, "--resume"), "other precondition")
+    result = train(*words, "--precondition-set", "every=2", "--out", out, "--resume")
+    assert result.exit_code == 0, result.output
+    assert same(tmp_path / "whole", out)
+
+
+@pytest.mark.parametrize("name", [command_name(name) for name in preconditioners.__all__])
+def test_every_preconditioner_trains_a_language_model(name: str, text: Path, tmp_path: Path):
+    figures = tmp_path / "figures.json"
+    result = train(WORDS, "--data", text, "--rank", 4, "--precondition", name, "--json", figures)
+    assert result.exit_code == 0, result.output
+    assert json.loads(figures.read_text())["precondition"]["steps"] == 4
+
+
+def test_natural_gradients_that_are_refused(text: Path):
+    words = [WORDS, "--data", text, "--rank", 4]
+    refused(train(*words, "--precondition-set", "damping=1"), "--precondition-set needs --precondition")
+    refused(train(*words, "--precondition", "sngdd"), "--precondition: unknown 'sngdd'; did you mean sngd?")
+    refused(train(*words, "--precondition", "sngd", "--layerwise"), "--layerwise", "leave one out")
+    named = [*words, "--precondition", "sngd", "--precondition-set"]
+    refused(train(*named, "sharing=none"), "--precondition-set sharing", "exact, expanded, reduced")
+    refused(train(*named, "damping=much"), "--precondition-set damping", "must be float")
+    refused(train(*named, "damping=-1"), "damping must be a number > 0")
+    shown = run("list").stdout
+    for line in ("sngd: ", "damping: float = 0.1", "sharing: exact | expanded | reduced = exact"):
+        assert line in shown

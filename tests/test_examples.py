@@ -27,3 +27,11 @@ def test_adapters():
     for text in found["none"]:
         assert found[text][text] < 0.95 * found["none"][text]
         assert found["both"][text] < found["none"][text]
+
+
+def test_precondition():
+    without, natural = runpy.run_path(str(EXAMPLES / "precondition.py"))["main"](
+        smoke=True, steps=150, target=0.85
+    )
+    assert natural < 0.7 * without
+    assert natural < 150

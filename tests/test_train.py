@@ -16,9 +16,13 @@ from rankwise.compressors import PlainSvd
 from rankwise.core import running
 from rankwise.core.hidden import hidden_matrices
 from rankwise.core.memory import held_bytes
+from rankwise.core.preconditioner import Preconditioner
 from rankwise.core.running import Run
+from rankwise.core.supervised import Supervised
 from rankwise.core.transforms import Transform
+from rankwise.linalg import expanded
 from rankwise.optimizers import adam, galore, muon
+from rankwise.preconditioners import Sngd
 
 
 def counting() -> Tensor:
@@ -210,3 +214,119 @@ def test_weights_that_train_as_integers_go_on_bit_by_bit(tmp_path: Path, monkeyp
         run(tmp_path)
     monkeypatch.setattr(Run, "_save", original)
     assert same(run(tmp_path), whole)
+
+
+class TestPrecondition:
+    """Natural gradients in the loop: before clipping, in checkpoints, and in the report."""
+
+    def run(self, steps: int = 9, method: Preconditioner | None = None, **options: Any) -> tuple[Any, Any, Any]:
+        model = tiny()
+        handle = rankwise.precondition(model, method or Sngd(damping=0.3, every=2, sharing=expanded))
+        report = rankwise.train(
+            model,
+            counting(),
+            over(model, adam()),
+            **{"window": 8, "rows": 2, "steps": steps, "every": 3, "precondition": handle, **options},
+        )
+        return model, report, handle
+
+    def test_it_learns_and_says_what_it_took(self):
+        _, report, handle = self.run(20, clip=1.0)
+        held, found = report.totals["held_out"], report.totals["precondition"]
+        assert held["after"] < 0.8 * held["before"]
+        assert (found["steps"], found["skipped"], found["layers"]) == (20, 0, 14)
+        assert found["method"] == {
+            "kind": "Sngd",
+            **{"damping": 0.3, "every": 2, "together": False, "sharing": "expanded"},
+        }
+        assert found["phases"] == handle.traffic()
+        assert found["phases"]["apply"]["times"] == 20
+        assert found["phases"]["invert"]["times"] == 10
+        report.to_json()
+
+    def test_what_is_clipped_are_natural_gradients_of_all_batches_of_a_step(self):
+        """With much damping they are gradients divided by it, and clipped they are as long as those."""
+        found = []
+        for damping, clip in ((None, 1e-5), (1e4, 1e-5), (1e4, None)):
+            model = tiny()
+            parameters = [p for name, p in model.named_parameters() if "_proj" in name]
+            others = [p for name, p in model.named_parameters() if "_proj" not in name]
+            for parameter in others:
+                parameter.requires_grad_(False)
+            handle = None if damping is None else rankwise.precondition(model, Sngd(damping=damping))
+            optimizer = torch.optim.SGD(parameters, lr=1e4)
+            options: dict[str, Any] = {"steps": 1, "accumulate": 3, "rate": lambda share: 1.0, "clip": clip}
+            rankwise.train(model, counting(), optimizer, window=8, rows=2, precondition=handle, **options)
+            found.append(torch.cat([p.detach().flatten() for p in parameters]))
+        start = torch.cat([p.detach().flatten() for name, p in tiny().named_parameters() if "_proj" in name])
+        plain, clipped, free = (each - start for each in found)
+        assert plain.norm() == pytest.approx(0.1, rel=1e-3)
+        torch.testing.assert_close(clipped, plain, rtol=0.0, atol=0.02 * plain.abs().max().item())
+        assert free.norm() > 2 * clipped.norm()
+
+    @pytest.mark.parametrize("interrupted", ["_step", "backward"])
+    def test_a_killed_run_goes_on_bit_by_bit(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: str
+    ):
+        """Between two looks at the samples, and in a backward pass, of which the samples are then dropped."""
+        whole, report, _ = self.run(accumulate=2)
+        place, name = (running.Run, "_step") if interrupted == "_step" else (Tensor, "backward")
+        function, calls = getattr(place, name), itertools.count(1)
+
+        def killed(self: Any, *more: Any) -> Any:
+            found = function(self, *more)
+            if next(calls) == 10:
+                raise KeyboardInterrupt
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, killed)
+            if interrupted == "_step":
+                calls = itertools.count(6)
+            with pytest.raises(KeyboardInterrupt):
+                self.run(accumulate=2, checkpoint=tmp_path)
+        again, second, handle = self.run(accumulate=2, checkpoint=tmp_path)
+        assert same(whole, again)
+        assert handle.steps == 9
+        assert [row["held_out"] for row in report.rows] == [row["held_out"] for row in second.rows]
+        with pytest.raises(ValueError, match=r"another model.*\(other precondition\)"):
+            self.run(accumulate=2, checkpoint=tmp_path, method=Sngd(damping=0.4, every=2, sharing=expanded))
+        with pytest.raises(ValueError, match=r"another model.*\(other precondition\)"):
+            self.run(accumulate=2, checkpoint=tmp_path, precondition=None)
+
+    def test_recomputed_activations_change_nothing(self):
+        one, _, _ = self.run(accumulate=2)
+        other, _, _ = self.run(accumulate=2, gradient_checkpointing=True)
+        torch.testing.assert_close(one.state_dict(), other.state_dict())
+
+    def test_half_precision(self):
+        _, report, handle = self.run(steps=20, autocast=torch.bfloat16)
+        assert report.totals["held_out"]["after"] < report.totals["held_out"]["before"]
+        kept = [t for tensors in handle.curvature.values() for t in tensors.values() if t.dim()]
+        assert {t.dtype for t in kept if t.is_floating_point()} == {torch.float32}
+
+    def test_steps_that_are_not_finite_are_passed_over(self, monkeypatch: pytest.MonkeyPatch):
+        loss, calls = Supervised.loss, itertools.count()
+
+        def sometimes(self: Supervised, model: nn.Module) -> Tensor:
+            found = loss(self, model)
+            return found * float("nan") if found.requires_grad and next(calls) == 4 else found
+
+        monkeypatch.setattr(Supervised, "loss", sometimes)
+        with pytest.warns(RuntimeWarning, match="the step is skipped"):
+            _, report, handle = self.run()
+        assert (handle.steps, handle.skipped) == (8, 1)
+        assert report.totals["precondition"]["skipped"] == 1
+
+    def test_several_processes_need_a_loop_of_their_own(self, monkeypatch: pytest.MonkeyPatch):
+        model, handle = tiny(), rankwise.precondition(tiny(), Sngd())
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        with pytest.raises(ValueError, match="a loop of your own, with DistributedDataParallel"):
+            rankwise.train(model, counting(), over(model, adam()), steps=1, precondition=handle)
+
+    def test_what_is_refused(self):
+        with pytest.raises(ValueError, match="leave out layerwise or precondition"):
+            self.run(layerwise=True)
+        with pytest.raises(ValueError, match="the handle of another model"):
+            self.run(precondition=rankwise.precondition(tiny(), Sngd()))

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .core.conditioned import Conditioned
 from .core.conditioning import Conditioning
@@ -22,18 +23,26 @@ def precondition(
     optimizer: torch.optim.Optimizer | None = None,
     workers: float = 1.0,
     group: Any = None,
+    axis: int = 0,
     synchronise: bool = False,
     seed: int = 0,
 ) -> Conditioning:
     """Precondition the gradients of a model's matrices by their curvature.
 
     Linear layers, convolutions and, if wanted, embeddings, each with its bias; all other parameters keep their
-    gradients. With several processes gradients are averaged as ever, by ``DistributedDataParallel`` or FSDP2,
-    each loss being a mean over its own samples, of which all processes have as many; what the method needs to
-    know besides is exchanged here.
+    gradients. The loss is a mean over the samples of a step, of which each counts the same. With several
+    processes each loss is the mean over the process's own samples, and gradients are averaged as ever, by
+    ``DistributedDataParallel``, FSDP2 or an all-reduce; what the method needs to know besides is exchanged here.
+    Where processes have other numbers of samples, each sample counts the same in the curvature, but not in such
+    an average of means.
+
+    Call it after what gives layers new parameters, such as ``fully_shard``, and before or after
+    ``DistributedDataParallel``; before the first run where ``torch.compile`` is used, which then breaks its graph
+    at each layer. Several runs before one backward pass must not recompute with reentrant checkpoints.
 
     Args:
-        model: trains; nothing in it is changed but hooks that :meth:`Conditioning.remove` takes off.
+        model: trains; nothing in it is changed but hooks that :meth:`Conditioning.remove` takes off. It is called
+            as a whole, not its parts, and its first tensor has the samples on the first axis; see ``axis``.
         method: such as ``rankwise.preconditioners.HyLo(rank=0.1)``.
         where: leaves a layer out if it is false for (name, module); None leaves out what has a frozen weight, the
             output head that a transformers model names, and 3-D parameters.
@@ -43,8 +52,9 @@ def precondition(
         optimizer: whose learning rate that is.
         workers: share of the processes that multiply the gradients of one layer and give the result to the
             others (KAISA's gradient workers). One exchanges least at each step, less keeps fewer inverses on each
-            process.
+            process; a share of less than one process is one.
         group: of processes; None means all.
+        axis: of the samples in the model's first tensor, and in sequences that layers see; 1 for (T, N, n).
         synchronise: wait for the accelerator around each phase, so that :meth:`Conditioning.traffic` is true.
         seed: of what methods draw.
 
@@ -70,6 +80,12 @@ def precondition(
         raise ValueError(f"kl_clip must be > 0 or None, got {kl_clip}.")
     if kl_clip is not None and optimizer is None:
         raise ValueError("kl_clip needs the optimizer, whose learning rate it reads.")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ValueError(f"seed must be a whole number, got {seed!r}.")
+    if isinstance(model, DataParallel) and len(model.device_ids) > 1:
+        raise ValueError("DataParallel copies its model in each step; use DistributedDataParallel.")
+    if isinstance(model, (DataParallel, DistributedDataParallel)):
+        model = model.module
     sites = select(model, where, tables=tables)
     found = {name: Conditioned.of(site) for name, site in sites.items() if site.part is None}
     layers = {name: layer for name, layer in found.items() if layer is not None}
@@ -82,6 +98,7 @@ def precondition(
         kl_clip=kl_clip,
         optimizer=optimizer,
         workers=workers,
+        axis=axis,
         traffic=Traffic(synchronise),
         group=group,
         seed=seed,

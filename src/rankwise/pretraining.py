@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .core.adapted import refuse_adapted
+from .core.conditioning import Conditioning
 from .core.data import batches_of, digest_of_batches, parted
 from .core.fingerprint import fingerprint
 from .core.hidden import hidden_matrices
@@ -95,6 +96,7 @@ def train(
     autocast: torch.dtype | None = None,
     gradient_checkpointing: bool = False,
     layerwise: bool = False,
+    precondition: Conditioning | None = None,
     checkpoint: str | Path | None = None,
     notify: Callable[[Mapping[str, int | None]], None] | None = None,
     observe: Observe | None = None,
@@ -130,6 +132,10 @@ def train(
         gradient_checkpointing: compute activations again instead of keeping them; transformers' models only.
         layerwise: step each parameter inside the backward pass and free its gradient, see
             :class:`rankwise.Layerwise`; with ``clip`` each step takes two passes.
+        precondition: a handle from ``rankwise.precondition(model, ...)``, which makes natural gradients before
+            they are clipped. A sample is what is on the first axis of a batch: of a language model a sequence,
+            with its tokens as positions. What it holds is not in the predicted memory; what it took is in
+            ``totals["precondition"]`` of the report.
         checkpoint: a folder; the same call, with the model as it was at the start, goes on from what is there,
             bit by bit.
         notify: is called with the predicted memory before the first step.
@@ -165,6 +171,7 @@ def train(
             raise ValueError(f"{name} must be >= {least}, got {value}.")
     if not isinstance(held_out, Sequence) and not 0 < held_out < 1:
         raise ValueError(f"held_out must be > 0 and < 1, or batches, got {held_out}.")
+    _check_handle(model, precondition, layerwise)
     batches = batches_of(data, window=window, tokens=window * rows)
     if isinstance(data, Tensor) and "use_cache" in inspect.signature(model.forward).parameters:
         batches = [{"input_ids": batch, "use_cache": False} for batch in batches]
@@ -202,6 +209,7 @@ def train(
                 observe=observe,
                 looking=_wait if shared else None,
                 stepping=layers or shared,
+                conditioning=precondition,
                 gradients=layerwise_gradient_bytes(model) if layerwise and accumulate == 1 else None,
             )
     finally:
@@ -210,6 +218,8 @@ def train(
         if shared is not None:
             shared.replicas.remove()
     totals = {"optimizer": type(optimizer).__name__, **run.summary(), "stopped": reason, "memory": dict(memory)}
+    if precondition is not None:
+        totals["precondition"] = precondition.summary()
     held = totals["held_out"]
     change = f"held-out loss {held['before']:.4f} -> {held['after']:.4f} nats a token"
     return Report(
@@ -234,6 +244,24 @@ def _shared(
 def _wait() -> None:
     """Wait for all processes: the first must not write a checkpoint while others look for an earlier one."""
     dist.barrier()
+
+
+def _check_handle(model: nn.Module, handle: Conditioning | None, layerwise: bool) -> None:
+    """Raise unless a handle can step before the optimiser."""
+    if handle is None:
+        return
+    if layerwise:
+        raise ValueError(
+            "layer by layer each gradient is used up and freed before natural gradients can be made of all; "
+            "leave out layerwise or precondition."
+        )
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        raise ValueError(
+            "precondition in several processes needs a loop of your own, with DistributedDataParallel: "
+            "loss.backward(); handle.step(); optimizer.step()."
+        )
+    if not any(each is handle.model for each in model.modules()):
+        raise ValueError("precondition is the handle of another model; give rankwise.precondition(model, ...).")
 
 
 def _layers(optimizer: torch.optim.Optimizer, accumulate: int, clip: float | None) -> Layerwise:

@@ -3,6 +3,8 @@
 import copy
 import io
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.nn import functional
 
 import rankwise
 from rankwise import preconditioners
+from rankwise.core.checkpoint import load_tree, save_tree
 from rankwise.core.conditioning import Conditioning
 from rankwise.core.preconditioner import Preconditioner
 from rankwise.linalg import Separately, both, exact, expanded, reduced
@@ -144,6 +147,24 @@ def test_a_run_goes_on_bit_by_bit(method: Preconditioner, stop: int):
     again.load_state_dict(momentum)
     run(other, later, again, data[stop:])
     same(one, other)
+
+
+def test_the_state_fits_into_a_checkpoint_and_figures_into_json(method: Preconditioner, tmp_path: Path):
+    """Numbers lie in memory as they come back from a file, since rounding depends on it."""
+    model = small()
+    handle = rankwise.precondition(model, method)
+    run(model, handle, torch.optim.SGD(model.parameters(), lr=0.05), batches(2))
+    state = handle.state_dict()
+    save_tree(state, tmp_path / "state.safetensors")
+    found = load_tree(tmp_path / "state.safetensors")
+    for block, tensors in state["curvature"].items():
+        for name, tensor in tensors.items():
+            assert torch.equal(found["curvature"][block].pop(name), tensor)
+            assert tensor.is_contiguous(), name
+    found.pop("curvature")
+    assert found == {name: value for name, value in state.items() if name != "curvature"}
+    assert type(method).__name__ in repr(handle)
+    assert json.loads(json.dumps(handle.summary()))["phases"] == handle.traffic()
 
 
 def test_batches_in_parts_are_one_batch(method: Preconditioner):

@@ -15,7 +15,16 @@ from .options import describe, registry
 @app.command("list")
 def methods() -> None:
     """Print every method, allocator, measure and format, with the fields that --set takes."""
-    from .. import adapters, allocators, compressors, estimators, exporters, measures, optimizers
+    from .. import (
+        adapters,
+        allocators,
+        compressors,
+        estimators,
+        exporters,
+        measures,
+        optimizers,
+        preconditioners,
+    )
 
     sections: dict[str, ModuleType] = {
         "Methods (compress --method NAME --set field=value)": compressors,
@@ -24,6 +33,7 @@ def methods() -> None:
         "Measures (inspect)": measures,
         "Optimisers (train --optimizer NAME --set field=value)": optimizers,
         "Estimators (rankwise.estimate in Python)": estimators,
+        "Preconditioners (train --precondition NAME --precondition-set field=value)": preconditioners,
         "Formats (export --to NAME --set field=value)": exporters,
     }
     for title, package in sections.items():

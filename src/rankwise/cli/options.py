@@ -16,6 +16,7 @@ from ..core.methods import Initialiser, RankRule
 from ..core.subspaces import Carry, Projector, Refresh
 from ..core.surgery import Where
 from ..core.transforms import Transform
+from ..linalg import Sharing, exact, expanded, reduced
 from ..optimizers import retractions
 from ..optimizers.retractions import Retraction
 
@@ -29,6 +30,10 @@ PARTS: dict[type, types.ModuleType] = {
     Transform: optimizers,
 }
 """Kinds of methods that are fields of other methods, and where they are."""
+FUNCTIONS: dict[Any, dict[str, Callable[..., Any]]] = {
+    Sharing: {"exact": exact, "expanded": expanded, "reduced": reduced},
+}
+"""Kinds of functions that have names; others have no form in words."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,13 +102,14 @@ def build_mix(names: str, known: Mapping[str, Any], settings: Sequence[str], mix
     return mix(methods=tuple(build(kind, [word for name, word in named if name in each]) for kind, each in parts))
 
 
-def build(kind: Callable[..., Any], settings: Sequence[str]) -> Any:
+def build(kind: Callable[..., Any], settings: Sequence[str], flag: str = "--set") -> Any:
     """Make a method from ``field=value`` words.
 
     Args:
         kind: a dataclass, or a recipe with named arguments, whose fields are of type bool, int, float, str or
             Literal, or hold a method of PARTS.
         settings: each field at most once.
+        flag: what errors name.
 
     Raises:
         ValueError: if a field is unknown, missing, given twice, or its value does not fit.
@@ -115,18 +121,18 @@ def build(kind: Callable[..., Any], settings: Sequence[str]) -> Any:
         name, equals, text = setting.partition("=")
         name = name.replace("-", "_")
         if not equals:
-            raise ValueError(f"--set takes field=value, got {setting!r}; fields of {kind.__name__}: {listing}.")
+            raise ValueError(f"{flag} takes field=value, got {setting!r}; fields of {kind.__name__}: {listing}.")
         if name not in known:
-            raise ValueError(f"--set: {kind.__name__} has no field {name!r}; its fields: {listing}.")
+            raise ValueError(f"{flag}: {kind.__name__} has no field {name!r}; its fields: {listing}.")
         if name in values:
-            raise ValueError(f"--set: {name} is given twice; give it once.")
+            raise ValueError(f"{flag}: {name} is given twice; give it once.")
         try:
             values[name] = parse(known[name], text)
         except ValueError as error:
-            raise ValueError(f"--set {name}: {error}; fields of {kind.__name__}: {listing}.") from error
+            raise ValueError(f"{flag} {name}: {error}; fields of {kind.__name__}: {listing}.") from error
     for field in settable(kind):
         if field.default is inspect.Parameter.empty and field.name not in values:
-            raise ValueError(f"--set {field.name}=... is needed; fields of {kind.__name__}: {listing}.")
+            raise ValueError(f"{flag} {field.name}=... is needed; fields of {kind.__name__}: {listing}.")
     return kind(**values)
 
 
@@ -166,7 +172,7 @@ def parse(kind: Any, text: str) -> Any:
     if get_origin(kind) in (Union, types.UnionType):
         if text.lower() == "none" and type(None) in get_args(kind):
             return None
-        options = [option for option in get_args(kind) if option is not type(None)]
+        options = [option for option in get_args(kind) if option is not type(None) and _has_words(option)]
         for option in options[:-1]:
             with contextlib.suppress(ValueError):
                 return parse(option, text)
@@ -181,11 +187,11 @@ def parse(kind: Any, text: str) -> Any:
         if len(words) != len(kinds):
             raise ValueError(f"must be {_type_name(kind)}, got {text!r}")
         return tuple(parse(each, word) for each, word in zip(kinds, words, strict=True))
-    if kind in PARTS:
-        known = _parts(kind)
+    if kind in PARTS or kind in FUNCTIONS:
+        known = FUNCTIONS[kind] if kind in FUNCTIONS else _parts(kind)
         if text not in known:
             raise ValueError(f"must be one of {', '.join(known)}, got {text!r}")
-        return known[text]()
+        return known[text] if kind in FUNCTIONS else known[text]()
     if kind is bool:
         words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
         if text.lower() not in words:
@@ -249,6 +255,8 @@ def _default(value: Any) -> str:
         return ""
     if dataclasses.is_dataclass(value):
         return f" = {command_name(type(value).__name__)}"
+    if inspect.isfunction(value):
+        return f" = {value.__name__}"
     return f" = {','.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
@@ -256,7 +264,7 @@ def _has_words(kind: Any) -> bool:
     """Whether values of a type can be written as one word."""
     if get_origin(kind) is tuple:
         return all(each in (bool, int, float) for each in get_args(kind))
-    return get_origin(kind) is not Callable
+    return kind in FUNCTIONS or get_origin(kind) is not Callable
 
 
 def _parts(kind: type) -> dict[str, Callable[[], Any]]:
@@ -275,8 +283,12 @@ def _makes(made: Callable[..., Any], kind: type) -> bool:
 def _type_name(kind: Any) -> str:
     if kind in PARTS:
         return " | ".join(_parts(kind))
+    if kind in FUNCTIONS:
+        return " | ".join(FUNCTIONS[kind])
     if get_origin(kind) in (Union, types.UnionType):
-        return " | ".join("None" if each is type(None) else _type_name(each) for each in get_args(kind))
+        return " | ".join(
+            "None" if each is type(None) else _type_name(each) for each in get_args(kind) if _has_words(each)
+        )
     if get_origin(kind) is Literal:
         return " | ".join(map(str, get_args(kind)))
     if get_origin(kind) is tuple:

@@ -12,6 +12,7 @@ import typer
 from torch import Tensor
 
 from ..core.data import batches_of
+from ..core.preconditioner import Preconditioner
 from ..core.rates import Cosine
 from ..core.report import Report
 from ..core.tensorboard import tensorboard
@@ -35,6 +36,12 @@ def train(
     optimizer: Annotated[str, typer.Option(help="Of hidden matrices; see `rankwise list`.")] = "galore",
     rank: Annotated[int | None, typer.Option(help="The optimiser's rank; short for --set rank=...")] = None,
     settings: Settings = None,
+    precondition: Annotated[
+        str | None, typer.Option(help="Make natural gradients first; see `rankwise list`.")
+    ] = None,
+    precondition_settings: Annotated[
+        list[str] | None, typer.Option("--precondition-set", help="field=value of the preconditioner.")
+    ] = None,
     lr: Annotated[float, typer.Option(help="Largest learning rate of matrices.")] = 1e-3,
     other_lr: Annotated[float | None, typer.Option(help="That of Adam on all else; default: --lr.")] = None,
     weight_decay: Annotated[float, typer.Option(help="Of matrices, embeddings and heads.")] = 0.0,
@@ -79,6 +86,11 @@ def train(
 
     Started by torchrun or accelerate, each process computes a share of the --accumulate batches of a step, and
     they exchange projected gradients, or whole ones with --clip. The steps are those of one process.
+
+    With --precondition gradients of linear layers become natural gradients, by a method such as sngd, before they
+    are clipped and --optimizer sees them. A sample is a window, and its tokens are positions: with sharing=exact
+    (--precondition-set) there are as many samples as windows in a step; with expanded each token is one, which
+    costs and knows more. The report says how long each phase took.
     """
     for flag, count in (("--steps", steps), ("--batch", batch), ("--accumulate", accumulate), ("--every", every)):
         at_least(flag, count, 1)
@@ -92,6 +104,7 @@ def train(
 
     words = [*(settings or []), *([] if rank is None else [f"rank={rank}"])]
     transform = build(pick("--optimizer", optimizer, registry(optimizers)), words)
+    conditioner = _conditioner(precondition, precondition_settings, layerwise)
     rate = Cosine(warmup)
     precision = pick("--dtype", dtype, DTYPES)
     place = torch.device(pick("--device", device, _devices()))
@@ -108,6 +121,7 @@ def train(
     from ..core.optimizer import Optimizer
     from ..core.writing import Nearest, StochasticRounding
     from ..models.causal import check_causal
+    from ..preconditioning import precondition as conditioned
 
     check_causal(network, window, "only such models learn texts")
     network.to(place)
@@ -121,6 +135,7 @@ def train(
     groups = pretraining.parameter_groups(network, transform, lr=lr, other_lr=other_lr, weight_decay=weight_decay)
     numbers = [sum(p.numel() for _, p in group["params"]) for group in groups]
     say(f"{numbers[0]:,} numbers in matrices get {optimizer}, {sum(numbers[1:]):,} others adam")
+    handle = None if conditioner is None else conditioned(network, conditioner, seed=seed)
     with contextlib.nullcontext() if logs is None else tensorboard(logs) as observe:
         try:
             report = pretraining.train(
@@ -136,6 +151,7 @@ def train(
                 autocast=torch.bfloat16 if autocast else None,
                 gradient_checkpointing=gradient_checkpointing,
                 layerwise=layerwise,
+                precondition=handle,
                 checkpoint=state,
                 notify=lambda memory: say(f"predicted   {in_words(memory)}"),
                 observe=observe,
@@ -151,6 +167,10 @@ def train(
         return
     measured = {name: report.totals["memory"][name] for name in ("rise", "peak")}
     say(f"measured    {in_words(measured)} of the whole process")
+    if handle is not None:
+        phases = ", ".join(f"{name} {found['seconds']:.2f} s" for name, found in handle.traffic().items())
+        say(f"preconditioned {handle.steps} steps, passed over {handle.skipped}: {phases}")
+        handle.remove()
     if out is not None:
         say(f"saving to {out}")
         models.save(network, out, words_of)
@@ -159,6 +179,24 @@ def train(
     report = Report(f"{model}, {optimizer}: {report.title}", report.rows, "looks", report.totals)
     write_report(report, json, html)
     typer.echo(report.table())
+
+
+def _conditioner(name: str | None, settings: list[str] | None, layerwise: bool) -> Preconditioner | None:
+    """Make the preconditioner that the words ask for."""
+    from .. import preconditioners
+
+    if name is None:
+        if settings:
+            raise ValueError(f"--precondition-set needs --precondition, got {settings[0]!r}.")
+        return None
+    if layerwise:
+        raise ValueError("--layerwise frees gradients before --precondition can see all of them; leave one out.")
+    kinds = {
+        name: kind
+        for name, kind in registry(preconditioners).items()
+        if isinstance(kind, type) and issubclass(kind, Preconditioner)
+    }
+    return build(pick("--precondition", name, kinds), settings or [], "--precondition-set")
 
 
 def _devices() -> dict[str, str]:

@@ -1,6 +1,6 @@
 """What the layers of a model see while it trains: the inputs and output gradients of each sample."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..linalg import KhatriRao
 from .conditioned import Conditioned
-from .views import EmbeddingView, View
+from .views import Conv2dView, EmbeddingView, View
 
 
 @dataclass(frozen=True)
@@ -36,24 +36,31 @@ class _Call:
 
 
 class Capture:
-    """Keeps the inputs and the output gradients of some layers while ``on``, from hooks on them.
+    """Keeps the inputs and the output gradients of the layers that are ``wanted``, from hooks on them.
 
     Calls of a layer within one run of the model belong to the same samples; further runs before :meth:`take`
     bring further samples. A run without gradients, or one that the loss does not depend on, leaves nothing.
+    A run is about one sample if each layer is called without an axis of samples. Whatever makes gradients flow
+    through the layers counts as a backward pass of the loss, ``torch.autograd.grad`` too.
 
     Args:
-        model: whose first argument has the samples on its first axis.
+        model: whose first tensor has the samples on an axis.
         layers: none of them a slice of a 3-D parameter.
+        axis: which one, in that tensor and in sequences (..., n) that layers see; images have them first.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, Conditioned]) -> None:
-        self.layers, self.on = layers, False
+    def __init__(self, model: nn.Module, layers: Mapping[str, Conditioned], axis: int = 0) -> None:
+        if not isinstance(axis, int) or axis < 0:
+            raise ValueError(f"axis must be a whole number >= 0, got {axis}.")
+        self.layers, self.axis = layers, axis
+        self.wanted: Collection[str] = ()
         self.calls: dict[str, list[_Call]] = {}
+        self.used: dict[int, list[tuple[bool, int]]] = {}  # runs: whether calls had no axis, and their first one
         self.batch, self.counts = 0, {0: 0}
         self._handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for name, layer in layers.items():
             for each in {id(each): each for each in map(model.get_submodule, layer.site.names)}.values():
-                self._handles.append(each.register_forward_hook(self._called(name)))
+                self._handles.append(each.register_forward_hook(self._called(name), with_kwargs=True))
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -63,6 +70,7 @@ class Capture:
     def clear(self) -> None:
         """Forget what was seen."""
         self.calls.clear()
+        self.used.clear()
         self.batch, self.counts = 0, {0: 0}
 
     def take(self, scale: float = 1.0) -> dict[str, Rows]:
@@ -71,58 +79,100 @@ class Capture:
         Args:
             scale: what the loss was multiplied by, as a gradient scaler does.
         """
-        used = {call.batch for calls in self.calls.values() for call in calls}
-        firsts = {call.batch: len(call.inputs) for calls in self.calls.values() for call in calls}
-        counts = {batch: self.counts[batch] or firsts[batch] for batch in used}
+        counts = self._counts()
         samples = sum(counts.values())
         found = {}
         for name, calls in self.calls.items():
             layer, view = self.layers[name], self.layers[name].site.view
+            width = layer.shape[1] - (layer.bias is not None)
             batches = [
-                _joined([_positions(call, view, counts[batch]) for call in calls if call.batch == batch])
+                layer.with_bias(KhatriRao(*_joined([*self._seen(calls, batch, view, counts[batch])]), width))
                 for batch in sorted({call.batch for call in calls})
             ]
-            inputs, gradients = _stacked([x for x, _ in batches]), _stacked([g for _, g in batches])
-            width = layer.shape[1] - (layer.bias is not None)
-            each = KhatriRao(inputs, gradients * (samples / scale), width)
-            found[name] = Rows(layer.with_bias(each), samples)
+            inputs, gradients = _stacked([u.inputs for u in batches]), _stacked([u.gradients for u in batches])
+            found[name] = Rows(KhatriRao(inputs, gradients * (samples / scale), batches[0].width), samples)
         self.clear()
         return found
 
+    def samples(self) -> int:
+        """Return N, the samples of the runs that the loss depends on, through whichever layers."""
+        return sum(self._counts().values())
+
+    def _counts(self) -> dict[int, int]:
+        """Return the samples of each of these runs."""
+        return {
+            batch: 1 if all(alone for alone, _ in each) else self.counts[batch] or each[0][1]
+            for batch, each in self.used.items()
+        }
+
+    def _seen(
+        self, calls: Sequence[_Call], batch: int, view: View, samples: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield what the calls of one run are about."""
+        for call in calls:
+            if call.batch == batch:
+                yield _positions(call, view, samples, self.axis)
+
     def _begin(self, model: nn.Module, args: Sequence[Any], options: Mapping[str, Any]) -> None:
-        if self.on and torch.is_grad_enabled():
-            given = [value for value in [*args, *options.values()] if isinstance(value, Tensor) and value.dim()]
+        if self.wanted and torch.is_grad_enabled():
+            given = next((tensor for tensor in _tensors([args, options]) if tensor.dim() > self.axis), None)
             self.batch += 1
-            self.counts[self.batch] = len(given[0]) if given else 0
+            self.counts[self.batch] = 0 if given is None else given.shape[self.axis]
 
     def _called(self, name: str) -> Any:
-        def called(module: nn.Module, args: Sequence[Any], output: Tensor) -> None:
-            if self.on and torch.is_grad_enabled() and output.requires_grad:
-                batch, inputs = self.batch, args[0].detach()
-                output.register_hook(lambda gradient: self._add(name, _Call(batch, inputs, gradient)))
+        def called(module: nn.Module, args: Sequence[Any], options: Mapping[str, Any], output: Tensor) -> None:
+            if self.wanted and torch.is_grad_enabled() and output.requires_grad:
+                batch, inputs = self.batch, next(_tensors([args, options])).detach()
+                alone = _alone(inputs, self.layers[name].site.view)
+                use = alone, 1 if alone else len(inputs)
+                kept = inputs if name in self.wanted else None
+                output.register_hook(lambda gradient: self._add(name, batch, use, kept, gradient))
 
         return called
 
-    def _add(self, name: str, call: _Call) -> None:
-        if self.on:
-            self.calls.setdefault(name, []).append(call)
+    def _add(self, name: str, batch: int, use: tuple[bool, int], inputs: Tensor | None, gradient: Tensor) -> None:
+        if self.wanted:
+            self.used.setdefault(batch, []).append(use)
+        if name in self.wanted and inputs is not None:
+            self.calls.setdefault(name, []).append(_Call(batch, inputs, gradient))
 
 
-def _positions(call: _Call, view: View, samples: int) -> tuple[Tensor, Tensor]:
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors among arguments, first those without names."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors([*value.values()])
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _tensors(each)
+
+
+def _alone(inputs: Tensor, view: View) -> bool:
+    """Whether a layer was called without an axis of samples."""
+    return inputs.dim() == (0 if isinstance(view, EmbeddingView) else 3 if isinstance(view, Conv2dView) else 1)
+
+
+def _positions(call: _Call, view: View, samples: int, axis: int) -> tuple[Tensor, Tensor]:
     """See a call as inputs (R, T, n), or (R, T) of tokens, and gradients (R, T, m).
 
-    R is the number of samples if they are on the first axis, else each row is one by itself.
+    R is the number of samples if they are on an axis of their own, else each row is one by itself.
     """
-    gradients = view.outputs(call.gradients)
+    seen, gradients = call.inputs, call.gradients
+    if _alone(seen, view):
+        seen, gradients = seen[None], gradients[None]
+    gradients = view.outputs(gradients)
     dtype = torch.promote_types(gradients.dtype, torch.float32)
     gradients = gradients.to(dtype)
     if isinstance(view, EmbeddingView):
-        inputs, widths = call.inputs, ()
+        inputs, widths = seen, ()
         if view.padding is not None:
             gradients = gradients * (inputs != view.padding)[..., None]
     else:
-        inputs = view.inputs(call.inputs).to(dtype)
+        inputs = view.inputs(seen).to(dtype)
         widths = inputs.shape[-1:]
+    if not isinstance(view, Conv2dView) and gradients.dim() > axis + 1 and gradients.shape[axis] == samples:
+        inputs, gradients = inputs.movedim(axis, 0), gradients.movedim(axis, 0)
     rows = samples if gradients.dim() > 1 and len(gradients) == samples else gradients[..., 0].numel()
     return inputs.reshape(rows, -1, *widths), gradients.reshape(rows, -1, gradients.shape[-1])
 

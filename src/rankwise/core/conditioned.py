@@ -61,12 +61,6 @@ class Conditioned:
         assert self.weight.grad is not None
         _write(self.weight.grad, self.site.view.stored(gradient))
 
-    def forget(self) -> None:
-        """Take the gradient away, so that an optimiser passes over it."""
-        self.weight.grad = None
-        if self.bias is not None:
-            self.bias.grad = None
-
     def with_bias(self, samples: KhatriRao) -> KhatriRao:
         """Let inputs end with the one that the bias is multiplied by."""
         if self.bias is None:
@@ -87,8 +81,10 @@ def _whole(tensor: Tensor) -> Tensor:
 def _write(place: Tensor, values: Tensor) -> None:
     """Write into a tensor, or each process into its shard of one."""
     if type(place) is not Tensor:
-        from torch.distributed.tensor import DTensor, distribute_tensor
+        from torch.distributed.tensor import DTensor, Replicate
 
-        if isinstance(place, DTensor):
-            values = distribute_tensor(values.to(place.dtype).contiguous(), place.device_mesh, place.placements)
+        if isinstance(place, DTensor):  # all processes have the same values: each cuts its own part out
+            mesh, values = place.device_mesh, values.to(place.dtype).contiguous()
+            values = DTensor.from_local(values, mesh, [Replicate()] * mesh.ndim, run_check=False)
+            values = values.redistribute(placements=place.placements)
     place.copy_(values)

@@ -1,17 +1,19 @@
 """Preconditioning the gradients of a model at work."""
 
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
 from ..linalg import KhatriRao, seeded
+from .agreement import agreed
 from .capture import Capture, Rows
 from .conditioned import Conditioned
-from .exchange import Exchange, Traffic, place
+from .exchange import Exchange, Traffic, parts_of, place
 from .preconditioner import Curvature, Preconditioner, Shared, damping_at
+from .states import described
 
 SPLIT = "\0"  # between the name of a block and that of a tensor
 
@@ -28,7 +30,11 @@ class Conditioning:
         workers: share of the processes that multiply the gradients of one block.
         traffic: counts bytes and seconds.
         group: of processes.
+        axis: of the samples, see :func:`rankwise.precondition`.
         seed: of what methods draw.
+
+    Raises:
+        ValueError: if ``workers`` is not a share that divides the processes.
     """
 
     def __init__(
@@ -42,6 +48,7 @@ class Conditioning:
         workers: float = 1.0,
         traffic: Traffic | None = None,
         group: Any = None,
+        axis: int = 0,
         seed: int = 0,
     ) -> None:
         self.model, self.method, self.layers = model, method, dict(layers)
@@ -50,21 +57,28 @@ class Conditioning:
         self.blocks = {"all": [*layers]} if method.whole else {name: [name] for name in layers}
         self.curvature: dict[str, Curvature] = {block: {} for block in self.blocks}
         self.inverted: set[str] = set()
-        self.exchange = Exchange(traffic or Traffic(), group)
-        self.parts = self.exchange.size // max(1, round(workers * self.exchange.size))
+        self.exchange = Exchange(traffic or Traffic(), group, self.device)
+        self.parts = parts_of(self.exchange.size, workers)
         if method.projects and self.parts > 1:
             raise ValueError(f"{type(method).__name__} needs all inverses on all processes; take workers=1.")
         self.within = self.exchange.divided(self.parts)  # the processes that multiply the same gradients
         self.part_of, self.owner_of = self._places()
-        self.capture = Capture(model, layers)
+        self.capture = Capture(model, layers, axis)
         self._look()
 
+    @property
+    def device(self) -> torch.device:
+        """Where the layers are."""
+        return next(iter(self.layers.values())).weight.device
+
+    @torch.no_grad()
     def step(self, *, scale: float = 1.0) -> bool:
         """Turn the gradients that the model has into natural gradients; call it before the optimiser's step.
 
         Gradients must be averaged over processes and divided by a gradient scaler's factor already, and not yet
         clipped. Where one of them is not finite, all gradients of the model are taken away with a warning, so
-        that the optimiser passes over its parameters, and the curvature stays as it was.
+        that the optimiser passes over its parameters, and the curvature stays as it was. An error or an interrupt
+        leaves either the gradients as they were or none at all; go on from a saved state then.
 
         Args:
             scale: what the loss was multiplied by before the backward pass: ``scaler.get_scale()``.
@@ -73,42 +87,75 @@ class Conditioning:
             whether the step was taken.
 
         Raises:
-            ValueError: if a layer has a gradient but was not called as a module, or the damping is not positive.
+            ValueError: if a layer has a gradient but was not called as a module, or has another weight than at
+                the beginning; if gradients differ between processes; if the damping or scale is not positive.
+            RuntimeError: if other processes do not answer.
         """
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"scale must be a number > 0, got {scale}.")
         damping = damping_at(self.method.damping, self.steps)
-        found = {name: layer.gradient() for name, layer in self.layers.items()}
-        gradients = {name: gradient for name, gradient in found.items() if gradient is not None}
-        sizes = [torch.linalg.vector_norm(gradient) for gradient in gradients.values()]
-        norms = dict(zip(gradients, torch.stack(sizes).tolist() if sizes else [], strict=True))
-        if not all(norm < float("inf") for norm in norms.values()):
-            self._skip()
-            return False
-        layers = {name for name, norm in norms.items() if norm}
-        moving = [block for block, names in self.blocks.items() if layers.intersection(names)]
-        if self.capture.on:
-            self._refresh(moving, layers, scale, damping)
-        natural = self._multiply(moving, gradients, damping)
-        factor = self._shortening(gradients, natural)
-        for name, gradient in natural.items():
-            self.layers[name].put(gradient * factor)
+        with torch.autocast(self.device.type, enabled=False):
+            gradients = self._gradients()
+            norms = agreed(self.exchange, gradients, [*self.layers], self.steps)
+            if not all(norm < float("inf") for norm in norms.values()):
+                self.skip()
+                warnings.warn(
+                    f"a gradient is not finite: this step is passed over, the {self.skipped}. in all.",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+                return False
+            layers = {name for name, norm in norms.items() if norm}
+            moving = [block for block, names in self.blocks.items() if layers.intersection(names)]
+            if self.capture.wanted:
+                self._refresh(moving, layers, scale, damping)
+            self._invert_lacking(moving, damping)
+            natural = self._multiply(moving, gradients, damping)
+            self._put(natural, self._shortening(gradients, natural))
         self.steps += 1
         self._look()
         return True
 
+    def skip(self) -> None:
+        """Pass over a step: take all gradients of the model away, and forget what led to them."""
+        self.skipped += 1
+        self.discard()
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+    def discard(self) -> None:
+        """Forget the samples since the last step; for gradients that are dropped, or not those of the loss."""
+        self.capture.clear()
+
     def traffic(self) -> dict[str, dict[str, float]]:
         """Return bytes, seconds and times of each phase, summed since the beginning; see :class:`Traffic`.
 
-        ``factorise`` is what each process makes of its samples and of what it was told, ``exchange`` is telling,
+        ``agree`` is asking whether all have the same gradients, ``factorise`` what each process makes of its
+        samples and of what it was told, ``exchange`` is telling,
         ``invert`` the work of this process for all, ``broadcast`` the giving of inverses, ``apply`` the
         multiplication at each step, and ``gradients`` their giving to processes that do not multiply.
         """
         return self.exchange.traffic.table()
 
+    def about(self) -> dict[str, Any]:
+        """Say as plain data what decides about the natural gradients, without the state."""
+        return {
+            "method": described(self.method),
+            "layers": [*self.layers],
+            "kl_clip": self.kl_clip,
+            "seed": self.seed,
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """Say as plain data what was done: the method, steps, steps passed over, and the :meth:`traffic`."""
+        done = {"layers": len(self.layers), "steps": self.steps, "skipped": self.skipped}
+        return {"method": described(self.method), **done, "phases": self.traffic()}
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state: nested dictionaries of tensors, numbers and strings.
 
-        Samples seen since the last step are not part of it. Where ``workers`` is below one each process has its
-        own.
+        Samples seen since the last step are not part of it. It is the same on all processes, but that, where
+        ``workers`` is below one, each holds inverses only for the layers whose gradients it multiplies.
         """
         return {
             "method": type(self.method).__name__,
@@ -121,6 +168,10 @@ class Conditioning:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take a state; what follows is bit by bit what would have followed.
 
+        The number of processes may be another one. An inverse that this process needs and the state lacks, as it
+        was saved where ``workers`` is below one by a process for other layers, is made again at the next step,
+        from the curvature and the damping of then.
+
         Raises:
             ValueError: if it is of another method or of other layers.
         """
@@ -129,11 +180,14 @@ class Conditioning:
         if other := sorted(state["curvature"].keys() ^ self.blocks.keys()):
             raise ValueError(f"the state is of other layers: {', '.join(other)}.")
         self.steps, self.skipped, self.inverted = state["steps"], state["skipped"], {*state["inverted"]}
-        like = next(iter(self.layers.values())).weight
-        self.curvature = {
-            block: {name: tensor.to(like.device, copy=True) for name, tensor in tensors.items()}
+        self.curvature = {  # what a method keeps on the CPU is single numbers
+            block: {
+                name: tensor.to(self.device if tensor.dim() else tensor.device, copy=True)
+                for name, tensor in tensors.items()
+            }
             for block, tensors in state["curvature"].items()
         }
+        self.discard()
         self._look()
 
     def remove(self) -> None:
@@ -161,32 +215,47 @@ class Conditioning:
         return self.part_of[block] == self.exchange.rank // self.within.size
 
     def _look(self) -> None:
-        """Say whether the next step will look at the samples."""
-        missing = any(not curvature for curvature in self.curvature.values())
-        self.capture.on = self.method.sees_rows and (self.method.captures(self.steps) or missing)
+        """Say what the next step will look at: all layers, or those of which nothing is known."""
+        due = self.method.captures(self.steps)
+        blocks = [block for block, known in self.curvature.items() if due or not known]
+        names = {name for block in blocks for name in self.blocks[block]}
+        self.capture.wanted = names if self.method.sees_rows else ()
 
-    def _skip(self) -> None:
-        self.skipped += 1
-        self.capture.clear()
-        for parameter in self.model.parameters():
-            parameter.grad = None
-        warnings.warn(
-            f"a gradient is not finite: this step is passed over, the {self.skipped}. in all.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+    def _gradients(self) -> dict[str, Tensor]:
+        """Return the gradients that layers have."""
+        found = {}
+        for name, layer in self.layers.items():
+            if layer.site.layer.get_parameter("weight") is not layer.weight:
+                raise ValueError(
+                    f"layer {name} has another weight than at the beginning; call rankwise.precondition after "
+                    "what gives it one, such as fully_shard."
+                )
+            gradient = layer.gradient()
+            if gradient is not None:
+                found[name] = gradient
+        return found
+
+    def _put(self, natural: Mapping[str, Tensor], factor: float) -> None:
+        """Let natural gradients be the gradients, or nothing where this is interrupted."""
+        try:
+            for name, gradient in natural.items():
+                self.layers[name].put(gradient * factor)
+        except BaseException:
+            for parameter in self.model.parameters():
+                parameter.grad = None
+            raise
 
     def _refresh(self, moving: Iterable[str], layers: Collection[str], scale: float, damping: float) -> None:
         """Look at the samples, tell the other processes, and invert."""
         due, traffic = self.method.captures(self.steps), self.exchange.traffic
         blocks = [block for block in moving if due or not self.curvature[block]]
-        seen = self.capture.take(scale)
+        own, seen = self.capture.samples(), self.capture.take(scale)
         with traffic.phase("exchange"):
-            samples = self._count([n for block in blocks for n in self.blocks[block] if n in layers], seen)
+            samples = self._count(own, [n for block in blocks for n in self.blocks[block] if n in layers], seen)
         with traffic.phase("factorise"):
             shared = {
                 block: self.method.local(
-                    [seen.get(name) or self._nothing(name, seen) for name in self.blocks[block]],
+                    [seen.get(name) or self._nothing(name, own) for name in self.blocks[block]],
                     self.curvature[block],
                     self._generator(i),
                     samples,
@@ -201,15 +270,26 @@ class Conditioning:
         with traffic.phase("factorise"):
             for block in blocks:
                 self.method.update(Shared(sums[block], rows[block]), samples, self.curvature[block])
+                self.curvature[block].update(_dense(self.curvature[block]))
         wanted = self.method.inverts(self.steps)
         self._invert([block for block in blocks if wanted or block not in self.inverted], damping)
+
+    def _invert_lacking(self, moving: Iterable[str], damping: float) -> None:
+        """Invert what a state lacks that was saved by a process for other layers."""
+        lacking = [b for b in moving if self._mine(b) and self.curvature[b] and b not in self.inverted]
+        if self.method.sees_rows and lacking:
+            with self.exchange.traffic.phase("invert"):
+                for block in lacking:
+                    inverse = self.method.invert(self.curvature[block], damping, self._shapes(block))
+                    self.curvature[block].update(_dense(inverse))
+            self.inverted.update(lacking)
 
     def _invert(self, blocks: Iterable[str], damping: float) -> None:
         """Invert for the blocks that this process owns, and share with those that multiply the same gradients."""
         owners = {block: self.owner_of[block] for block in blocks if self._mine(block)}
         with self.exchange.traffic.phase("invert"):
             own = {
-                block: self.method.invert(self.curvature[block], damping, self._shapes(block))
+                block: _dense(self.method.invert(self.curvature[block], damping, self._shapes(block)))
                 for block, owner in owners.items()
                 if owner == self.within.rank
             }
@@ -217,7 +297,7 @@ class Conditioning:
             every = _cut(self.within.spread("broadcast", _named(own), {*owners.values()}), owners)
         for block, inverse in every.items():
             self.curvature[block].update(inverse)
-        self.inverted.update(blocks)
+        self.inverted.update(owners)
 
     def _multiply(
         self, moving: Iterable[str], gradients: Mapping[str, Tensor], damping: float
@@ -255,34 +335,33 @@ class Conditioning:
         change = float(torch.stack([(natural[name] * gradients[name]).sum() for name in natural]).sum())
         return min(1.0, (self.kl_clip / max(abs(rate**2 * change), 1e-30)) ** 0.5)
 
-    def _count(self, names: Iterable[str], seen: Mapping[str, Rows]) -> int:
-        """Return the samples of all processes.
+    def _count(self, own: int, names: Sequence[str], seen: Mapping[str, Rows]) -> int:
+        """Return the samples of all processes, of which ``own`` are here.
 
         Raises:
             ValueError: if no process saw any for a layer that has a gradient.
         """
-        mine = [max((rows.samples for rows in seen.values()), default=0)]
-        mine += [len(seen[name].each) if name in seen else 0 for name in names]
-        counts = self.exchange.add("exchange", {"counts": self._tensor(mine)})["counts"].tolist()
+        mine = [own, *(len(seen[name].each) if name in seen else 0 for name in names)]
+        counts = self.exchange.add("exchange", {"counts": torch.tensor(mine, device=self.device)})[
+            "counts"
+        ].tolist()
         for name, count in zip(names, counts[1:], strict=True):
             if not count:
                 raise ValueError(
                     f"layer {name} has a gradient, but was not called as a module in a forward pass that the "
-                    "loss depends on; leave it out with 'where'."
+                    "loss depends on; leave it out with 'where'. Code that torch.compile made "
+                    "before the handle passes over it until torch.compiler.reset()."
                 )
         return counts[0]
 
-    def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, device=next(iter(self.layers.values())).weight.device)
-
-    def _nothing(self, name: str, seen: Mapping[str, Rows]) -> Rows:
+    def _nothing(self, name: str, own: int) -> Rows:
         """What a process knows of a layer that it did not call: nothing, or, beside other layers, only zeros."""
         layer = self.layers[name]
-        samples = max((rows.samples for rows in seen.values()), default=0) if self.method.whole else 0
+        samples = own if self.method.whole else 0
         (m, n), zeros = layer.shape, self._zeros(name)
         inputs = zeros.new_zeros(samples, 1, *(() if layer.tokens else (n,)))
         each = KhatriRao(inputs.long() if layer.tokens else inputs, zeros.new_zeros(samples, 1, m), n)
-        return Rows(each, samples)
+        return Rows(each, own)
 
     def _zeros(self, name: str) -> Tensor:
         weight = self.layers[name].weight
@@ -291,8 +370,12 @@ class Conditioning:
 
     def _generator(self, block: int) -> Generator:
         """Return random numbers that depend on the step, the process and the block alone."""
-        device = next(iter(self.layers.values())).weight.device
-        return seeded(self.seed, self.steps, self.exchange.rank, block, device=device)
+        return seeded(self.seed, self.steps, self.exchange.rank, block, device=self.device)
+
+
+def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Let numbers lie in memory as they do after a broadcast or in a file, on which rounding depends."""
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def _named(nested: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

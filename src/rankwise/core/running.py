@@ -121,6 +121,7 @@ class Run:
         word: what errors call that which is lowered.
         buffers: names of other tensors of the model's state that change with the parameters.
         followers: what else goes into a checkpoint, by name.
+        beside: what goes into it like the optimizer: as it is now, whatever numbers were the best.
         identity: names the task; a checkpoint of another one is refused.
         describe: says of the model, as JSON, what is in no tensor and may change while it trains.
         file: where the checkpoint is kept, or None.
@@ -144,6 +145,7 @@ class Run:
         word: str = "loss",
         buffers: Sequence[str] = (),
         followers: Mapping[str, Follower] | None = None,
+        beside: Mapping[str, Follower] | None = None,
         identity: str = "",
         describe: Callable[[], str] = str,
         file: Path | None = None,
@@ -156,7 +158,7 @@ class Run:
         self.model, self.trained, self.optimizer, self.plan = model, dict(trained), optimizer, plan
         self.mode, self.word, self.identity, self.file = mode, word, identity, file
         self.describe, self.buffers, self.followers = describe, tuple(buffers), dict(followers or {})
-        self.stateful: dict[str, Any] = {"optimizer": optimizer, **self.followers}
+        self.stateful: dict[str, Any] = {"optimizer": optimizer, **(beside or {}), **self.followers}
         self.started = time.perf_counter() if started is None else started
         self.generator = Generator().manual_seed(plan.seed)
         self.progress = Progress()

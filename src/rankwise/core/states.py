@@ -1,6 +1,7 @@
 """States of parameters: tensors with a leading axis of parameters, in mappings of mappings."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -55,7 +56,7 @@ def put(state: State, rows: Tensor, new: State) -> None:
 
 
 def described(value: Any) -> Any:
-    """Return a transform, or a field of one, as plain data: its name and its fields.
+    """Return a transform, or a field of one, as plain data: its name and its fields; of a function its name.
 
     >>> from rankwise.optimizers import sgd
     >>> described(sgd())
@@ -69,6 +70,8 @@ def described(value: Any) -> Any:
         return {"kind": type(value).__name__, **fields}
     if isinstance(value, (tuple, list)):
         return [described(each) for each in value]
+    if inspect.isfunction(value):
+        return value.__qualname__
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise ValueError(f"fields of transforms are plain values or dataclasses, got {value!r}.")
+    raise ValueError(f"fields of transforms are plain values or dataclasses, or functions, got {value!r}.")

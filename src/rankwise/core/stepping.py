@@ -6,6 +6,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from .conditioning import Conditioning
 from .optimizer import Optimizer
 
 Loss = Callable[[], Tensor]
@@ -37,15 +38,20 @@ class Whole:
     Args:
         optimizer: over the parameters.
         clip: largest 2-norm of the gradient of all parameters, or None.
+        conditioning: makes natural gradients of them first, which are then clipped.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, clip: float | None) -> None:
-        self.optimizer, self.clip = optimizer, clip
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, clip: float | None, conditioning: Conditioning | None = None
+    ) -> None:
+        self.optimizer, self.clip, self.conditioning = optimizer, clip, conditioning
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def take(self, losses: Sequence[Loss]) -> tuple[float, bool]:
         """Take one step; see :class:`Stepping`."""
         self.optimizer.zero_grad()
+        if self.conditioning is not None:
+            self.conditioning.discard()  # of a step that was interrupted
         total = 0.0
         for compute in losses:
             with torch.enable_grad():  # callers may have turned gradients off
@@ -54,6 +60,10 @@ class Whole:
             total += float(loss.detach())
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if not all(bool(g.isfinite().all()) for g in gradients) or not torch.tensor(total).isfinite():
+            if self.conditioning is not None:
+                self.conditioning.skip()
+            return total, False
+        if self.conditioning is not None and not self.conditioning.step():
             return total, False
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.clip)

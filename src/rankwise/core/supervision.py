@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .adapted import adapted, own_tensors
+from .conditioning import Conditioning
 from .data import digest_of_batches
 from .fingerprint import digest_of
 from .integer_weights import ChangingWeight
@@ -18,7 +19,7 @@ from .memory import memory_bytes, peak_memory_bytes, reset_peak_memory, training
 from .modes import kept, training
 from .running import Follower, Observe, Plan, Run
 from .statistics import Batch
-from .stepping import Stepping
+from .stepping import Stepping, Whole
 from .supervised import Supervised
 
 CHECKPOINT = "training.safetensors"
@@ -40,6 +41,7 @@ def train_supervised(
     looking: Callable[[], None] | None = None,
     observe: Observe | None = None,
     stepping: Stepping | None = None,
+    conditioning: Conditioning | None = None,
     gradients: int | None = None,
 ) -> tuple[Run, str, Memory]:
     """Train parameters on batches, judged by others, with memory predicted before and measured after.
@@ -58,6 +60,7 @@ def train_supervised(
         looking: see :class:`rankwise.core.running.Run`.
         observe: see :class:`rankwise.core.running.Run`.
         stepping: takes the steps; None collects all gradients first.
+        conditioning: makes natural gradients of them; only without ``stepping``. Its state is in the checkpoint.
         gradients: bytes of gradients at a time; None means all.
 
     Returns:
@@ -72,7 +75,7 @@ def train_supervised(
     trained = {name: parameter for name, parameter in trained.items() if name not in changes}
     file, identity = None if checkpoint is None else Path(checkpoint) / CHECKPOINT, ""
     if file is not None:
-        identity = _identity(model, plan, optimizer, loss, [*trained, *buffers], train, judges)
+        identity = _identity(model, plan, optimizer, loss, conditioning, [*trained, *buffers], train, judges)
     largest = max(pieces, key=lambda piece: piece.size)
     with kept(model, buffers), training(model):
         memory = training_bytes(model, optimizer, lambda: largest.loss(model), gradients=gradients)
@@ -86,11 +89,12 @@ def train_supervised(
         functools.partial(training, model),
         buffers=buffers,
         followers=followers,
+        beside={} if conditioning is None else {"precondition": conditioning},
         identity=identity,
         describe=lambda: _described(model),
         file=file,
         looking=looking,
-        stepping=stepping,
+        stepping=stepping or Whole(optimizer, plan.clip, conditioning),
         observe=observe,
     )
     rising, before = reset_peak_memory(run.device), memory_bytes(run.device)
@@ -123,6 +127,7 @@ def _identity(
     plan: Plan,
     optimizer: torch.optim.Optimizer,
     loss: Labels,
+    conditioning: Conditioning | None,
     names: Sequence[str],
     *data: Sequence[Batch],
 ) -> str:
@@ -139,6 +144,8 @@ def _identity(
         "data": [digest_of_batches(part) for part in data],
         "model": digest_of(rest),
     }
+    if conditioning is not None:
+        about["precondition"] = conditioning.about()
     return json.dumps(about, default=str, sort_keys=True)
 
 

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import sys
 from typing import Any, Self
 
 import torch
@@ -57,7 +58,7 @@ class LinearView(View):
     @classmethod
     def of(cls, layer: nn.Module) -> Self | None:
         """Fit ``nn.Linear`` itself; subclasses may compute something else."""
-        return cls() if type(layer) is nn.Linear else None
+        return cls() if kind_of(layer) is nn.Linear else None
 
     def matrix(self, weight: Tensor) -> Tensor:
         """(m, n) as it is."""
@@ -95,8 +96,9 @@ class TransposedView(LinearView):
     @classmethod
     def of(cls, layer: nn.Module) -> Self | None:
         """Fit ``transformers.pytorch_utils.Conv1D`` without importing it."""
-        name = f"{type(layer).__module__}.{type(layer).__qualname__}"
-        return cls(type(layer)) if name == "transformers.pytorch_utils.Conv1D" else None
+        kind = kind_of(layer)
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        return cls(kind) if name == "transformers.pytorch_utils.Conv1D" else None
 
     def matrix(self, weight: Tensor) -> Tensor:
         """Transpose (n, m) to (m, n)."""
@@ -127,7 +129,12 @@ class Conv2dView(View):
     @classmethod
     def of(cls, layer: nn.Module) -> Self | None:
         """Fit ``nn.Conv2d`` with one group and zero padding given in numbers."""
-        if type(layer) is not nn.Conv2d or layer.groups != 1 or layer.padding_mode != "zeros":
+        if (
+            not isinstance(layer, nn.Conv2d)
+            or kind_of(layer) is not nn.Conv2d
+            or layer.groups != 1
+            or layer.padding_mode != "zeros"
+        ):
             return None
         if isinstance(layer.padding, str):
             return None
@@ -215,7 +222,8 @@ class EmbeddingView(View):
     def of(cls, layer: nn.Module) -> Self | None:
         """Fit ``nn.Embedding`` with dense gradients that does not change its table by itself."""
         if (
-            type(layer) is not nn.Embedding
+            not isinstance(layer, nn.Embedding)
+            or kind_of(layer) is not nn.Embedding
             or layer.max_norm is not None
             or layer.sparse
             or layer.scale_grad_by_freq
@@ -262,6 +270,13 @@ VIEWS: tuple[type[View], ...] = (LinearView, TransposedView, Conv2dView, SliceVi
 def view_of(layer: nn.Module) -> View | None:
     """Return how a layer is seen as a matrix, or None if it is not one."""
     return next((view for kind in VIEWS if (view := kind.of(layer)) is not None), None)
+
+
+def kind_of(layer: nn.Module) -> type[nn.Module]:
+    """Return the class of a layer; ``fully_shard`` puts one of its own in front of it, which is passed over."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not there where nothing is sharded
+    kind = type(layer)
+    return kind.__mro__[2] if fsdp is not None and isinstance(layer, fsdp.FSDPModule) else kind
 
 
 def _filled(layer: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:

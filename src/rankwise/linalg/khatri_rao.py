@@ -88,7 +88,7 @@ class KhatriRao:
             x, g = self.inputs[low : low + step].flatten(0, 1), self.gradients[low : low + step].flatten(0, 1)
             alike = (x[:, None] == rights[0]).to(g.dtype) if self.one_hot else x @ rights[0].mT
             pairs = alike * (g @ rights[1].mT)
-            found[low : low + step] = pairs.view(-1, t, len(other), s).sum((1, 3))
+            found[low : low + step] = pairs.view(len(x) // t, t, len(other), s).sum((1, 3))
         return found
 
     def _gram_of_matrices(self, other: "KhatriRao") -> Tensor:
