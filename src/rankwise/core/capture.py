@@ -44,10 +44,11 @@ class Capture:
     Args:
         model: whose first argument has the samples on its first axis.
         layers: none of them a slice of a 3-D parameter.
+        reduces: :attr:`Preconditioner.reduces`.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, Conditioned]) -> None:
-        self.layers, self.on = layers, False
+    def __init__(self, model: nn.Module, layers: Mapping[str, Conditioned], *, reduces: bool = False) -> None:
+        self.layers, self.reduces, self.on = layers, reduces, False
         self.calls: dict[str, list[_Call]] = {}
         self.batch, self.counts = 0, {0: 0}
         self._handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
@@ -79,7 +80,7 @@ class Capture:
         for name, calls in self.calls.items():
             layer, view = self.layers[name], self.layers[name].site.view
             batches = [
-                _joined([_positions(call, view, counts[batch]) for call in calls if call.batch == batch])
+                self._batch([call for call in calls if call.batch == batch], view, counts[batch])
                 for batch in sorted({call.batch for call in calls})
             ]
             inputs, gradients = _stacked([x for x, _ in batches]), _stacked([g for _, g in batches])
@@ -88,6 +89,14 @@ class Capture:
             found[name] = Rows(layer.with_bias(each), samples)
         self.clear()
         return found
+
+    def _batch(self, calls: Sequence[_Call], view: View, samples: int) -> tuple[Tensor, Tensor]:
+        """See the calls of one run as inputs and gradients; a single one as means and sums if that will do."""
+        if self.reduces and len(calls) == 1 and len(calls[0].inputs) == samples:
+            means, gradients = view.means(_wide(calls[0].inputs)), _wide(view.outputs(calls[0].gradients))
+            if means is not None and bool((gradients != 0).any(-1).all()):
+                return means[:, None], gradients.sum(1, keepdim=True)
+        return _joined([_positions(call, view, samples) for call in calls])
 
     def _begin(self, model: nn.Module, args: Sequence[Any], options: Mapping[str, Any]) -> None:
         if self.on and torch.is_grad_enabled():
@@ -113,18 +122,21 @@ def _positions(call: _Call, view: View, samples: int) -> tuple[Tensor, Tensor]:
 
     R is the number of samples if they are on the first axis, else each row is one by itself.
     """
-    gradients = view.outputs(call.gradients)
-    dtype = torch.promote_types(gradients.dtype, torch.float32)
-    gradients = gradients.to(dtype)
+    gradients = _wide(view.outputs(call.gradients))
     if isinstance(view, EmbeddingView):
         inputs, widths = call.inputs, ()
         if view.padding is not None:
             gradients = gradients * (inputs != view.padding)[..., None]
     else:
-        inputs = view.inputs(call.inputs).to(dtype)
+        inputs = view.inputs(call.inputs).to(gradients.dtype)
         widths = inputs.shape[-1:]
     rows = samples if gradients.dim() > 1 and len(gradients) == samples else gradients[..., 0].numel()
     return inputs.reshape(rows, -1, *widths), gradients.reshape(rows, -1, gradients.shape[-1])
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Give a tensor type float32 or float64."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _joined(calls: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

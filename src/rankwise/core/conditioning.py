@@ -56,7 +56,7 @@ class Conditioning:
             raise ValueError(f"{type(method).__name__} needs all inverses on all processes; take workers=1.")
         self.within = self.exchange.divided(self.parts)  # the processes that multiply the same gradients
         self.part_of, self.owner_of = self._places()
-        self.capture = Capture(model, layers)
+        self.capture = Capture(model, layers, reduces=method.reduces)
         self._look()
 
     def step(self, *, scale: float = 1.0) -> bool:
@@ -180,7 +180,8 @@ class Conditioning:
         """Look at the samples, tell the other processes, and invert."""
         due, traffic = self.method.captures(self.steps), self.exchange.traffic
         blocks = [block for block in moving if due or not self.curvature[block]]
-        seen = self.capture.take(scale)
+        with traffic.phase("factorise"):
+            seen = self.capture.take(scale)
         with traffic.phase("exchange"):
             samples = self._count([n for block in blocks for n in self.blocks[block] if n in layers], seen)
         with traffic.phase("factorise"):
