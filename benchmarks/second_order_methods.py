@@ -199,7 +199,7 @@ METHODS = {
     "HyLo, KID": hylo("kid"),
     "HyLo, KIS": hylo("kis"),
     "HyLo, auto": hylo("auto"),
-    "M-FAC": damped(lambda damping, every: MFac(damping=damping, gradients=64), usual=(0.5, -3.0)),
+    "M-FAC": damped(lambda damping, every: MFac(damping=damping, gradients=64), usual=(-0.5, -3.0)),
 }
 
 

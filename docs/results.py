@@ -643,20 +643,21 @@ def second_order() -> list[str]:
     lines = _head("Second-order methods: steps, epochs and seconds to a score", found)
     lines += [
         "Each at its own best place after as many trials, three seeds, trainings taking turns step by step.",
-        "Scores are better the lower they are, and the target is what SGD with momentum has at its end; steps,",
-        "epochs and seconds are medians over the runs that get there. Learning rates of our second-order methods",
-        "are multiples of the damping. Phases are shares of the seconds of a training; what is left are the",
-        "forward and the backward pass and the optimiser.",
+        "Scores are better the lower they are, and the target is the worst that SGD with momentum has at an end;",
+        "steps, epochs and seconds are medians over the runs that get there. Learning rates of our second-order",
+        "methods are multiples of the damping. Phases are shares of the seconds of a training; what is left are",
+        "the forward and the backward pass and the optimiser.",
         "",
     ]
     final = [row for row in found["rows"] if row.get("chosen")]
+    names = dict.fromkeys(row["method"] for row in found["rows"])
     keys = ("task", "images", "width", "batch", "steps", "every", "device")
     for case in dict.fromkeys(tuple(row[key] for key in keys) for row in final):
         mine = [row for row in final if tuple(row[key] for key in keys) == case]
         about = ", ".join(f"{key} {value}" for key, value in zip(keys[1:], case[1:], strict=True))
         goal = f"; target {mine[0]['target']:.4f}" if "target" in mine[0] else ""
-        methods = dict.fromkeys(row["method"] for row in mine)
-        cells = [[method, *_reached([row for row in mine if row["method"] == method])] for method in methods]
+        each = {name: [row for row in mine if row["method"] == name] for name in names}
+        cells = [[name, *_reached(rows)] for name, rows in each.items() if rows]
         head = [
             "method",
             "rate, damping",
