@@ -14,11 +14,11 @@ from torch.optim import Optimizer
 
 import rankwise
 from rankwise.core.exchange import Traffic
-from rankwise.core.preconditioner import Preconditioner
+from rankwise.core.preconditioner import Preconditioner, damping_at
 from rankwise.linalg import reduced
 from rankwise.preconditioners import Ekfac, HyLo, Kfac, MFac, Sngd
 
-RANK, CLIP = 0.1, 0.01  # share of the samples that HyLo keeps; twice the KL divergence of a step at most
+RANK, CLIP = 0.1, 0.01  # share of the samples that HyLo keeps; see Ours
 
 Phases = dict[str, dict[str, float]]
 
@@ -44,16 +44,21 @@ class Handle:
 class Ours(Handle):
     """A method of rankwise.preconditioners.
 
-    Steps are shortened to a predicted change of 0.01 a position. A sample's loss that is a mean over T positions
-    has a Fisher matrix T times smaller than that of the positions, which is made up for here.
+    The predicted change of a step is kept below CLIP times the square of learning rate / damping, which is how
+    far a gradient goes where there is no curvature, so that steps are as long as the rate says whether they are
+    shortened or not. A sample's loss that is a mean over T positions has a Fisher matrix T times smaller than
+    that of the positions, which is made up for here.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, method: Preconditioner) -> None:
+        self.optimizer, self.method = optimizer, method
         self.handle = rankwise.precondition(model, method, optimizer=optimizer, kl_clip=CLIP, synchronise=True)
 
     def step(self, positions: int = 1) -> None:
+        damping = damping_at(self.method.damping, self.handle.steps)
+        self.handle.kl_clip = CLIP * (self.optimizer.param_groups[0]["lr"] / damping) ** 2
         with warnings.catch_warnings():
-            warnings.simplefilter("error", RuntimeWarning)
+            warnings.filterwarnings("error", "a gradient is not finite")
             try:
                 self.handle.step(scale=positions**-0.5)
             except RuntimeWarning as warning:
@@ -70,7 +75,11 @@ class Ours(Handle):
 
 
 class Theirs(Handle):
-    """kfac-pytorch, with its seconds and bytes counted from outside."""
+    """kfac-pytorch, with its seconds and bytes counted from outside.
+
+    Its clip is the usual one at the usual rate 0.1, and goes with the square of the rate as in :class:`Ours`; the
+    rate would else have no effect where steps are shortened, which is nearly always.
+    """
 
     PHASES: ClassVar = {
         "factorise": ("save_layer_input", "save_layer_grad_output", "update_a_factor", "update_g_factor"),
@@ -84,12 +93,18 @@ class Theirs(Handle):
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, damping: float, every: int) -> None:
         rival = imported("kfac.preconditioner")
-        warnings.filterwarnings(
-            "ignore", "Full backward hook is firing"
-        )  # the first layer's input has no gradient
-        options = {"factor_update_steps": 1, "inv_update_steps": every, "kl_clip": 0.001, "factor_decay": 0.95}
-        rate = optimizer.param_groups[0]
-        self.kfac = rival.KFACPreconditioner(model, damping=damping, lr=lambda step: rate["lr"], **options)
+        # the input of a model's first layer has no gradient
+        warnings.filterwarnings("ignore", "Full backward hook is firing")
+        group = optimizer.param_groups[0]
+        self.kfac = rival.KFACPreconditioner(
+            model,
+            damping=damping,
+            lr=lambda step: group["lr"],
+            kl_clip=lambda step: 0.001 * (group["lr"] / 0.1) ** 2,
+            factor_update_steps=1,
+            inv_update_steps=every,
+            factor_decay=0.95,
+        )
         self.traffic = Traffic(synchronise=True)
         for _, layer in self.kfac._layers.values():
             for phase, names in self.PHASES.items():
@@ -193,8 +208,8 @@ METHODS = {
     "AdamW": Entry((-2.5,), optimizer=adamw),
     "SGD, momentum": Entry((-1.0,)),
     "kfac-pytorch": Entry((-1.0, -2.5), Theirs),
-    "K-FAC": damped(lambda damping, every: Kfac(damping=damping, every=every), usual=(0.5, -1.0)),
-    "EK-FAC": damped(lambda damping, every: Ekfac(damping=damping, every=every), usual=(0.5, -1.0)),
+    "K-FAC": damped(lambda damping, every: Kfac(damping=damping, every=every)),
+    "EK-FAC": damped(lambda damping, every: Ekfac(damping=damping, every=every)),
     "SNGD": damped(lambda damping, every: Sngd(damping=damping, every=every, sharing=reduced)),
     "HyLo, KID": hylo("kid"),
     "HyLo, KIS": hylo("kis"),
