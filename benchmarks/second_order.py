@@ -53,8 +53,8 @@ SIZES = {
         "transformer": Sizes(0, 100, 32, 32, 100, 10),
     },
     "small": {
-        "resnet20": Sizes(3000, 500, 8, 100, 150, 10),
-        "denoiser": Sizes(3000, 300, 8, 50, 150, 10),
+        "resnet20": Sizes(2500, 500, 8, 100, 125, 10),
+        "denoiser": Sizes(2500, 300, 8, 50, 125, 10),
         "transformer": Sizes(0, 200, 64, 64, 200, 10),
     },
     "full": {
