@@ -47,12 +47,15 @@ class Capture:
         model: whose first tensor has the samples on an axis.
         layers: none of them a slice of a 3-D parameter.
         axis: which one, in that tensor and in sequences (..., n) that layers see; images have them first.
+        reduces: :attr:`Preconditioner.reduces`.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, Conditioned], axis: int = 0) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Mapping[str, Conditioned], axis: int = 0, *, reduces: bool = False
+    ) -> None:
         if not isinstance(axis, int) or axis < 0:
             raise ValueError(f"axis must be a whole number >= 0, got {axis}.")
-        self.layers, self.axis = layers, axis
+        self.layers, self.axis, self.reduces = layers, axis, reduces
         self.wanted: Collection[str] = ()
         self.calls: dict[str, list[_Call]] = {}
         self.used: dict[int, list[tuple[bool, int]]] = {}  # runs: whether calls had no axis, and their first one
@@ -86,7 +89,7 @@ class Capture:
             layer, view = self.layers[name], self.layers[name].site.view
             width = layer.shape[1] - (layer.bias is not None)
             batches = [
-                layer.with_bias(KhatriRao(*_joined([*self._seen(calls, batch, view, counts[batch])]), width))
+                layer.with_bias(KhatriRao(*self._batch(calls, batch, view, counts[batch]), width))
                 for batch in sorted({call.batch for call in calls})
             ]
             inputs, gradients = _stacked([u.inputs for u in batches]), _stacked([u.gradients for u in batches])
@@ -105,13 +108,14 @@ class Capture:
             for batch, each in self.used.items()
         }
 
-    def _seen(
-        self, calls: Sequence[_Call], batch: int, view: View, samples: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield what the calls of one run are about."""
-        for call in calls:
-            if call.batch == batch:
-                yield _positions(call, view, samples, self.axis)
+    def _batch(self, every: Sequence[_Call], batch: int, view: View, samples: int) -> tuple[Tensor, Tensor]:
+        """See the calls of one run as inputs and gradients; a single one as means and sums if that will do."""
+        calls = [call for call in every if call.batch == batch]
+        if self.reduces and len(calls) == 1 and len(calls[0].inputs) == samples:
+            means, gradients = view.means(_wide(calls[0].inputs)), _wide(view.outputs(calls[0].gradients))
+            if means is not None and bool((gradients != 0).any(-1).all()):
+                return means[:, None], gradients.sum(1, keepdim=True)
+        return _joined([_positions(call, view, samples, self.axis) for call in calls])
 
     def _begin(self, model: nn.Module, args: Sequence[Any], options: Mapping[str, Any]) -> None:
         if self.wanted and torch.is_grad_enabled():
@@ -161,20 +165,23 @@ def _positions(call: _Call, view: View, samples: int, axis: int) -> tuple[Tensor
     seen, gradients = call.inputs, call.gradients
     if _alone(seen, view):
         seen, gradients = seen[None], gradients[None]
-    gradients = view.outputs(gradients)
-    dtype = torch.promote_types(gradients.dtype, torch.float32)
-    gradients = gradients.to(dtype)
+    gradients = _wide(view.outputs(gradients))
     if isinstance(view, EmbeddingView):
         inputs, widths = seen, ()
         if view.padding is not None:
             gradients = gradients * (inputs != view.padding)[..., None]
     else:
-        inputs = view.inputs(seen).to(dtype)
+        inputs = view.inputs(seen).to(gradients.dtype)
         widths = inputs.shape[-1:]
     if not isinstance(view, Conv2dView) and gradients.dim() > axis + 1 and gradients.shape[axis] == samples:
         inputs, gradients = inputs.movedim(axis, 0), gradients.movedim(axis, 0)
     rows = samples if gradients.dim() > 1 and len(gradients) == samples else gradients[..., 0].numel()
     return inputs.reshape(rows, -1, *widths), gradients.reshape(rows, -1, gradients.shape[-1])
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Give a tensor type float32 or float64."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _joined(calls: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -63,7 +63,7 @@ class Conditioning:
             raise ValueError(f"{type(method).__name__} needs all inverses on all processes; take workers=1.")
         self.within = self.exchange.divided(self.parts)  # the processes that multiply the same gradients
         self.part_of, self.owner_of = self._places()
-        self.capture = Capture(model, layers, axis)
+        self.capture = Capture(model, layers, axis, reduces=method.reduces)
         self._look()
 
     @property
@@ -249,7 +249,9 @@ class Conditioning:
         """Look at the samples, tell the other processes, and invert."""
         due, traffic = self.method.captures(self.steps), self.exchange.traffic
         blocks = [block for block in moving if due or not self.curvature[block]]
-        own, seen = self.capture.samples(), self.capture.take(scale)
+        own = self.capture.samples()
+        with traffic.phase("factorise"):
+            seen = self.capture.take(scale)
         with traffic.phase("exchange"):
             samples = self._count(own, [n for block in blocks for n in self.blocks[block] if n in layers], seen)
         with traffic.phase("factorise"):

@@ -54,6 +54,11 @@ class Preconditioner(abc.ABC):
         return True
 
     @property
+    def reduces(self) -> bool:
+        """Whether :func:`rankwise.linalg.reduced` samples will do, which need no patches of convolutions."""
+        return False
+
+    @property
     def whole(self) -> bool:
         """Whether all layers are one block; else each is one."""
         return False

@@ -2,7 +2,9 @@
 
 import abc
 import dataclasses
+import math
 import sys
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -33,6 +35,10 @@ class View(abc.ABC):
     @abc.abstractmethod
     def inputs(self, x: Tensor) -> Tensor:
         """See a batch of the layer's inputs as (..., n)."""
+
+    def means(self, x: Tensor) -> Tensor | None:
+        """Return the means (b, n) of each sample's rows of ``inputs``, if they cost less than these rows."""
+        return None
 
     @abc.abstractmethod
     def outputs(self, y: Tensor) -> Tensor:
@@ -155,6 +161,16 @@ class Conv2dView(View):
         geometry = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
         return functional.unfold(x, self.kernel, **geometry).mT
 
+    def means(self, x: Tensor) -> Tensor | None:
+        """Average all patches: the pixels that come to stand at each place of one, by rows, then columns."""
+        if x.dim() != 4:
+            return None
+        sums, positions = x, self._positions(x.shape[-2:])
+        for axis in (0, 1):
+            k, s, p, d = self.kernel[axis], self.stride[axis], self.padding[axis], self.dilation[axis]
+            sums = _sums_of_strides(sums, [i * d - p for i in range(k)], s, positions[axis])
+        return sums.flatten(1) / math.prod(positions)
+
     def outputs(self, y: Tensor) -> Tensor:
         """See (b, m, H, W) as (b, positions, m)."""
         return y.flatten(2).mT
@@ -179,6 +195,18 @@ class Conv2dView(View):
         each = zip(image, self.kernel, self.stride, self.padding, self.dilation, strict=True)
         height, width = ((i + 2 * p - d * (k - 1) - 1) // s + 1 for i, k, s, p, d in each)
         return height, width
+
+
+def _sums_of_strides(x: Tensor, starts: Sequence[int], stride: int, count: int) -> Tensor:
+    """Sum (b, c, h, ...) over ``count`` places of its third axis from each start on; what is outside is zero.
+
+    The sums (k) become the last axis.
+    """
+    found = []
+    for start in starts:
+        inside = start + stride * max(0, -(start // stride))  # the first place that is not before the image
+        found.append(x[:, :, inside : max(0, start + stride * (count - 1) + 1) : stride].sum(2))
+    return torch.stack(found, -1)
 
 
 @dataclasses.dataclass(frozen=True)

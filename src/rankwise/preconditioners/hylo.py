@@ -97,6 +97,11 @@ class HyLo(Preconditioner):
         """At the first of every few steps."""
         return step % self.every == 0
 
+    @property
+    def reduces(self) -> bool:
+        """Where samples are shared so."""
+        return self.sharing is reduced
+
     def local(
         self, rows: Sequence[Rows], curvature: Curvature, generator: Generator, samples: int, damping: float
     ) -> Shared:

@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 from ..core.capture import Rows
 from ..core.kronecker_factors import check_factors, cubes, factor_sums, factors, found_or_kept, update_factors
 from ..core.preconditioner import Curvature, Damping, Preconditioner, Shared
-from ..linalg import Jointly, KroneckerSolver, Sharing, expanded
+from ..linalg import Jointly, KroneckerSolver, Sharing, expanded, reduced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +66,11 @@ class Kfac(Preconditioner):
     def inverts(self, step: int) -> bool:
         """At the first of every few steps, and as long as it is early."""
         return step < self.early or step % self.every == 0
+
+    @property
+    def reduces(self) -> bool:
+        """Where samples are shared so."""
+        return self.sharing is reduced
 
     def local(
         self, rows: Sequence[Rows], curvature: Curvature, generator: Generator, samples: int, damping: float

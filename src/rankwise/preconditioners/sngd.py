@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from ..core.capture import Rows
 from ..core.preconditioner import Curvature, Damping, Preconditioner, Shared, damping_at, every_step
 from ..core.sampled_fisher import divided, root_of, row_length, stored
-from ..linalg import Sharing, exact, expanded
+from ..linalg import Sharing, exact, expanded, reduced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,11 @@ class Sngd(Preconditioner):
     def whole(self) -> bool:
         """As the field says."""
         return self.together
+
+    @property
+    def reduces(self) -> bool:
+        """Where samples are shared so."""
+        return self.sharing is reduced
 
     def local(
         self, rows: Sequence[Rows], curvature: Curvature, generator: Generator, samples: int, damping: float
