@@ -13,9 +13,11 @@ import rankwise
 from rankwise import preconditioners
 from rankwise.core.conditioning import Conditioning
 from rankwise.core.preconditioner import Preconditioner
-from rankwise.preconditioners import Sngd
+from rankwise.preconditioners import MFac, Sngd
 
 METHODS: dict[str, Preconditioner] = {
+    "MFac": MFac(gradients=4, damping=0.5),
+    "MFac, together": MFac(gradients=64, damping=0.5, together=True, mean_over_all=True),
     "Sngd": Sngd(damping=0.5, every=2),
     "Sngd, together": Sngd(damping=0.5, every=2, together=True),
 }

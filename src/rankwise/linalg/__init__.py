@@ -1,11 +1,13 @@
 """Pure functions on tensors."""
 
+from .brain_surgeon import grouped, independent, saliency
 from .categorical import draw_categorical
 from .column_elimination import eliminate_columns, refit_columns
 from .cosine import cosine_rows, cosine_transform
 from .dictionary import learned_dictionary, orthogonal_dictionary
 from .dynamic_codes import decode, dynamic_table, encode
 from .entries import fit_entries
+from .gradient_window import GradientWindow
 from .interpolative import interpolative_rows
 from .k_svd import k_svd
 from .kernels import distance, inner
@@ -30,6 +32,7 @@ from .stochastic import add_to_integers, integer_grid, stochastic_bfloat16
 __all__ = [
     "MUON",
     "POLAR_EXPRESS",
+    "GradientWindow",
     "KhatriRao",
     "Metric",
     "Rounded",
@@ -51,7 +54,9 @@ __all__ = [
     "exact",
     "expanded",
     "fit_entries",
+    "grouped",
     "hard",
+    "independent",
     "inner",
     "integer_grid",
     "interpolative_rows",
@@ -81,6 +86,7 @@ __all__ = [
     "reduced",
     "refit_columns",
     "round_to_grid",
+    "saliency",
     "seeded",
     "smallest_kept",
     "soft",

@@ -1,5 +1,6 @@
 """Second-order methods, one a file."""
 
+from .mfac import MFac
 from .sngd import Sngd
 
-__all__ = ["Sngd"]
+__all__ = ["MFac", "Sngd"]
