@@ -30,6 +30,7 @@ from .core.surgery import StructuredLinear
 from .core.writing import StochasticRounding
 from .finetuning import finetune
 from .following import finish, follow
+from .gradual import compress_gradually
 from .models import evaluate, load, load_adapter, save
 from .models.quantizer import register_when_ready
 from .narrowing import narrow
@@ -59,6 +60,7 @@ __all__ = [
     "check_adapters",
     "compress",
     "compress_folder",
+    "compress_gradually",
     "compressors",
     "evaluate",
     "export",

@@ -23,9 +23,9 @@ class GradientWindow:
         damping: > 0.
         count: > 0, by which means are taken; rows of zeros may be among the k.
 
-    References: Frantar, Kurtic, Alistarh, "M-FAC: efficient matrix-free approximations of second-order information",
-        NeurIPS 2021, arXiv 2107.03356, which reaches the same numbers by successive outer products (static) and by
-        an LU decomposition without pivots (dynamic). Here it is a Cholesky factor.
+    References: Frantar, Kurtic, Alistarh, "M-FAC: efficient matrix-free approximations of second-order
+        information", NeurIPS 2021, arXiv 2107.03356, which reaches the same numbers by successive outer products
+        (static) and by an LU decomposition without pivots (dynamic). Here it is a Cholesky factor.
 
     >>> window = GradientWindow.of(torch.tensor([[1.0, 1.0]]), damping=1.0)
     >>> window.solve(torch.tensor([3.0, 0.0])), window.diag_inverse()
@@ -85,7 +85,7 @@ class GradientWindow:
         return self.products(x).square().sum(-1) / self.count + self.damping * x.square().sum(-1)
 
     def replace_row(self, place: int, row: Tensor) -> None:
-        """Put another gradient (..., d) in the place of one, for one product with G; writes into what it holds."""
+        """Put another gradient (..., d) in the place of one, for one product with G; G and GG' are written into."""
         self.rows[..., place, :] = row
         found = self.products(self.rows[..., place, :].to(self.gram.dtype))
         self.gram[..., place, :] = found
