@@ -25,8 +25,8 @@ def compress_gradually(
 
     After each round but the last the new matrices are written out, and the next one collects statistics of the
     model as it is then. So it is for methods that leave zeros alone, such as
-    :class:`rankwise.compressors.MFacPruning`, whose curvature holds near the weights that it was taken at. An error
-    leaves the model as the round before left it.
+    :class:`rankwise.compressors.MFacPruning`, whose curvature holds near the weights that it was taken at. An
+    error leaves the model as the round before left it.
 
     Args:
         model: as for :func:`rankwise.compress`.

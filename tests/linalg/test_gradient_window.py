@@ -5,7 +5,7 @@ import torch
 from contracts.examples import draw
 from torch import Tensor
 
-from rankwise.linalg import GradientWindow, grouped, independent, saliency
+from rankwise.linalg import GradientWindow, damage_of_each, grouped, independent, saliency
 
 DAMPING = 1e-3
 
@@ -134,3 +134,13 @@ class TestDroppingWeights:
         assert damages == sorted(damages)
         assert damages[0] < 0.9 * damages[1]
         assert damages[1] < 0.9 * damages[2]
+
+    def test_damages_of_nested_groups_are_sums(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr("rankwise.linalg.brain_surgeon.CHUNK", 200)  # two blocks at a time
+        blocks = GradientWindow.of(draw(16, 50).view(16, 5, 10).transpose(0, 1), damping=DAMPING)
+        weight, score = draw(5, 10, seed=3), draw(5, 10, seed=4)
+        added = damage_of_each(blocks, weight, score)
+        for threshold in (-1.0, 0.0, 0.5, 9.0):
+            dropped = score < threshold
+            wanted = blocks.quadratic(grouped(blocks, weight, dropped)) / 2
+            torch.testing.assert_close((added * dropped).sum(1), wanted, rtol=1e-9, atol=1e-9)

@@ -11,7 +11,7 @@ from torch.nn import functional
 from ..core.choices import Choices
 from ..core.methods import Compressor, check_count
 from ..core.statistics import BatchGradients, Statistic, Stats
-from ..linalg import GradientWindow, grouped, largest, saliency
+from ..linalg import GradientWindow, damage_of_each, grouped, saliency
 from ..matrices import Sparse
 
 KEPT = tuple(
@@ -26,10 +26,10 @@ class MFacPruning(Compressor):
     """Drop the weights of least w_a^2 / (2 [F^-1]_aa), and let the others make up for them.
 
     F = G'G/k + damping I is made of the gradients of k batches, each of its summed loss, in blocks of
-    neighbouring weights. The damage is that to the loss of a batch as F predicts it, comparable between layers; as
-    a budget of ``of="macs"`` counts kept weights alone, ``keep=0.1`` is then a sparsity of 90 %. Weights that are
-    zero stay so: where a folded model is pruned again, F is that of the weights that are left. Doing so in several
-    rounds, each with new gradients, matters more than all else (:func:`rankwise.compress_gradually`).
+    neighbouring weights. The damage is that to the loss of a batch as F predicts it, comparable between layers.
+    A budget of ``of="macs"`` counts kept weights alone: ``keep=0.1`` is then a sparsity of 90 %. Weights that are
+    zero stay so: where a folded model is pruned again, F is that of the weights that are left. Doing so in
+    several rounds, each with new gradients, matters more than all else (:func:`rankwise.compress_gradually`).
 
     The data's batches decide how many gradients there are, all of which are in memory. By default their labels
     are drawn from the model; the authors' are ``labels=rankwise.core.labels.given``.
@@ -40,7 +40,8 @@ class MFacPruning(Compressor):
         block: how many weights, row by row, know of each other; with one, F is diagonal. Larger ones need more
             gradients: F of d weights says about all but k directions only that they are damped.
         density: share of the weights that are not zero that a layer keeps; None offers 0.01 ... 0.99.
-        update: :func:`rankwise.linalg.grouped`, or :func:`rankwise.linalg.independent` as the authors do.
+        update: of the weights that stay: :func:`rankwise.linalg.grouped`, of which the damage is predicted, or
+            :func:`rankwise.linalg.independent` as the authors do, which does more.
 
     References: Frantar, Kurtic, Alistarh, "M-FAC: efficient matrix-free approximations of second-order
         information", NeurIPS 2021, arXiv 2107.03356; Singh and Alistarh, "WoodFisher: efficient second-order
@@ -69,24 +70,25 @@ class MFacPruning(Compressor):
         left = max(int((weight != 0).sum()), 1)
         shares = KEPT if self.density is None else (self.density,)
         counts = {max(round(share * left), 1) for share in shares} | ({left} if left < m * n else set())
-        kept = sorted(count for count in counts if count < m * n)
+        kept = torch.tensor(sorted(count for count in counts if count < m * n), dtype=torch.int64)
 
         def damage(change: Tensor) -> float:
             return float(curvature.quadratic(self._cut(change)).sum()) / 2
 
-        scores = self._scores(curvature, weight)
-        errors = [damage(self._change(curvature, weight, largest(scores, count))) for count in kept]
-        numbers, bitmap = Sparse.stored(m, n, torch.tensor(kept, dtype=torch.int64))
+        cut, scores = self._cut(weight), saliency(curvature, self._cut(weight))
+        added = self._joined(damage_of_each(curvature, cut, scores), weight).flatten()
+        damages = added[self._joined(scores, weight).flatten().argsort(stable=True)].cumsum(0)
+        numbers, bitmap = Sparse.stored(m, n, kept)
         return Choices(
             costs={
                 "params": numbers + (bitmap + 1) // 2,
                 "bytes": numbers * weight.element_size() + bitmap,
                 "macs": numbers,
             },
-            errors=torch.tensor(errors, dtype=torch.float64),
+            errors=damages[m * n - 1 - kept],
             total=damage(weight),
-            build=lambda i: self._build(weight, stats, kept[i]),
-            refit=lambda i, weight, stats: self._build(weight, stats, kept[i]),
+            build=lambda i: self._build(weight, stats, int(kept[i])),
+            refit=lambda i, weight, stats: self._build(weight, stats, int(kept[i])),
             error_of=lambda change: float(self.curvature(weight, stats).quadratic(self._cut(change)).sum()) / 2,
         )
 
@@ -114,16 +116,11 @@ class MFacPruning(Compressor):
         """Undo :func:`_cut` of one matrix."""
         return blocks.flatten()[: like.numel()].view(like.shape)
 
-    def _scores(self, curvature: GradientWindow, weight: Tensor) -> Tensor:
-        return self._joined(saliency(curvature, self._cut(weight)), weight)
-
-    def _change(self, curvature: GradientWindow, weight: Tensor, mask: Tensor) -> Tensor:
-        """The change (m, n) that leaves zeros outside a mask."""
-        dropped = self._cut(~mask).bool()
-        return self._joined(self.update(curvature, self._cut(weight), dropped), weight)
-
     def _build(self, weight: Tensor, stats: Stats, kept: int) -> Sparse:
-        curvature = self.curvature(weight, stats)
-        mask = largest(self._scores(curvature, weight), kept)
-        values = weight.double() + self._change(curvature, weight, mask)
-        return Sparse.from_dense(values.to(weight.dtype), mask)
+        curvature, cut = self.curvature(weight, stats), self._cut(weight)
+        order = self._joined(saliency(curvature, cut), weight).flatten().argsort(stable=True)
+        dropped = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
+        dropped[order[:-kept]] = True
+        change = self.update(curvature, cut, self._cut(dropped.view(weight.shape)).bool())
+        values = weight.double() + self._joined(change, weight)
+        return Sparse.from_dense(values.to(weight.dtype), ~dropped.view(weight.shape))

@@ -1,6 +1,6 @@
 """Pure functions on tensors."""
 
-from .brain_surgeon import grouped, independent, saliency
+from .brain_surgeon import damage_of_each, grouped, independent, saliency
 from .categorical import draw_categorical
 from .column_elimination import eliminate_columns, refit_columns
 from .cosine import cosine_rows, cosine_transform
@@ -42,6 +42,7 @@ __all__ = [
     "choose_grids",
     "cosine_rows",
     "cosine_transform",
+    "damage_of_each",
     "damped_root",
     "decode",
     "distance",

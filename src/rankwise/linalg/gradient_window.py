@@ -14,8 +14,8 @@ CHUNK = 1 << 22  # numbers of a copy of some rows in a wider type
 class GradientWindow:
     """A = damping I + G'G / count for the gradients G (..., k, d), with no matrix of d x d numbers.
 
-    Its inverse is (I - G'(GG' + count damping I)^-1 G) / damping (Woodbury). Leading axes are those of blocks, each
-    with a matrix of its own. The order of the gradients says nothing.
+    Its inverse is (I - G'(GG' + count damping I)^-1 G) / damping (Woodbury). Leading axes are those of blocks,
+    each with a matrix of its own. The order of the gradients says nothing.
 
     Args:
         rows: G, of any floating-point type; it is multiplied in that of ``gram``.
@@ -85,7 +85,7 @@ class GradientWindow:
         return self.products(x).square().sum(-1) / self.count + self.damping * x.square().sum(-1)
 
     def replace_row(self, place: int, row: Tensor) -> None:
-        """Put another gradient (..., d) in the place of one, for one product with G; G and GG' are written into."""
+        """Put another gradient (..., d) in the place of one, for one product with G; writes into both."""
         self.rows[..., place, :] = row
         found = self.products(self.rows[..., place, :].to(self.gram.dtype))
         self.gram[..., place, :] = found
