@@ -45,7 +45,8 @@ class ResNet(nn.Module):
             self.add_module(f"layer{i}", nn.Sequential(*blocks))
         self.linear = nn.Linear(64, 10)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Make logits of images; labels may stand beside them in a batch."""
         x = functional.relu(self.bn1(self.conv1(x)))
         for i in (1, 2, 3):
             x = self.get_submodule(f"layer{i}")(x)

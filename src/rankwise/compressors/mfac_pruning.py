@@ -37,8 +37,8 @@ class MFacPruning(Compressor):
     Args:
         damping: multiple of F's mean diagonal, so that neither the batches' size nor the layer's scale count. The
             authors' is 1e-5 for all layers, of gradients of mean losses.
-        block: how many weights, row by row, know of each other; with one, F is diagonal. Larger ones need more
-            gradients: F of d weights says about all but k directions only that they are damped.
+        block: how many weights, row by row, know of each other. Larger blocks need more gradients: of all but k
+            directions F says only that they are damped, and with many weights a block that is all it says of any.
         density: share of the weights that are not zero that a layer keeps; None offers 0.01 ... 0.99.
         update: of the weights that stay: :func:`rankwise.linalg.grouped`, of which the damage is predicted, or
             :func:`rankwise.linalg.independent` as the authors do, which does more.
