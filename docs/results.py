@@ -771,6 +771,32 @@ def _network(rows: list[dict]) -> list[str]:
     ]
 
 
+def mfac_pruning() -> list[str]:
+    """A convolutional network pruned by curvatures."""
+    found = load("mfac_pruning")
+    if found is None:
+        return []
+    dense, *rows = found["rows"]
+    about = rows[0]
+    lines = _head("Pruning by M-FAC: a ResNet-20 on CIFAR-10 (JPEG)", found)
+    lines += [
+        f"{about['keep']:.0%} of the weights kept, by the gradients of {about['gradients']} batches of "
+        f"{about['images']} images; then {about['steps']} steps of SGD with {about['batch']} images, the same "
+        f"for all. Accuracy on test images, mean and range over seeds; that of the dense network is "
+        f"{dense['before']:.3f}.",
+        "",
+    ]
+    cells = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        each = [row for row in rows if row["method"] == method]
+        scores = [[row[key] for row in each] for key in ("before", "after")]
+        spread = [f"{sum(s) / len(s):.3f} ({min(s):.3f} ... {max(s):.3f})" for s in scores]
+        norms = "still" if each[0]["still"] else "of the batch"
+        cells.append([method, str(each[0]["rounds"]), str(len(each)), f"{each[0]['lr']:g}", norms, *spread])
+    head = ["method", "rounds", "seeds", "learning rate", "norms", "before training", "after training"]
+    return lines + table(head, cells)
+
+
 def _head(title: str, found: dict) -> list[str]:
     about = found["environment"]
     made = f"torch {about['torch']}, {about['threads']} threads, commit {about['commit']}"
@@ -791,7 +817,7 @@ def page() -> str:
         heal_adapter,
         merge_memory,
     )
-    parts += (state_bytes, orthogonal, target_projection, gradient_error)
+    parts += (state_bytes, orthogonal, target_projection, gradient_error, mfac_pruning)
     return "\n".join([*lines, *(line for part in parts for line in part())]).rstrip() + "\n"
 
 

@@ -34,6 +34,7 @@ from .curvature import fisher_spectrum, jacobian_spectrum, tangent_kernel
 from .estimating import estimate
 from .finetuning import finetune
 from .following import finish, follow
+from .gradual import compress_gradually
 from .models import evaluate, load, load_adapter, save
 from .models.quantizer import register_when_ready
 from .narrowing import narrow
@@ -64,6 +65,7 @@ __all__ = [
     "check_adapters",
     "compress",
     "compress_folder",
+    "compress_gradually",
     "compressors",
     "estimate",
     "estimators",

@@ -17,7 +17,7 @@ from rankwise.core.checkpoint import load_tree, save_tree
 from rankwise.core.conditioning import Conditioning
 from rankwise.core.preconditioner import Preconditioner
 from rankwise.linalg import Separately, both, exact, expanded, reduced
-from rankwise.preconditioners import Ekfac, HyLo, Kfac, Sngd
+from rankwise.preconditioners import Ekfac, HyLo, Kfac, MFac, Sngd
 
 METHODS: dict[str, Preconditioner] = {
     "Ekfac": Ekfac(damping=0.5, every=2, early=0),
@@ -30,6 +30,8 @@ METHODS: dict[str, Preconditioner] = {
     "HyLo, exact": HyLo(damping=0.5, every=2, mode="exact", sharing=exact),
     "HyLo, kid": HyLo(damping=0.5, every=2, rank=2, mode="kid"),
     "HyLo, kis": HyLo(damping=0.5, every=2, rank=0.5, mode="kis", sharing=exact),
+    "MFac": MFac(gradients=4, damping=0.5),
+    "MFac, together": MFac(gradients=64, damping=0.5, together=True, mean_over_all=True),
     "Sngd": Sngd(damping=0.5, every=2),
     "Sngd, together": Sngd(damping=0.5, every=2, together=True),
 }

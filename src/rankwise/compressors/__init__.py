@@ -9,6 +9,7 @@ from .kronecker_factored_pruning import KroneckerFactoredPruning
 from .kronecker_factored_rounding import KroneckerFactoredRounding
 from .kronecker_factored_svd import KroneckerFactoredSvd
 from .lord import Lord
+from .mfac_pruning import MFacPruning
 from .mixed import Mixed
 from .orthogonal_dictionary import OrthogonalDictionary
 from .plain_svd import PlainSvd
@@ -25,6 +26,7 @@ __all__ = [
     "KroneckerFactoredRounding",
     "KroneckerFactoredSvd",
     "Lord",
+    "MFacPruning",
     "Mixed",
     "OrthogonalDictionary",
     "PlainSvd",

@@ -38,6 +38,9 @@ class Statistic(abc.ABC):
     def add(self, x: Tensor, grad: Tensor) -> None:
         """Add the rows x (t, n) and grad (t, m), both float32; a side that is not used is empty."""
 
+    def begin(self, number: int) -> None:  # noqa: B027 (most need not know)
+        """Take note that batch 0, 1, ... begins."""
+
     def update(self, x: Tensor | None, grad: Tensor | None = None) -> None:
         """Add rows of inputs (t, n) and of output gradients (t, m)."""
         given = [rows for rows in (x, grad) if rows is not None]
@@ -167,6 +170,33 @@ class WeightGradient(Statistic):
     def add(self, x: Tensor, grad: Tensor) -> None:
         """Add g' x."""
         self.sum.addmm_(grad.mT, x)
+
+
+class BatchGradients(Statistic):
+    """The gradients by the weight of each batch's summed loss, (k, m, n): as many copies of it as batches."""
+
+    side = "both"
+
+    @staticmethod
+    def sizes(m: int, n: int) -> tuple[int, ...]:
+        """(0, m, n): there is no batch yet."""
+        return 0, m, n
+
+    def begin(self, number: int) -> None:
+        """Make room for the gradient of batch ``number``, and of those that did not reach the layer."""
+        missing = number + 1 - len(self.sum)
+        self.sum = torch.cat([self.sum, self.sum.new_zeros(missing, *self.sum.shape[1:])])
+
+    def add(self, x: Tensor, grad: Tensor) -> None:
+        """Add g' x to the gradient of the batch, which may come in several calls."""
+        if not len(self.sum):
+            self.begin(0)
+        self.sum[-1].addmm_(grad.mT, x)
+
+    def value(self) -> Tensor:
+        """Return the gradients (k, m, n), in float64."""
+        super().value()  # raises
+        return self.sum.double()
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,7 @@ def _kind(name: str) -> type[Statistic]:
         kinds.InputMagnitude,
         kinds.GradientWeightedInput,
         kinds.WeightGradient,
+        kinds.BatchGradients,
     )
     found = {kind.__name__: kind for kind in known}
     if name not in found:

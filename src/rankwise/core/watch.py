@@ -37,6 +37,7 @@ class Watch:
         self.sites, self.needs = sites, tuple(dict.fromkeys(needs))
         self.layers: dict[str, dict[type[Statistic], Statistic]] = {}
         self.mask: Tensor | None = None
+        self.batch = -1  # its number
         self.seen: dict[tuple[int, int, View], tuple[weakref.ref[Tensor], str]] = {}
         self.leader: dict[str, str] = {}  # layer -> the first layer that saw the same input
         self.gradients = any(need.side != "input" for need in self.needs)
@@ -67,6 +68,10 @@ class Watch:
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         self.mask = None if mask is None else mask.bool()
         self.seen.clear()
+        self.batch += 1
+        for stats in self.layers.values():
+            for statistic in stats.values():
+                statistic.begin(self.batch)
 
     def result(self) -> dict[str, dict[type[Statistic], Statistic]]:
         """Return the statistics of each site; a matrix of a stack that no row reached has none.
@@ -124,6 +129,8 @@ class Watch:
                 need: shared[need] if need.side == "input" and leader != name else need(m, n, x.device)
                 for need in self.needs
             }
+            for statistic in self.layers[name].values():
+                statistic.begin(self.batch)
         stats = self.layers[name]
         inputs, both = None, any(need.side == "both" for need in self.needs)
         given = (x != 0).any(-1) if name in self.stacks else None

@@ -1,5 +1,6 @@
 """Pure functions on tensors."""
 
+from .brain_surgeon import damage_of_each, grouped, independent, saliency
 from .categorical import draw_categorical
 from .column_elimination import eliminate_columns, refit_columns
 from .cosine import cosine_rows, cosine_transform
@@ -8,6 +9,7 @@ from .dynamic_codes import decode, dynamic_table, encode
 from .entries import fit_entries
 from .feedback import feedback_factors, feedback_range, gradient_factors
 from .folding import fold_symmetric, unfold_symmetric
+from .gradient_window import GradientWindow
 from .importance import draw_important, importance_scales
 from .interpolative import interpolative_rows
 from .k_svd import k_svd
@@ -42,6 +44,7 @@ from .triangles import from_triangles, to_triangle
 __all__ = [
     "MUON",
     "POLAR_EXPRESS",
+    "GradientWindow",
     "Interpolation",
     "Jointly",
     "KhatriRao",
@@ -61,6 +64,7 @@ __all__ = [
     "cosine_rows",
     "cosine_transform",
     "critical_variances",
+    "damage_of_each",
     "damped_root",
     "decode",
     "distance",
@@ -82,8 +86,10 @@ __all__ = [
     "gaussian",
     "gradient_factors",
     "gradient_gain",
+    "grouped",
     "hard",
     "importance_scales",
+    "independent",
     "inner",
     "integer_grid",
     "interpolative_rows",
@@ -117,6 +123,7 @@ __all__ = [
     "reduced",
     "refit_columns",
     "round_to_grid",
+    "saliency",
     "seeded",
     "smallest_kept",
     "soft",
