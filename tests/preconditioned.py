@@ -45,7 +45,9 @@ class Moments(Preconditioner):
     def captures(self, step: int) -> bool:
         return step % self.every == 0
 
-    def local(self, rows: Sequence[Rows], curvature: Curvature, generator: Generator) -> Shared:
+    def local(
+        self, rows: Sequence[Rows], curvature: Curvature, generator: Generator, samples: int, damping: float
+    ) -> Shared:
         each = expanded(rows[0].each)
         x, g = each.inputs[:, 0], each.gradients[:, 0]
         return Shared(sums={"inputs": x.mT @ x, "gradients": g.mT @ g})

@@ -170,7 +170,7 @@ def test_all_processes_need_all_bases(monkeypatch):
         rankwise.precondition(nn.Linear(2, 2), Ekfac(), workers=0.5)
 
 
-def _two(self, traffic, group=None) -> None:
+def _two(self, traffic, group=None, device=None) -> None:
     """Stand for the first of two processes."""
     self.traffic, self.group, self.size, self.rank = traffic, group, 2, 0
 
