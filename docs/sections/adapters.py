@@ -135,8 +135,9 @@ def peft_interop() -> list[str]:
     rows = found["rows"]
     lines = [
         *head_of("Adapters in PEFT's files, in both directions", found),
-        f"{len(rows)} cases: tiny models with random adapters, written by one and read by the other. The difference",
-        "is the largest of logits, in float32; keys are those that the reader misses or does not expect.",
+        f"{len(rows)} cases: tiny models with random adapters, written by one and read by the other. The",
+        "difference is the largest of logits, in float32; keys are those that the reader misses or does",
+        "not expect.",
         "",
     ]
     cells = []
