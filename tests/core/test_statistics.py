@@ -105,6 +105,36 @@ def test_padding_does_not_count():
             torch.testing.assert_close(statistic.value(), two.layers[name][kind].value())
 
 
+def test_gradients_of_all_layers_are_summed_over_rows_and_divided_by_one_number():
+    """So that errors of layers that see other numbers of rows are changes of one loss."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),  # 64 places
+        nn.Conv2d(4, 4, 2, stride=2),  # 16
+        nn.Conv2d(4, 4, 2, stride=2),  # 4
+        nn.Flatten(),
+        nn.Linear(16, 3),  # 1
+    )
+    images, targets = torch.randn(40, 2, 8, 8), torch.randint(0, 3, (40,))
+    found = run(model, [(images,)], (InputGram, OutputGradGram), lambda out, *_: loss_of(out, targets))
+    x, seen = images, {}
+    for name, layer in model.named_children():
+        x = layer(x)
+        if name != "3":
+            x.retain_grad()
+            seen[name] = x
+    loss_of(x, targets).backward()
+    for name, y in seen.items():
+        rows = y.grad.flatten(2).mT.flatten(0, 1) if y.dim() == 4 else y.grad
+        wanted = rows.double().mT @ rows.double() / (40 * 4)  # the lower median of 64, 16, 4 and 1 places
+        torch.testing.assert_close(found.layers[name][OutputGradGram].value(), wanted, rtol=1e-5, atol=1e-9)
+        assert found.layers[name][InputGram].count == len(rows)
+
+
+def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits, targets, reduction="sum")
+
+
 def test_sampled_labels_have_the_expected_second_moment():
     """For logits z = y the gradient is p - onehot, whose second moment is diag(p) - p p'."""
     layer = nn.Linear(1, 5, bias=False)

@@ -1,9 +1,10 @@
 """One pass over the data that fills the statistics of all layers."""
 
 import contextlib
+import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,11 +23,14 @@ from .views import View
 class Watch:
     """Fills the statistics of some sites while their model runs inside :meth:`on`.
 
-    A matrix of a 3-D parameter, such as an expert's, sees only some rows. Its input statistics are means over
-    these, and those of gradients means over all rows that entered the module, with zero for the others: so
-    1/2 tr(S D C D') is a change of the loss per row of the module, as it is for any other layer. Where every
-    matrix is handed all rows, those that are zero did not reach it. Rows of padding cannot be told from others;
-    they count as inputs, but their gradients are zero.
+    Layers may see different numbers of rows: convolutions the places of their own images, a classifier's head one
+    row a sample, experts the tokens that reach them. Input statistics are means over the rows of the layer, and
+    those of gradients sums over its rows divided by one number for all layers, the rows of the median one. So
+    1/2 tr(S D C D') is, for each layer, the change of the whole loss per row of most layers.
+
+    A matrix of a 3-D parameter, such as an expert's, counts for that as many rows as entered the module. Where
+    every matrix is handed all rows, those that are zero did not reach it. Rows of padding cannot be told from
+    others; they count as inputs, but their gradients are zero.
 
     Args:
         sites: the layers to watch, from :func:`rankwise.core.surgery.select`.
@@ -88,11 +92,22 @@ class Watch:
                 raise CalibrationError(f"the loss does not depend on layer {name}; leave it out with 'where'.")
         for path in sorted(set(paths.values()) - {paths[name] for name in reached}):
             raise CalibrationError(f"no matrix of {path} was reached by the data; leave it out with 'where'.")
-        for name in reached:
-            for need, statistic in self.layers[name].items():
-                if need.side != "input":
-                    statistic.count = self.entered[paths[name]]
+        self._divide_alike(paths, reached)
         return {name: {} if name in paths and name not in reached else self.layers[name] for name in self.sites}
+
+    def _divide_alike(self, paths: Mapping[str, str], reached: Collection[str]) -> None:
+        """Have statistics of gradients divided by the same number in all layers."""
+        found = [
+            (statistic, self.entered[paths[name]] if name in paths else statistic.count)
+            for name in self.sites
+            if name not in paths or name in reached
+            for need, statistic in self.layers[name].items()
+            if need.side != "input"
+        ]
+        if found:
+            rows = statistics.median_low(count for _, count in found)
+            for statistic, _ in found:
+                statistic.count = rows
 
     def rows(self, x: Tensor) -> Tensor:
         """Flatten (..., k) to (t, k) without padding; the rows of all sequences may be together already."""
