@@ -91,7 +91,9 @@ class Theirs(Handle):
         "broadcast": ("broadcast",),
     }
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, damping: float, every: int) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, damping: float, every: int, factors_every: int = 1
+    ) -> None:
         rival = imported("kfac.preconditioner")
         # the input of a model's first layer has no gradient
         warnings.filterwarnings("ignore", "Full backward hook is firing")
@@ -101,7 +103,7 @@ class Theirs(Handle):
             damping=damping,
             lr=lambda step: group["lr"],
             kl_clip=lambda step: 0.001 * (group["lr"] / 0.1) ** 2,
-            factor_update_steps=1,
+            factor_update_steps=factors_every,
             inv_update_steps=every,
             factor_decay=0.95,
         )
@@ -204,11 +206,21 @@ def hylo(mode: str) -> Entry:
     )
 
 
+def seldom(model: nn.Module, optimizer: Optimizer, damping: float, every: int) -> Handle:
+    """Return kfac-pytorch's handle with factors renewed only where they are inverted."""
+    return Theirs(model, optimizer, damping, every, factors_every=every)
+
+
 METHODS = {
     "AdamW": Entry((-2.5,), optimizer=adamw),
     "SGD, momentum": Entry((-1.0,)),
     "kfac-pytorch": Entry((-1.0, -2.5), Theirs),
+    "kfac-pytorch, seldom": Entry((-1.0, -2.5), seldom),
     "K-FAC": damped(lambda damping, every: Kfac(damping=damping, every=every)),
+    "K-FAC, seldom": damped(lambda damping, every: Kfac(damping=damping, every=every, factors_every=every)),
+    "K-FAC, reduced, seldom": damped(
+        lambda damping, every: Kfac(damping=damping, every=every, factors_every=every, sharing=reduced)
+    ),
     "EK-FAC": damped(lambda damping, every: Ekfac(damping=damping, every=every)),
     "SNGD": damped(lambda damping, every: Sngd(damping=damping, every=every, sharing=reduced)),
     "HyLo, KID": hylo("kid"),
