@@ -1,6 +1,6 @@
 """Pruning in several rounds, each with new statistics of what is left."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -34,14 +34,15 @@ def compress_gradually(
         keep: as there, of the size of the whole model as it was given; 0 < keep < 1.
         rounds: how often statistics are collected.
         between: called with the ordinary model after each round but the last, such as to train it; it must leave
-            zeros zero.
+            zeros zero. Weights are new parameters in each round, and train: make an optimiser inside.
         options: of :func:`rankwise.compress`, such as ``data``, batches that can be read again, and ``of``.
 
     Returns:
         the report of the last round, whose errors are those of that round.
 
     Raises:
-        ValueError: if an argument is wrong, or data are statistics, which are of the first round alone.
+        ValueError: if an argument is wrong, or data are statistics, which are of the first round alone, or can be
+            read once only; and, in the round that cannot meet its budget, if ``keep`` is too small.
 
     References: Frantar, Kurtic, Alistarh, arXiv 2107.03356: 16 recomputations a step.
 
@@ -58,6 +59,8 @@ def compress_gradually(
     data = options.get("data")
     if isinstance(data, Statistics):
         raise ValueError("statistics say nothing about later rounds; give the data themselves.")
+    if isinstance(data, Iterator):
+        raise ValueError("each round reads the data; give a list of batches, not an iterator.")
     before = {id(layer) for layer in structured(model).values()}
     for done in range(1, rounds):
         compress(model, method, keep=keep ** (done / rounds), **options)

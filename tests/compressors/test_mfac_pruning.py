@@ -161,6 +161,8 @@ def test_rounds_need_data_that_can_be_read_again():
     statistics = rankwise.calibrate(model, [BatchGradients], data=data)
     with pytest.raises(ValueError, match="give the data"):
         rankwise.compress_gradually(model, MFacPruning(), keep=0.5, data=statistics)
+    with pytest.raises(ValueError, match="give a list of batches"):
+        rankwise.compress_gradually(model, MFacPruning(), keep=0.5, data=iter(data))
     with pytest.raises(ValueError, match="keep must be"):
         rankwise.compress_gradually(model, MFacPruning(), keep=1.0, data=data)
     with pytest.raises(ValueError, match="rounds must be"):

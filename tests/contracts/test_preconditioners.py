@@ -275,6 +275,20 @@ def test_half_precision_and_checkpointing_work(method: Preconditioner):
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-12, atol=1e-14)
 
 
+def test_what_a_copy_of_the_model_does_is_not_seen(method: Preconditioner):
+    found = []
+    for copied in (False, True):
+        model, (images, labels) = small(), batches(1)[0]
+        handle = rankwise.precondition(model, method)
+        if copied:
+            functional.cross_entropy(copy.deepcopy(model)(2 * images[:5]), labels[:5]).backward()
+        functional.cross_entropy(model(images), labels).backward()
+        handle.step()
+        found.append(gradients(model))
+    for name, gradient in found[0].items():
+        assert torch.equal(found[1][name], gradient), name
+
+
 def test_removing_the_handle_takes_all_hooks_off(method: Preconditioner):
     model = small()
     rankwise.precondition(model, method).remove()

@@ -9,6 +9,7 @@ from transformers import BertConfig, BertModel
 from rankwise import CalibrationError
 from rankwise.core import labels
 from rankwise.core.statistics import (
+    BatchGradients,
     GradientWeightedInput,
     InputGram,
     InputMagnitude,
@@ -133,6 +134,19 @@ def test_gradients_of_all_layers_are_summed_over_rows_and_divided_by_one_number(
 
 def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits, targets, reduction="sum")
+
+
+def test_gradients_of_batches_stand_by_their_numbers():
+    """Also where batches did not reach the layer, and when room was made anew."""
+    statistic = BatchGradients(2, 3)
+    wanted = torch.zeros(6, 2, 3)
+    for number in (0, 1, 3, 5):
+        statistic.begin(number)
+        for _ in range(2):
+            x, g = torch.randn(4, 3), torch.randn(4, 2)
+            statistic.update(x, g)
+            wanted[number] += g.mT @ x
+    torch.testing.assert_close(statistic.value(), wanted.double())
 
 
 def test_sampled_labels_have_the_expected_second_moment():

@@ -63,7 +63,7 @@ class Capture:
         self._handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for name, layer in layers.items():
             for each in {id(each): each for each in map(model.get_submodule, layer.site.names)}.values():
-                self._handles.append(each.register_forward_hook(self._called(name), with_kwargs=True))
+                self._handles.append(each.register_forward_hook(self._called(name, each), with_kwargs=True))
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -123,9 +123,11 @@ class Capture:
             self.batch += 1
             self.counts[self.batch] = 0 if given is None else given.shape[self.axis]
 
-    def _called(self, name: str) -> Any:
+    def _called(self, name: str, layer: nn.Module) -> Any:
+        """Return the hook of a layer, which a copy of the layer has, too, and must not act in."""
+
         def called(module: nn.Module, args: Sequence[Any], options: Mapping[str, Any], output: Tensor) -> None:
-            if self.wanted and torch.is_grad_enabled() and output.requires_grad:
+            if module is layer and self.wanted and torch.is_grad_enabled() and output.requires_grad:
                 batch, inputs = self.batch, next(_tensors([args, options])).detach()
                 alone = _alone(inputs, self.layers[name].site.view)
                 use = alone, 1 if alone else len(inputs)

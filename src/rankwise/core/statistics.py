@@ -177,6 +177,10 @@ class BatchGradients(Statistic):
 
     side = "both"
 
+    def __init__(self, m: int, n: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(m, n, device)
+        self.room = self.sum  # of which the sum is the first part
+
     @staticmethod
     def sizes(m: int, n: int) -> tuple[int, ...]:
         """(0, m, n): there is no batch yet."""
@@ -184,8 +188,11 @@ class BatchGradients(Statistic):
 
     def begin(self, number: int) -> None:
         """Make room for the gradient of batch ``number``, and of those that did not reach the layer."""
-        missing = number + 1 - len(self.sum)
-        self.sum = torch.cat([self.sum, self.sum.new_zeros(missing, *self.sum.shape[1:])])
+        if number >= len(self.room):
+            room = self.room.new_zeros(max(number + 1, 2 * len(self.room)), *self.room.shape[1:])
+            room[: len(self.sum)] = self.sum
+            self.room = room
+        self.sum = self.room[: number + 1]
 
     def add(self, x: Tensor, grad: Tensor) -> None:
         """Add g' x to the gradient of the batch, which may come in several calls."""

@@ -8,7 +8,6 @@ from .dictionary import learned_dictionary, orthogonal_dictionary
 from .dynamic_codes import decode, dynamic_table, encode
 from .entries import fit_entries
 from .feedback import feedback_factors, feedback_range, gradient_factors
-from .folding import fold_symmetric, unfold_symmetric
 from .gradient_window import GradientWindow
 from .importance import draw_important, importance_scales
 from .interpolative import interpolative_rows
@@ -39,7 +38,7 @@ from .splitting import Splitting
 from .stiefel import cayley, stiefel_tangent
 from .stochastic import add_to_integers, integer_grid, stochastic_bfloat16
 from .symmetric_eigen import symmetric_eigen
-from .triangles import from_triangles, to_triangle
+from .triangles import fold_symmetric, from_triangles, to_triangle, unfold_symmetric
 
 __all__ = [
     "MUON",

@@ -1,9 +1,10 @@
-"""Lower triangular matrices as the numbers on and below their diagonals."""
+"""Triangles of matrices as numbers without gaps: lower triangular ones in a row, symmetric ones in a rectangle."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def to_triangle(lower: Tensor) -> Tensor:
@@ -23,3 +24,25 @@ def from_triangles(numbers: Tensor, sizes: Sequence[int]) -> Tensor:
         low, high = torch.tril_indices(size, size, device=part.device)
         blocks.append(part.new_zeros(size, size).index_put((low, high), part))
     return torch.block_diag(*blocks)
+
+
+def fold_symmetric(matrix: Tensor) -> Tensor:
+    """Return the n (n + 1) / 2 numbers of a symmetric matrix (n, n) as (ceil(n / 2), n + 1 or n + 2) numbers.
+
+    The short rows of the lower triangle stand, reversed, behind the long ones; an odd n is filled up by one row
+    of zeros. Nothing waits for a device, as choosing by a mask does.
+
+    >>> fold_symmetric(torch.tensor([[1.0, 2.0], [2.0, 3.0]]))
+    tensor([[2., 3., 1.]])
+    """
+    odd = matrix.shape[-1] % 2
+    lower = pad(matrix, (0, odd, 0, odd)).tril()
+    half = lower.shape[-1] // 2
+    return pad(lower[half:].flip(0), (0, 1)) + pad(lower[:half].flip(1), (1, 0))
+
+
+def unfold_symmetric(folded: Tensor, side: int) -> Tensor:
+    """Return the symmetric matrix (side, side), exactly so; undoes :func:`fold_symmetric`."""
+    short, long = folded[:, 1:].flip(1).tril(), folded[:, :-1].flip(0).tril(len(folded))
+    lower = torch.cat([short, long])[:side, :side]
+    return lower + lower.tril(-1).mT
