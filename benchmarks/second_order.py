@@ -18,9 +18,9 @@ half as far when all are tried. The mean over the second half of the looks at sa
 chosen ones are then trained with two more seeds. The target is the worst score that SGD with momentum has at an
 end. Trainings of all methods take turns, step by step, so that what else a machine does hits all alike; seconds
 are those of the steps alone, without looks. kfac-pytorch (``pip install --no-deps kfac-pytorch``) has the
-settings of its examples, factors at each step and inverses at some (``seldom``: both at some), and is told the learning
-rate of each step. Steps of second-order methods are shortened by a bound on the predicted change of the outputs,
-which goes with the square of the rate.
+settings of its examples, factors at each step and inverses at some (``seldom``: both at some), and is told the
+learning rate of each step. Steps of second-order methods are shortened by a bound on the predicted change of the
+outputs, which goes with the square of the rate.
 
 ``--processes`` instead counts bytes and seconds of a few steps of so many processes over gloo, each with its part
 of the batch.

@@ -1,4 +1,4 @@
-"""Triangles of matrices as numbers without gaps: lower triangular ones in a row, symmetric ones in a rectangle."""
+"""Triangles of matrices without gaps: lower triangular ones in a row, symmetric ones in a rectangle."""
 
 from collections.abc import Sequence
 
