@@ -295,6 +295,53 @@ def test_blocks_are_found_by_structure():
     assert rankwise.estimate(Reader(nn.GRU(3, 5)), TargetProjection()).blocks == ("rows",)
 
 
+def test_compressed_layers_are_blocks_and_their_factors_have_the_gradients_of_the_formula():
+    torch.manual_seed(0)
+    parts = [nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, CLASSES)]
+    model, x, y = nn.Sequential(*parts).double(), draw(9, 8), labels(9)
+    rankwise.compress(model, rankwise.compressors.PlainSvd(), keep=0.5, where=lambda name, _: name == "0")
+    handle = rankwise.estimate(model, TargetProjection())
+    assert handle.blocks == ("1",)
+    handle.backward(x, y)
+    factors = [p for p in model[0].parameters() if p.dim() == 2]
+    local = (model[:2](x) - codes(0, 12).mT[y].tanh()).square().sum() / 2 / 9
+    assert len(factors) == 2
+    for factor, true in zip(factors, torch.autograd.grad(local, factors), strict=True):
+        torch.testing.assert_close(grad_of(factor), true, **CLOSE)
+    rankwise.compress(model, rankwise.compressors.PlainSvd(), keep=0.5, where=lambda name, _: name == "2")
+    assert rankwise.estimate(model, TargetProjection()).network.classes == CLASSES
+
+
+def test_compressed_convolutions_have_their_channels_where_plain_ones_have():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 4, 3, padding=1)
+    model = nn.Sequential(conv, nn.ReLU(), nn.Flatten(), nn.Linear(64, CLASSES)).double()
+    rankwise.adapt(model, rankwise.adapters.Lora(rank=2), where=lambda name, _: name == "0")
+    block = rankwise.estimate(model, TargetProjection()).network.blocks[0]
+    assert block.layout(model[:2](draw(5, 2, 4, 4))).shape == (5, 4, 4, 4)
+    assert block.layout(torch.empty(5, 4, 2, 3)).shape == (5, 2, 3, 4)
+
+
+class Custom(nn.Module):
+    """A layer of a kind of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+def test_a_model_without_blocks_is_refused_unless_only_its_last_layer_trains():
+    model = nn.Sequential(Custom(), nn.Tanh(), nn.Linear(5, CLASSES))
+    with pytest.raises(ValueError, match="no blocks are found"):
+        rankwise.estimate(model, TargetProjection())
+    assert rankwise.estimate(model, TargetProjection(), blocks=[model[1]]).blocks == ("1",)
+    model[0].requires_grad_(False)
+    assert rankwise.estimate(model, TargetProjection()).blocks == ()
+
+
 def test_blocks_may_be_given():
     class Residual(nn.Module):
         def __init__(self) -> None:
