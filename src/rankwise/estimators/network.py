@@ -109,9 +109,8 @@ class Network:
         Raises:
             ValueError: if it is unknown.
         """
-        last = layers_of(self.model)[-1:]
-        linear = bool(last) and isinstance(last[0], nn.Linear | StructuredLinear)
-        found = self._classes or (last[0].out_features if linear else None)
+        last = next(reversed(layers_of(self.model)), None)
+        found = self._classes or (last.out_features if isinstance(last, nn.Linear | StructuredLinear) else None)
         if found is None:
             raise ValueError("the last layer is not linear, so give classes=, the number of classes.")
         return found
