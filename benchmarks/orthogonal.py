@@ -146,19 +146,20 @@ def main():
     data = (images[:8000], labels[:8000]), (images[8000:], labels[8000:])
     rows = Rows(options.json)
     common = {"depth": options.depth}
+    tuning = {"part": "tuning", "steps": options.tuning_steps, **common}
     for way in options.ways:
         for lr in options.rates:
-            if not rows.has(part="tuning", way=way, lr=lr, **common):
+            if not rows.has(way=way, lr=lr, **tuning):
                 found = train(way, lr, data, options.depth, options.tuning_steps, 1000, ())
-                rows.add(part="tuning", way=way, lr=lr, loss=found["loss"], steps=options.tuning_steps, **common)
+                rows.add(way=way, lr=lr, loss=found["loss"], **tuning)
     looks = [round(share * options.steps) for share in (0, 0.1, 0.3, 1)]
     for seed in options.seeds:
         for way in options.ways:
-            tried = [r for r in rows.rows if r["part"] == "tuning" and r["way"] == way and r["loss"] is not None]
-            lr = min(tried, key=lambda row: row["loss"])["lr"]
-            if not rows.has(part="run", way=way, seed=seed, **common):
-                found = train(way, lr, data, options.depth, options.steps, seed, looks)
-                rows.add(part="run", way=way, seed=seed, lr=lr, steps=options.steps, **common, **found)
+            tried = [rows.find(way=way, lr=lr, **tuning) for lr in options.rates]
+            lr = min((row for row in tried if row["loss"] is not None), key=lambda row: row["loss"])["lr"]
+            run = {"part": "run", "way": way, "seed": seed, "lr": lr, "steps": options.steps, **common}
+            if not rows.has(**run):
+                rows.add(**run, **train(way, lr, data, options.depth, options.steps, seed, looks))
 
 
 if __name__ == "__main__":
