@@ -1,17 +1,15 @@
 """A trained ResNet-20 and CIFAR-10 images."""
 
-import io
 import itertools
-import zipfile
 from pathlib import Path
-from typing import Any
 
 import torch
-from PIL import Image
+from images import raw_pictures
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+CLASSES = 10
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # with which the networks were trained
 
 
@@ -62,17 +60,11 @@ def trained(data: Path) -> ResNet:
 
 def images(data: Path, split: str, each: int, skip: int = 0) -> tuple[Tensor, Tensor]:
     """Normalised images (count, 3, 32, 32) and labels: ``each`` of every class, after the first ``skip``."""
-    path = data / "cifar10_jpg" / {"train": "cifar10_train20k.zip", "test": "cifar10_test10k.zip"}[split]
-    pixels, labels = [], []
-    with zipfile.ZipFile(path) as archive:
-        classes: Any = {}
-        for name in sorted(archive.namelist()):
-            classes.setdefault(name.split("/")[1], []).append(name)
-        for label, names in enumerate(classes.values()):
-            for name in names[skip : skip + each]:
-                image = Image.open(io.BytesIO(archive.read(name))).convert("RGB")
-                pixels.append(torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(32, 32, 3))
-                labels.append(label)
-    scaled = torch.stack(pixels).permute(0, 3, 1, 2).float() / 255
+    pixels, labels = (by_class(part) for part in raw_pictures(data, split, CLASSES * each, skip))
     mean, deviation = (torch.tensor(each).view(3, 1, 1) for each in (MEAN, DEVIATION))
-    return ((scaled - mean) / deviation).contiguous(), torch.tensor(labels)
+    return ((pixels / 255 - mean) / deviation).contiguous(), labels
+
+
+def by_class(turns: Tensor) -> Tensor:
+    """Sort what has classes in turn."""
+    return turns.unflatten(0, (-1, CLASSES)).transpose(0, 1).flatten(0, 1)

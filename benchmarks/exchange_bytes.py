@@ -36,6 +36,7 @@ from rankwise.core.transforms import Transform
 from rankwise.optimizers import adam, dct_adamw, frugal, galore, muon, q_galore
 
 WIDTH, INNER, LAYERS, RANK, EVERY = 128, 344, 2, 16, 30
+KINDS = ("replicas", "shards")
 SHAPES = [(WIDTH, WIDTH)] * 4 + [(INNER, WIDTH)] * 2 + [(WIDTH, INNER)]
 METHODS: dict[str, Transform] = {
     "adam": adam(),
@@ -143,7 +144,7 @@ def in_ddp() -> int:
 def work(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     full, rows = in_ddp(), []
-    for kind in ("replicas", "shards"):
+    for kind in KINDS:
         for name, transform in METHODS.items():
             found = run(transform, kind, EVERY + 1)
             projected = name in ("galore", "q_galore", "dct_adamw")
@@ -161,12 +162,15 @@ def main() -> None:
     options = parser.parse_args()
     result = Rows(options.json)
     for world in (2,) if options.smoke else (2, 4):
-        if result.has(world=world):
+        if all(result.has(world=world, kind=kind, method=name) for kind in KINDS for name in METHODS):
             continue
         with tempfile.TemporaryDirectory() as folder:
             mp.start_processes(work, (world, folder), nprocs=world, start_method="spawn")
             for row in torch.load(f"{folder}/rows.pt"):
-                result.add(**row, rank=RANK, smaller_side=WIDTH)
+                if not result.has(
+                    world=world, kind=row["kind"], method=row["method"]
+                ):  # an earlier run stopped here
+                    result.add(**row, rank=RANK, smaller_side=WIDTH)
     for row in result.rows:
         assert row["alike"], row
         assert row["bound"] is None or row["share"] <= row["bound"], row

@@ -9,13 +9,13 @@ Jacobian of the 60 layers, (64, 64), at a few digits, and of the Fisher informat
 """
 
 import argparse
-import gzip
 import math
 import time
 from pathlib import Path
 
 import torch
 from common import Rows
+from images import normal, raw_digits
 from torch import nn
 from torch.nn import functional
 
@@ -36,15 +36,10 @@ WAYS = {
 }
 
 
-def digits(folder):
+def small(folder):
     """Return images (10000, 64) of mean zero and variance one, and labels."""
-    place = Path(folder) / "mnist10k"
-    with gzip.open(place / "t10k-images-idx3-ubyte.gz") as file:
-        images = torch.frombuffer(bytearray(file.read()[16:]), dtype=torch.uint8).view(-1, 1, 28, 28)
-    with gzip.open(place / "t10k-labels-idx1-ubyte.gz") as file:
-        labels = torch.frombuffer(bytearray(file.read()[8:]), dtype=torch.uint8).long()
-    small = functional.avg_pool2d(images[:, :, 2:26, 2:26].float(), 3).flatten(1)
-    return (small - small.mean()) / small.std(), labels
+    x, labels = raw_digits(folder)
+    return normal(functional.avg_pool2d(x[:, :, 2:26, 2:26], 3).flatten(1)), labels
 
 
 def network(start, depth, seed):
@@ -128,7 +123,7 @@ def train(way, lr, data, depth, steps, seed, looks):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="folder with mnist10k")
+    parser.add_argument("--data", type=Path, required=True, help="folder with mnist10k")
     parser.add_argument("--json", type=Path, default=Path("orthogonal.json"))
     parser.add_argument("--ways", nargs="+", default=list(WAYS))
     parser.add_argument("--rates", type=float, nargs="+", default=[0.003, 0.01, 0.03, 0.1, 0.3])
@@ -142,23 +137,24 @@ def main():
     if options.smoke:
         options.depth, options.steps, options.tuning_steps, options.seeds = 10, 40, 20, [0]
         options.rates = [0.01, 0.1]
-    images, labels = digits(options.data)
+    images, labels = small(options.data)
     data = (images[:8000], labels[:8000]), (images[8000:], labels[8000:])
     rows = Rows(options.json)
     common = {"depth": options.depth}
+    tuning = {"part": "tuning", "steps": options.tuning_steps, **common}
     for way in options.ways:
         for lr in options.rates:
-            if not rows.has(part="tuning", way=way, lr=lr, **common):
+            if not rows.has(way=way, lr=lr, **tuning):
                 found = train(way, lr, data, options.depth, options.tuning_steps, 1000, ())
-                rows.add(part="tuning", way=way, lr=lr, loss=found["loss"], steps=options.tuning_steps, **common)
+                rows.add(way=way, lr=lr, loss=found["loss"], **tuning)
     looks = [round(share * options.steps) for share in (0, 0.1, 0.3, 1)]
     for seed in options.seeds:
         for way in options.ways:
-            tried = [r for r in rows.rows if r["part"] == "tuning" and r["way"] == way and r["loss"] is not None]
-            lr = min(tried, key=lambda row: row["loss"])["lr"]
-            if not rows.has(part="run", way=way, seed=seed, **common):
-                found = train(way, lr, data, options.depth, options.steps, seed, looks)
-                rows.add(part="run", way=way, seed=seed, lr=lr, steps=options.steps, **common, **found)
+            tried = [rows.find(way=way, lr=lr, **tuning) for lr in options.rates]
+            lr = min((row for row in tried if row["loss"] is not None), key=lambda row: row["loss"])["lr"]
+            run = {"part": "run", "way": way, "seed": seed, "lr": lr, "steps": options.steps, **common}
+            if not rows.has(**run):
+                rows.add(**run, **train(way, lr, data, options.depth, options.steps, seed, looks))
 
 
 if __name__ == "__main__":

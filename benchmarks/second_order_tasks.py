@@ -3,9 +3,7 @@
 All scores are better the lower they are: the share of wrong answers, the mean squared error, nats a character.
 """
 
-import io
 import itertools
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,18 +181,10 @@ def images(data: Path | None, part: str, count: int) -> Batch:
         labels = torch.arange(count) % CLASSES
         means = torch.rand(CLASSES, 3, 32, 32, generator=Generator().manual_seed(0))
         return (means[labels] + 0.3 * torch.randn(count, 3, 32, 32, generator=generator)).clamp(0, 1), labels
-    import numpy
-    from PIL import Image
+    from images import raw_pictures
 
-    path = data / "cifar10_jpg" / {"train": "cifar10_train20k.zip", "test": "cifar10_test10k.zip"}[part]
-    with zipfile.ZipFile(path) as archive:
-        names = sorted(name for name in archive.namelist() if name.endswith(".jpg"))
-        kinds = sorted({name.split("/")[1] for name in names})
-        each = {kind: [name for name in names if name.split("/")[1] == kind] for kind in kinds}
-        chosen = list(itertools.islice(itertools.chain(*zip(*each.values(), strict=True)), count))
-        pixels = [numpy.asarray(Image.open(io.BytesIO(archive.read(name)))) for name in chosen]
-    labels = torch.tensor([kinds.index(name.split("/")[1]) for name in chosen])
-    return torch.from_numpy(numpy.stack(pixels)).permute(0, 3, 1, 2).float() / 255, labels
+    pixels, labels = raw_pictures(data, part, count)
+    return pixels / 255, labels
 
 
 def halves(data: Batch) -> tuple[Batch, Batch]:

@@ -189,6 +189,73 @@ def test_jacobians_from_a_layer_on():
         torch.testing.assert_close(torch.tensor(found.curves[f"sample {i}"], dtype=torch.float64), wanted)
 
 
+class Turned(nn.Module):
+    """A convolution whose channels become the last axis, and so an output that is no contiguous tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv1d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).mT
+
+
+@pytest.mark.parametrize("count", [None, 20])
+def test_jacobians_of_outputs_that_are_not_contiguous(count: int | None):
+    torch.manual_seed(0)
+    model, x = Turned().double(), draw(2 * 3, 5).view(2, 3, 5)
+    found = jacobian_spectrum(model, x, count=count, tolerance=1e-12)
+    wanted = torch.linalg.svdvals(torch.func.jacrev(lambda one: model(one[None])[0].flatten())(x[0]).flatten(1))
+    for values in found.curves.values():
+        torch.testing.assert_close(torch.tensor(values[:15]).double(), wanted, rtol=1e-6, atol=1e-6)
+
+
+class Columns(nn.Linear):
+    """A linear layer that computes its output by columns."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return (self.weight @ input.mT).mT
+
+
+def test_fisher_information_of_outputs_that_are_not_contiguous():
+    model, x = Columns(4, 3).double(), draw(5, 4)
+    assert not model(x).is_contiguous()
+    plain = nn.Linear(4, 3, bias=False).double()
+    plain.load_state_dict({"weight": model.weight})
+    found, wanted = (fisher_spectrum(each, [x], count=None).curves["Fisher"] for each in (model, plain))
+    assert found == pytest.approx(wanted)
+
+
+def test_a_first_operation_may_write_into_its_input():
+    model, x = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 2)).double(), draw(3, 4)
+    before, plain = x.clone(), nn.Sequential(nn.ReLU(), model[1])
+    assert jacobian_spectrum(model, x).curves == jacobian_spectrum(plain, x).curves
+    assert torch.equal(x, before)
+
+
+class Several(nn.Linear):
+    """A layer that returns more than its output."""
+
+    def forward(self, input: Tensor) -> Any:
+        return super().forward(input), None
+
+
+def test_models_that_return_tuples_or_work_in_half_precision_are_refused():
+    with pytest.raises(ValueError, match="must return a floating-point tensor"):
+        fisher_spectrum(Several(3, 4), [draw(2, 3).float()])
+    model, x = network(6, 8, 3).bfloat16(), draw(9, 6).bfloat16()
+    mixed = nn.Sequential(network(6, 8).float(), nn.Tanh())
+    for count in (None, 2):
+        with pytest.raises(ValueError, match="too rough"):
+            fisher_spectrum(model, [x], count=count)
+        with pytest.raises(ValueError, match="too rough"):
+            jacobian_spectrum(model, x, count=count)
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="too rough"):
+            fisher_spectrum(mixed, [x.float()], count=count)
+    with pytest.raises(ValueError, match="too rough"):
+        tangent_kernel(model, x)
+
+
 def test_singular_values_are_not_eigenvalues():
     """Powers of J itself would find one; J' J finds ten."""
     model = nn.Linear(2, 2, bias=False).double()

@@ -77,7 +77,7 @@ def fisher_spectrum(
     Args:
         model: any module whose operations have two derivatives; in evaluation mode meanwhile.
         batches: as the model takes them, without labels. A keyword ``attention_mask`` marks padding. More batches
-            take longer, not more memory. The work is done in the model's type.
+            take longer, not more memory. The work is done in the model's type, float32 or wider.
         count: how many eigenvalues, by Lanczos' method, at three passes over the data a step. None finds all that
             are not zero through the Gram matrix of the t k rows of L' J, which takes t k passes and rows of all
             parameters; for small networks and few samples.
@@ -93,7 +93,8 @@ def fisher_spectrum(
         first.
 
     Raises:
-        ValueError: if there is no batch, outputs are no rows, or an argument is out of range.
+        ValueError: if there is no batch, outputs are no rows, something is in half precision, or an argument is
+            out of range.
         FloatingPointError: if something is not finite.
 
     References: Sokol and Park, "Information geometry of orthogonal initializations and training", 2020, arXiv
@@ -200,7 +201,8 @@ def jacobian_spectrum(
         the ``residual`` of the squares. Totals have means over samples; curves all singular values found.
 
     Raises:
-        ValueError: if the input is not floating-point, or an argument is out of range.
+        ValueError: if the input is not floating-point, something is in half precision, or an argument is out of
+            range.
         FloatingPointError: if something is not finite.
 
     >>> net = nn.Linear(3, 3, bias=False)
@@ -244,7 +246,7 @@ def _derivative(model: nn.Module, batch: Batch, parameters: Sequence[Tensor]) ->
 
 def _rows(at: Linearised, law: OutputLaw) -> tuple[Tensor, int]:
     """All rows of L' J, (t k, n), and t."""
-    one = torch.zeros_like(at.output)
+    one = torch.zeros_like(at.output, memory_format=torch.contiguous_format)
     rows = []
     for i in range(one.numel()):
         one.view(-1)[i] = 1
@@ -269,7 +271,7 @@ def _from(model: nn.Module, batch: Batch, after: str | None) -> tuple[Tensor, Te
         if not isinstance(batch, Tensor) or not batch.is_floating_point():
             raise ValueError("the input must be a floating-point tensor; or name a module with after=...")
         leaf = batch.to(device).detach().clone().requires_grad_()
-        output = run(model, leaf, device)
+        output = run(model, leaf.clone(), device)  # which may be written into
     else:
         seen: list[Tensor] = []
 
@@ -289,7 +291,7 @@ def _from(model: nn.Module, batch: Batch, after: str | None) -> tuple[Tensor, Te
 
 def _dense(at: Linearised, m: int, k: int) -> Tensor:
     """Jacobians (k, m, n) of samples that do not act on each other."""
-    one = torch.zeros_like(at.output)
+    one = torch.zeros_like(at.output, memory_format=torch.contiguous_format)
     rows = []
     for i in range(m):
         one.view(k, m)[:, i] = 1

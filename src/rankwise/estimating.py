@@ -67,15 +67,16 @@ def estimate(
         estimator: from :mod:`rankwise.estimators`.
         loss: (output, labels) -> number, a mean over the batch.
         blocks: modules whose outputs end blocks, in order; behind the last the loss itself trains. None
-            takes each linear, convolutional or recurrent layer but the last of ``model.modules()``, together with
-            the activation that follows it in the same ``nn.Sequential``.
+            takes each linear, convolutional or recurrent layer, also if compressed or adapted, but the last of
+            ``model.modules()``, together with the activation that follows it in the same ``nn.Sequential``.
         classes: their number; None takes the width of the last layer.
 
     Returns:
         what has ``backward(inputs, labels)``.
 
     Raises:
-        ValueError: if nothing can be trained, or a block is no part of the model.
+        ValueError: if nothing can be trained, no block is found though more than the last layer trains, or one is
+            no part of the model.
 
     >>> import rankwise
     >>> net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))

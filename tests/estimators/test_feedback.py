@@ -1,5 +1,7 @@
 """With the right matrices feedback alignment is back-propagation; with random ones weights align with them."""
 
+import math
+
 import pytest
 import torch
 from contracts.examples import draw
@@ -7,6 +9,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 import rankwise
+from rankwise.adapters import Lora
 from rankwise.estimators import DirectFeedbackAlignment, FeedbackAlignment
 from rankwise.linalg import gaussian, seeded
 
@@ -132,9 +135,30 @@ def test_estimates_align_with_true_gradients(kind: type):
 
 
 @pytest.mark.parametrize("kind", [FeedbackAlignment, DirectFeedbackAlignment])
-def test_bad_gains_are_refused(kind: type):
+@pytest.mark.parametrize("gain", [0.0, math.inf, math.nan])
+def test_bad_gains_are_refused(kind: type, gain: float):
     with pytest.raises(ValueError, match="gain"):
-        kind(gain=0.0)
+        kind(gain=gain)
+
+
+def test_feedback_alignment_refuses_layers_that_are_adapted():
+    model, _, _ = two()
+    rankwise.adapt(model, Lora(rank=2), where=lambda name, layer: name == "0")
+    with pytest.raises(ValueError, match="fold it first"):
+        rankwise.estimate(model, FeedbackAlignment()).backward(draw(9, 5), labels(9))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_direct_feedback_reaches_layers_that_are_adapted():
+    model, _, _ = two()
+    rankwise.adapt(model, Lora(rank=2), where=lambda name, layer: name == "0")
+    model[2].requires_grad_(True)
+    x, y = draw(9, 5), labels(9)
+    handle = rankwise.estimate(model, DirectFeedbackAlignment())
+    assert handle.blocks == ("1",)
+    handle.backward(x, y)
+    found = gradients(model)
+    assert not torch.allclose(found[0], exact(model, x, y)[0])
 
 
 def test_direct_feedback_needs_a_tensor():

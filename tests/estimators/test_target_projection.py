@@ -295,6 +295,53 @@ def test_blocks_are_found_by_structure():
     assert rankwise.estimate(Reader(nn.GRU(3, 5)), TargetProjection()).blocks == ("rows",)
 
 
+def test_compressed_layers_are_blocks_and_their_factors_have_the_gradients_of_the_formula():
+    torch.manual_seed(0)
+    parts = [nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, CLASSES)]
+    model, x, y = nn.Sequential(*parts).double(), draw(9, 8), labels(9)
+    rankwise.compress(model, rankwise.compressors.PlainSvd(), keep=0.5, where=lambda name, _: name == "0")
+    handle = rankwise.estimate(model, TargetProjection())
+    assert handle.blocks == ("1",)
+    handle.backward(x, y)
+    factors = [p for p in model[0].parameters() if p.dim() == 2]
+    local = (model[:2](x) - codes(0, 12).mT[y].tanh()).square().sum() / 2 / 9
+    assert len(factors) == 2
+    for factor, true in zip(factors, torch.autograd.grad(local, factors), strict=True):
+        torch.testing.assert_close(grad_of(factor), true, **CLOSE)
+    rankwise.compress(model, rankwise.compressors.PlainSvd(), keep=0.5, where=lambda name, _: name == "2")
+    assert rankwise.estimate(model, TargetProjection()).network.classes == CLASSES
+
+
+def test_compressed_convolutions_have_their_channels_where_plain_ones_have():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 4, 3, padding=1)
+    model = nn.Sequential(conv, nn.ReLU(), nn.Flatten(), nn.Linear(64, CLASSES)).double()
+    rankwise.adapt(model, rankwise.adapters.Lora(rank=2), where=lambda name, _: name == "0")
+    block = rankwise.estimate(model, TargetProjection()).network.blocks[0]
+    assert block.layout(model[:2](draw(5, 2, 4, 4))).shape == (5, 4, 4, 4)
+    assert block.layout(torch.empty(5, 4, 2, 3)).shape == (5, 2, 3, 4)
+
+
+class Custom(nn.Module):
+    """A layer of a kind of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+def test_a_model_without_blocks_is_refused_unless_only_its_last_layer_trains():
+    model = nn.Sequential(Custom(), nn.Tanh(), nn.Linear(5, CLASSES))
+    with pytest.raises(ValueError, match="no blocks are found"):
+        rankwise.estimate(model, TargetProjection())
+    assert rankwise.estimate(model, TargetProjection(), blocks=[model[1]]).blocks == ("1",)
+    model[0].requires_grad_(False)
+    assert rankwise.estimate(model, TargetProjection()).blocks == ()
+
+
 def test_blocks_may_be_given():
     class Residual(nn.Module):
         def __init__(self) -> None:
@@ -311,6 +358,53 @@ def test_blocks_may_be_given():
     weights = [model[0].inner[i].weight for i in (0, 2)]
     for weight, true in zip(weights, torch.autograd.grad(local, weights), strict=True):
         torch.testing.assert_close(grad_of(weight), true, **CLOSE)
+
+
+class Attending(nn.Module):
+    """A layer of a transformer, or one around a norm whose outputs go two ways, and a head."""
+
+    def __init__(self, attention: bool) -> None:
+        super().__init__()
+        self.first, self.norm, self.attention = nn.Linear(8, 8), nn.LayerNorm(8), attention
+        encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.inner = encoder if attention else nn.Linear(8, 8)
+        self.whole, self.head = nn.Identity(), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.first(x))
+        x = self.inner(x) if self.attention else x + self.inner(x).relu()
+        return self.head(self.whole(x).mean(1))
+
+
+@pytest.mark.parametrize("attention", [True, False])
+def test_blocks_that_share_what_is_before_them_are_refused_and_whole_branches_are_not(attention: bool):
+    torch.manual_seed(0)
+    model, x, y = Attending(attention).double(), draw(6 * 5, 8).view(6, 5, 8), labels(6)
+    found = rankwise.estimate(model, TargetProjection())
+    assert not any("out_proj" in name for name in found.blocks)  # whose hooks would never be called
+    with pytest.raises(ValueError, match="whole residual branches"):
+        found.backward(x, y)
+    model.zero_grad()
+    learned(model, TargetProjection(), x, y, blocks=[model.first, model.whole])
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_other_errors_of_backward_passes_are_not_renamed():
+    model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, CLASSES)).double()
+
+    def fail(_: Tensor) -> None:
+        raise RuntimeError("from outside")
+
+    model[0].weight.register_hook(fail)
+    with pytest.raises(RuntimeError, match="from outside"):
+        learned(model, TargetProjection(), draw(4, 5), labels(4))
+
+
+def test_recurrent_layers_cannot_go_layer_by_layer_and_the_error_says_so():
+    model = Reader(nn.GRU(3, 5, batch_first=True)).double()
+    optimizer = rankwise.Optimizer([(model.parameters(), rankwise.optimizers.sgd())], lr=0.1)
+    with rankwise.Layerwise(optimizer), pytest.raises(RuntimeError, match="cannot be stepped layer by layer"):
+        learned(model, TargetProjection(), draw(4, 6, 3), labels(4))
 
 
 def test_a_frozen_last_layer_is_left_alone_and_one_that_is_cut_off_is_noticed():
@@ -351,7 +445,16 @@ def test_targets_lie_in_the_range_of_the_activation():
 
 @pytest.mark.parametrize(
     ("fields", "named"),
-    [({"gain": 0.0}, "gain"), ({"cells": 0}, "cells"), ({"steps": 0}, "steps"), ({"share": 0.0}, "share")],
+    [
+        ({"gain": 0.0}, "gain"),
+        ({"gain": float("inf")}, "gain"),
+        ({"cells": 0}, "cells"),
+        ({"cells": 1.5}, "cells"),
+        ({"steps": 0}, "steps"),
+        ({"steps": 2.5}, "steps"),
+        ({"share": 0.0}, "share"),
+        ({"share": 1.5}, "share"),
+    ],
 )
 def test_bad_fields_are_refused(fields: dict[str, Any], named: str):
     with pytest.raises(ValueError, match=named):

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from rankwise.linalg import critical_variances, gradient_gain, preactivation_variance
-from rankwise.linalg.mean_field import _hermite
+from rankwise.linalg.mean_field import Function
 
 
 def erf(x: Tensor) -> Tensor:
@@ -15,11 +16,46 @@ def erf(x: Tensor) -> Tensor:
     return torch.erf(x)
 
 
-def test_quadrature_has_the_moments_of_a_normal_law():
-    nodes, weights = _hermite()
-    for power in range(12):
-        wanted = 0.0 if power % 2 else float(math.prod(range(power - 1, 0, -2)))
-        assert float(weights @ nodes**power) == pytest.approx(wanted, rel=1e-10, abs=1e-8)
+def dense(function: Function, q: float) -> float:
+    """E[f(sqrt(q) z)^2] by a sum over so many points that it needs no thought."""
+    z = torch.linspace(-12, 12, 1_000_000, dtype=torch.float64)
+    weights = (-z.square() / 2).exp()
+    return float((weights * function(q**0.5 * z).square()).sum() / weights.sum())
+
+
+def steep(x: Tensor) -> Tensor:
+    """The derivative of tanh."""
+    return x.cosh().reciprocal().square()
+
+
+@pytest.mark.parametrize("power", range(6))
+def test_powers_have_the_moments_of_a_normal_law(power: int):
+    wanted = math.prod(range(2 * power - 1, 0, -2))  # E[z^2p]
+    found = gradient_gain(lambda x: x ** (power + 1) / (power + 1), 1.0, 1.0)
+    assert found == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize("q", [1e-4, 0.5, 9.0, 400.0, 1e5])
+def test_gains_are_right_where_a_function_is_steep_or_has_corners(q: float):
+    """E[hardtanh'(sqrt(q) z)^2] is the share of inputs between -1 and 1."""
+    assert gradient_gain(torch.tanh, 1.0, q) == pytest.approx(dense(steep, q), rel=1e-9)
+    share = math.erf(1 / math.sqrt(2 * q))
+    assert gradient_gain(functional.hardtanh, 1.0, q) == pytest.approx(share, rel=2e-4)
+
+
+@pytest.mark.parametrize("weight", [4.0, 64.0, 400.0])
+def test_chaotic_networks_have_the_variance_and_gain_of_dense_sums(weight: float):
+    q = preactivation_variance(torch.tanh, weight, 0.0)
+    assert q == pytest.approx(weight * dense(torch.tanh, q), rel=1e-9)
+    assert gradient_gain(torch.tanh, weight, q) == pytest.approx(weight * dense(steep, q), rel=1e-9)
+
+
+def test_modules_may_be_given_whatever_their_type():
+    module = nn.PReLU()  # float32
+    assert gradient_gain(module, 1.0, 1.0) == pytest.approx((1 + 0.25**2) / 2)
+    assert critical_variances(module, 1.0) == pytest.approx((2 / (1 + 0.25**2), 0), abs=1e-12)
+    assert module.weight.dtype == torch.float32
+    assert module.weight.grad is None
 
 
 @pytest.mark.parametrize("q", [0.02, 0.5, 1.5])

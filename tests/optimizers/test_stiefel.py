@@ -281,6 +281,8 @@ def test_bad_arguments_are_refused(make: Any):
             make(scale=scale)
     with pytest.raises(ValueError, match="leave its constraint out"):
         make(inner=hard_cap(limit=1.0))
+    with pytest.raises(ValueError, match="would do nothing"):
+        make(beta=0.5, inner=adam())
     with pytest.raises(ValueError, match="beta must be"):
         TangentMomentum(manifold=Oblique(), beta=1.0)
     with pytest.raises(ValueError, match="scale must be"):

@@ -1,7 +1,7 @@
 """What a model computes, near the point at which it was computed, as a linear map that is never formed."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,19 @@ class Linearised:
     Args:
         output: of any shape.
         inputs: tensors that it was computed from, with gradients.
+
+    Raises:
+        ValueError: if one of them is in half precision, which leaves no digits of a spectrum.
     """
 
     def __init__(self, output: Tensor, inputs: Sequence[Tensor]) -> None:
         self.output, self.inputs = output, tuple(inputs)
+        half = next((each.dtype for each in (output, *inputs) if each.dtype.itemsize < 4), None)
+        if half is not None:
+            raise ValueError(
+                f"derivatives in {half} are too rough for a spectrum; copy the model to float32 with "
+                "copy.deepcopy(model).float(), and leave autocast."
+            )
         self.u = torch.zeros_like(output, requires_grad=True)
         self.pulled = torch.autograd.grad(output, self.inputs, self.u, create_graph=True, materialize_grads=True)
 
@@ -77,8 +86,8 @@ def run(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
     """
     arguments, options = call_of(batch, device)
     output = model(*arguments, **options)
-    found = output if isinstance(output, Tensor) else output.get("logits")
-    if found is None or not found.is_floating_point():
+    found = output.get("logits") if isinstance(output, Mapping) else output
+    if not isinstance(found, Tensor) or not found.is_floating_point():
         raise ValueError("the model must return a floating-point tensor, or an output with logits.")
     return found
 

@@ -223,7 +223,9 @@ class Layerwise:
         if count > self.accumulate:
             raise RuntimeError(
                 f"a parameter of shape {tuple(param.shape)} got {count} gradients, but a step takes "
-                f"{self.accumulate}; call optimizer.step() after each step, or set accumulate."
+                f"{self.accumulate}; call optimizer.step() after each step, or set accumulate. If one call runs "
+                "several backward passes over it, as target projection does for recurrent or shared layers, it "
+                "cannot be stepped layer by layer."
             )
         if self._scale is not None and param.grad is not None:
             param.grad.mul_(self._scale.to(param.grad.device))

@@ -1,6 +1,7 @@
 """What an estimator of gradients is."""
 
 import abc
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,3 +23,9 @@ class Estimator(abc.ABC):
     @abc.abstractmethod
     def backward(self, network: Network, inputs: Any, labels: Tensor) -> Tensor:
         """Add to the gradients of the trained parameters; returns the loss, detached."""
+
+
+def check_gain(gain: float) -> None:
+    """Raise ValueError unless it is a finite number > 0."""
+    if not 0 < gain < math.inf:
+        raise ValueError(f"gain must be a finite number > 0, got {gain}.")

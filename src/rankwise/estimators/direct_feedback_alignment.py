@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..linalg import gaussian, seeded
-from .base import Draw, Estimator
+from .base import Draw, Estimator, check_gain
 from .network import Network, Output
 
 
@@ -33,8 +33,7 @@ class DirectFeedbackAlignment(Estimator):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.gain > 0:
-            raise ValueError(f"gain must be > 0, got {self.gain}.")
+        check_gain(self.gain)
 
     def backward(self, network: Network, inputs: Any, labels: Tensor) -> Tensor:
         """See :class:`Estimator`."""

@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.conv import _ConvNd
 
 from ..linalg import gaussian, seeded
-from .base import Draw, Estimator
-from .network import Network
+from .base import Draw, Estimator, check_gain
+from .network import CHANGED, Network, layers_of
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -22,7 +22,8 @@ class FeedbackAlignment(Estimator):
     """Send errors back through fixed random matrices instead of the transposed weights (FA).
 
     Linear layers and convolutions are treated so wherever they are in the model, all else as back-propagation
-    does. Each layer's own gradient is formed as usual, of the error that arrives. It saves no memory.
+    does, such as ``nn.MultiheadAttention``, which calls no layers. Each layer's own gradient is formed as usual,
+    of the error that arrives. It saves no memory.
 
     Args:
         projection: draws B (m, n), for a convolution of all inputs of an output; it is divided by sqrt(n).
@@ -38,8 +39,7 @@ class FeedbackAlignment(Estimator):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.gain > 0:
-            raise ValueError(f"gain must be > 0, got {self.gain}.")
+        check_gain(self.gain)
 
     def backward(self, network: Network, inputs: Any, labels: Tensor) -> Tensor:
         """See :class:`Estimator`."""
@@ -50,7 +50,16 @@ class FeedbackAlignment(Estimator):
 
     @contextmanager
     def feeding(self, model: nn.Module) -> Iterator[None]:
-        """Let graphs that are made inside send their errors through random matrices."""
+        """Let graphs that are made inside send their errors through random matrices.
+
+        Raises:
+            ValueError: if layers are compressed or adapted.
+        """
+        if any(isinstance(layer, CHANGED) for layer in layers_of(model)):
+            raise ValueError(
+                "feedback alignment has matrices for ordinary layers alone, and this model has compressed, "
+                "adapted or integer ones; fold it first, or take DirectFeedbackAlignment."
+            )
         layers = [m for m in model.modules() if isinstance(m, (nn.Linear, *CONVOLUTIONS))]
         hooks = [hook for number, layer in enumerate(layers) for hook in self._hooks(number, layer)]
         try:

@@ -11,12 +11,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from ..core.integer_weights import IntegerLinear
+from ..core.surgery import StructuredLinear
+from ..core.views import Conv2dView, EmbeddingView
 from ..core.watch import call_of
 from .recurrent import unrolled
 
 Loss = Callable[[Any, Tensor], Tensor]
-LAYERS = (nn.Linear, _ConvNd, nn.RNNBase)
+CHANGED = (StructuredLinear, IntegerLinear)
+LAYERS = (nn.Linear, _ConvNd, nn.RNNBase, *CHANGED)
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 ACTIVATIONS = (
     nn.CELU,
@@ -80,6 +85,9 @@ class Network:
         modules: whose outputs end blocks; None finds them, see :func:`ends_of`.
         loss: (output, labels) -> number.
         classes: the number of classes; None takes the width of the last layer.
+
+    Raises:
+        ValueError: if none is found, though more than the last layer trains, or one is no part of the model.
     """
 
     def __init__(
@@ -87,6 +95,11 @@ class Network:
     ) -> None:
         self.model, self.loss = model, loss
         self.blocks = tuple(_blocks(model, ends_of(model) if modules is None else modules))
+        if modules is None and not self.blocks and _trains_before(model):
+            raise ValueError(
+                "no blocks are found in this model, so that all would be back-propagation; give blocks=, modules "
+                "whose outputs end blocks, or [] for none."
+            )
         self._classes = classes
 
     @property
@@ -96,8 +109,8 @@ class Network:
         Raises:
             ValueError: if it is unknown.
         """
-        last = _layers(self.model)[-1:]
-        found = self._classes or (last[0].out_features if last and isinstance(last[0], nn.Linear) else None)
+        last = next(reversed(layers_of(self.model)), None)
+        found = self._classes or (last.out_features if isinstance(last, nn.Linear | StructuredLinear) else None)
         if found is None:
             raise ValueError("the last layer is not linear, so give classes=, the number of classes.")
         return found
@@ -131,7 +144,9 @@ class Network:
         loss = self.loss(output, labels)
         if not bool(loss.detach().isfinite()):
             raise FloatingPointError(f"the loss is {float(loss.detach())}; take a lower lr, or drop this batch.")
-        if not loss.requires_grad and any(p.requires_grad for p in _layers(self.model)[-1].parameters()):
+        if not loss.requires_grad and any(
+            p.requires_grad for m in layers_of(self.model)[-1:] for p in m.parameters()
+        ):
             raise ValueError(
                 "the loss depends on nothing that is trained behind the last block; give blocks=, what the model "
                 "runs before its last layer, in that order."
@@ -169,13 +184,30 @@ def ends_of(model: nn.Module) -> list[nn.Module]:
         if isinstance(parent, nn.Sequential):
             parts = [part for part in parent if not isinstance(part, NORMS)]
             follower.update({id(a): b for a, b in pairwise(parts)})
-    layers = _layers(model)[:-1]
+    layers = layers_of(model)[:-1]
     behind = [follower.get(id(layer)) for layer in layers]
     return [each if isinstance(each, ACTIVATIONS) else layer for layer, each in zip(layers, behind, strict=True)]
 
 
-def _layers(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, LAYERS)]
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """Return the linear, convolutional and recurrent layers, also those that are compressed or adapted.
+
+    The one inside ``nn.MultiheadAttention`` is left out, since that reads its weight and never calls it.
+    """
+    found = (module for module in model.modules() if isinstance(module, LAYERS))
+    return [
+        each for each in found if not isinstance(each, NonDynamicallyQuantizableLinear) and not _is_table(each)
+    ]
+
+
+def _is_table(layer: nn.Module) -> bool:
+    return isinstance(layer, StructuredLinear) and isinstance(layer.view, EmbeddingView)
+
+
+def _trains_before(model: nn.Module) -> bool:
+    """Whether a matrix is trained that is not of the last layer."""
+    last = {id(p) for layer in layers_of(model)[-1:] for p in layer.parameters()}
+    return any(p.dim() > 1 and p.requires_grad and id(p) not in last for p in model.parameters())
 
 
 def _blocks(model: nn.Module, modules: Sequence[nn.Module]) -> Iterator[Block]:
@@ -204,7 +236,7 @@ def _squash(inside: list[nn.Module]) -> Callable[[Tensor], Tensor]:
 
 
 def _layout(layer: nn.Module | None, module: nn.Module) -> Callable[[Tensor], Tensor]:
-    if isinstance(layer, _ConvNd):
+    if isinstance(layer, _ConvNd) or (isinstance(layer, StructuredLinear) and isinstance(layer.view, Conv2dView)):
         return lambda values: values.movedim(1, -1)
     if isinstance(module, nn.RNNBase) and not module.batch_first:
         return lambda values: values.transpose(0, 1)

@@ -1,6 +1,7 @@
 """A random code of the label as the target of each block, learned by forward passes alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..core.methods import check_count
 from ..linalg import gaussian, seeded
-from .base import Draw, Estimator
+from .base import Draw, Estimator, check_gain
 from .network import Network, Output
 
 POOLS = {1: functional.adaptive_avg_pool1d, 2: functional.adaptive_avg_pool2d, 3: functional.adaptive_avg_pool3d}
@@ -34,6 +36,9 @@ class TargetProjection(Estimator):
     computed at once, with the block's inputs as constants, and the graph is dropped: what is kept for it does not
     grow with depth. Nor does it with time: recurrent layers have targets at each step, and the state before a
     step is a constant.
+
+    No two blocks may share what is trained before them, as in a transformer queries, keys and the way around them
+    do: there ``blocks`` must be modules that hold whole residual branches, such as the model's layers.
 
     It descends no loss of the whole network, whose training loss may rise, and blocks lose what their label does
     not need; so depth hurts. Recurrent layers, which have to remember, learn far less than by back-propagation
@@ -64,16 +69,20 @@ class TargetProjection(Estimator):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.gain > 0:
-            raise ValueError(f"gain must be > 0, got {self.gain}.")
+        check_gain(self.gain)
         if not 0 < self.share <= 1:
             raise ValueError(f"share must be in (0, 1], got {self.share}.")
         for name in ("cells", "steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1 or None, got {getattr(self, name)}.")
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
 
     def backward(self, network: Network, inputs: Any, labels: Tensor) -> Tensor:
-        """See :class:`Estimator`."""
+        """See :class:`Estimator`.
+
+        Raises:
+            ValueError: if two blocks are computed from the same trained operations, when some gradients are
+                written.
+        """
         codes = network.codes(labels)
 
         def learn(output: Output) -> None:
@@ -88,10 +97,11 @@ class TargetProjection(Estimator):
                 )
             values.backward(error)
 
-        with network.cut(learn, by_step=True):
-            loss = network.run(inputs, labels)[1]
-        if loss.requires_grad:  # the last layer may be frozen
-            loss.backward()
+        with _one_block_each():
+            with network.cut(learn, by_step=True):
+                loss = network.run(inputs, labels)[1]
+            if loss.requires_grad:  # the last layer may be frozen
+                loss.backward()
         return loss.detach()
 
     def aim(self, output: Output, codes: Tensor, squash: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -140,3 +150,18 @@ class TargetProjection(Estimator):
         batch = values.shape[: values.dim() - axes - 1]
         maps = values.flatten(0, len(batch) - 1).movedim(-1, 1)
         return POOLS[axes](maps, self.cells).flatten(1).unflatten(0, batch)
+
+
+@contextmanager
+def _one_block_each() -> Iterator[None]:
+    """Say what to do where the graph that one block has dropped is needed by another."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "graph a second time" not in str(error):
+            raise
+        raise ValueError(
+            "two blocks are computed from the same trained operations, whose graph the first has dropped; give "
+            "blocks=, modules that hold whole residual branches, such as a transformer's layers. Some gradients "
+            "are written: call zero_grad."
+        ) from error

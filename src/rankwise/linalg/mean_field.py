@@ -4,14 +4,16 @@ W (N, n) has independent entries of variance s_w^2 / n, or is s_w times an ortho
 variance s_b^2. All is for N -> infinity and a depth far below N: fluctuations are of the order of depth / N.
 """
 
+import copy
 import functools
+import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Function = Callable[[Tensor], Tensor]
-NODES = 128  # an even number, so that no node is at zero, where ReLU bends
+NODES = (2**10, 2**14, 2**18)  # of each sign; the first will do where f is smooth
 
 
 def preactivation_variance(
@@ -96,6 +98,7 @@ def critical_variances(function: Function, variance: float) -> tuple[float, floa
 
 def slope(function: Function) -> Function:
     """Return the derivative of a function of each entry alone."""
+    function = _wide(function)
 
     def derivative(x: Tensor) -> Tensor:
         with torch.enable_grad():
@@ -105,18 +108,33 @@ def slope(function: Function) -> Function:
     return derivative
 
 
+def _wide(function: Function) -> Function:
+    """A module, such as ``nn.PReLU()``, may have parameters of another type."""
+    return copy.deepcopy(function).to("cpu", torch.float64) if isinstance(function, nn.Module) else function
+
+
 def _mean(function: Function, variance: float) -> float:
-    """E[f(sqrt(q) z)^2] by Gauss-Hermite quadrature."""
-    nodes, weights = _hermite()
-    return float(weights @ function(variance**0.5 * nodes).square())
+    """E[f(sqrt(q) z)^2], by more and more nodes until the mean stays; jumps of f leave 1e-4 of it at most."""
+    function, found = _wide(function), math.nan
+    for count in NODES:
+        nodes, weights = _normal(count)
+        before, found = found, float(weights @ function(variance**0.5 * nodes).detach().square())
+        if abs(found - before) <= 1e-12 * found:
+            break
+    return found
 
 
 @functools.cache
-def _hermite() -> tuple[Tensor, Tensor]:
-    """Nodes and weights of a standard normal mean, by the eigenvectors that Golub and Welsch found them in."""
-    beside = torch.arange(1, NODES, dtype=torch.float64).sqrt()
-    nodes, vectors = torch.linalg.eigh(beside.diag(1) + beside.diag(-1))
-    return nodes, vectors[0].square()
+def _normal(count: int) -> tuple[Tensor, Tensor]:
+    """Nodes and weights (2 count,) of a standard normal mean.
+
+    It is the rule of equal steps of t, with z = +-exp(t): any scale is resolved alike, however large q is, and no
+    node is at zero, where ReLU bends. Errors fall exponentially where f is smooth off zero.
+    """
+    positive = torch.linspace(-40, 2.6, count, dtype=torch.float64).exp()  # from 4e-18 to 13.5
+    weights = positive * (-positive.square() / 2).exp()
+    weights = weights / (2 * weights.sum())
+    return torch.cat([-positive, positive]), torch.cat([weights, weights])
 
 
 def _check(*variances: float) -> None:

@@ -63,6 +63,19 @@ class TangentMomentum(Transform):
         return momentum.copy_(self.manifold.tangent(momentum, param))
 
 
+def moving(manifold: Manifold, beta: float | None, inner: Transform | None) -> Transform:
+    """Return what makes steps of tangent gradients: ``inner``, or momentum where that is None.
+
+    Raises:
+        ValueError: if both are given.
+    """
+    if inner is None:
+        return TangentMomentum(manifold=manifold, beta=0.9 if beta is None else beta)
+    if beta is not None:
+        raise ValueError(f"inner takes the place of the momentum, so beta={beta} would do nothing; leave it out.")
+    return inner
+
+
 @dataclass(frozen=True, kw_only=True)
 class OnManifold(Transform):
     """Keep matrices W = s Q with Q in a set: step Q along it and retract, and perhaps step the number s.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..core.transforms import Transform, by_shape
-from .manifolds import Manifold, OnManifold, TangentMomentum
+from .manifolds import Manifold, OnManifold, moving
 from .sgd import sgd
 
 
@@ -30,7 +30,7 @@ class Oblique(Manifold):
 
 def oblique(
     *,
-    beta: float = 0.9,
+    beta: float | None = None,
     inner: Transform | None = None,
     scale: float | None = None,
     magnitude: Transform | None = None,
@@ -52,6 +52,5 @@ def oblique(
         arXiv 1810.03785.
     """
     manifold = Oblique()
-    moving = TangentMomentum(manifold=manifold, beta=beta) if inner is None else inner
-    matrix = OnManifold(manifold=manifold, inner=moving, scale=scale, magnitude=magnitude)
+    matrix = OnManifold(manifold=manifold, inner=moving(manifold, beta, inner), scale=scale, magnitude=magnitude)
     return by_shape(matrix=matrix, other=other, above=1)

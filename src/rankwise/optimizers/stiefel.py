@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..core.transforms import Transform, by_shape, wide
 from ..linalg import stiefel_tangent
-from .manifolds import Manifold, OnManifold, TangentMomentum
+from .manifolds import Manifold, OnManifold, moving
 from .retractions import Polar, Retraction
 from .sgd import sgd
 
@@ -43,7 +43,7 @@ class Stiefel(Manifold):
 
 def stiefel(
     *,
-    beta: float = 0.9,
+    beta: float | None = None,
     inner: Transform | None = None,
     retraction: Retraction = Polar(),  # noqa: B008 (frozen)
     scale: float | None = None,
@@ -61,7 +61,8 @@ def stiefel(
     Stiefel(retraction=Polar())
 
     Args:
-        beta: of the momentum, which is carried along the manifold by projection.
+        beta: of the momentum, which is carried along the manifold by projection; None means 0.9 if there is no
+            ``inner``.
         inner: another transform of tangent gradients in its place, such as ``adam()``, or ``chain(sgd(beta=0.9),
             Orthogonalize())`` of Muon; its moments are not carried, but its directions are made tangent.
         retraction: ``Polar()``, ``Qr()`` or ``Cayley()`` of :mod:`rankwise.optimizers.retractions`.
@@ -75,6 +76,5 @@ def stiefel(
         whose code is not published.
     """
     manifold = Stiefel(retraction=retraction)
-    moving = TangentMomentum(manifold=manifold, beta=beta) if inner is None else inner
-    matrix = OnManifold(manifold=manifold, inner=moving, scale=scale, magnitude=magnitude)
+    matrix = OnManifold(manifold=manifold, inner=moving(manifold, beta, inner), scale=scale, magnitude=magnitude)
     return by_shape(matrix=wide(matrix), other=other)
