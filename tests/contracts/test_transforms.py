@@ -95,6 +95,7 @@ SETTINGS: dict[str, list[Transform]] = {
     "oblique": [
         optimizers.oblique(scale=0.5),
         optimizers.oblique(scale=0.5, inner=adam(), magnitude=sgd(beta=0.9)),
+        optimizers.oblique(),
     ],
     "orthogonal_penalty": [
         optimizers.orthogonal_penalty(),
@@ -123,6 +124,7 @@ SETTINGS: dict[str, list[Transform]] = {
         optimizers.stiefel(scale=0.5),
         optimizers.stiefel(scale=0.5, retraction=Qr(), inner=adam(), magnitude=sgd(beta=0.9)),
         optimizers.stiefel(scale=0.5, retraction=Cayley(), inner=chain(sgd(beta=0.5), Orthogonalize())),
+        optimizers.stiefel(),
     ],
     "tscnc": [optimizers.tscnc(), optimizers.tscnc(condition=0.1, inner=galore(rank=2, every=4))],
     "weight_norm": [
@@ -183,7 +185,8 @@ def test_it_lowers_a_quadratic(transform: Transform):
     x, y = draw(9, 30), draw(6, 30, seed=1)
     losses = []
     for lr in (1e-2, 1e-1):
-        weight, bias = nn.Parameter(torch.zeros(6, 9).double()), nn.Parameter(torch.zeros(6, 1).double())
+        weight = nn.Parameter(0.5 * torch.eye(6, 9).double())  # a zero matrix would have no scale
+        bias = nn.Parameter(torch.full((6, 1), 0.1).double())
         optimizer = Optimizer([([weight, bias], transform)], lr=lr)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, 60)
         for _ in range(60):

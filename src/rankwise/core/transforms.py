@@ -28,7 +28,8 @@ class Transform(abc.ABC):
         Counters (see :func:`counter`) stay on the CPU, so that reading them never waits for a device.
 
         Args:
-            param: (k, ...) the parameters, of the type of gradients.
+            param: (k, ...) the parameters, of the type of gradients. Their values may be read if ``reads_param``
+                and they are not on the meta device; else they may be anything.
             index: (k,) on the CPU, the places of the parameters among all; for seeds and for taking turns.
         """
         return {}
