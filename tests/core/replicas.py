@@ -12,7 +12,7 @@ from contracts.test_transforms import SETTINGS, parameters
 from torch import nn
 
 import rankwise
-from rankwise import Optimizer, Replicated, StochasticRounding
+from rankwise import IntegerWeights, Optimizer, Replicated, StochasticRounding
 from rankwise.core.fingerprint import digest_of
 from rankwise.core.states import leaves
 from rankwise.core.transforms import Transform
@@ -31,6 +31,7 @@ QUICK: dict[str, Transform] = {
 
 def quick() -> Mapping[str, Callable[[], None]]:
     others = [bytes_are_few, half_precision, missing, not_finite, other_states, refused, the_first_decides, whole]
+    others += [first_of_any_layout, integers]
     return {**joint(), **{each.__name__: each for each in others}}
 
 
@@ -233,6 +234,47 @@ def the_first_decides() -> None:
         give([*mine, *later], gradients([*mine, *later], 0)[dist.get_rank()])
         optimizer.step()
     alike(optimizer)
+
+
+def first_of_any_layout() -> None:
+    """Numbers come by their places, not by their order in memory, and neighbours in memory stay."""
+    mine = torch.arange(12.0).view(3, 4) + 100 * dist.get_rank()
+    across = mine.clone() if dist.get_rank() else mine.mT.contiguous().mT
+    for values in (mine.clone()[:, :2], across):
+        kept = None if values._base is None else values._base.clone()
+        param = nn.Parameter(values)
+        with Replicated(Optimizer([([param], adam())], lr=0.05)):
+            first = torch.arange(12.0).view(3, 4)[:, : values.shape[1]]
+            torch.testing.assert_close(param.detach(), first, rtol=0, atol=0)
+        if kept is not None and values.shape[1] == 2:
+            assert values._base is not None
+            assert torch.equal(values._base[:, 2:], kept[:, 2:])
+
+
+def integers() -> None:
+    """Weights that are kept as integers stay alike; they must begin so."""
+    for other in (0, 1):
+        torch.manual_seed(other * dist.get_rank())
+        net = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Tanh(), nn.Linear(64, 8))
+        rankwise.train_as_integers(net, lambda name, _: name == "0")
+        groups = [([p for p in net.parameters() if p.requires_grad], galore(rank=4))]
+        optimizer = Optimizer(groups, lr=0.05, write=IntegerWeights(net))
+        if other:
+            with pytest.raises(ValueError, match="different integers"):
+                Replicated(optimizer)
+            continue
+        before = net[0].integers.dense().detach().clone()
+        with Replicated(optimizer):
+            for step in range(3):
+                torch.manual_seed(2 * step + dist.get_rank())
+                net(torch.randn(4, 64)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        alike(optimizer)
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, digest_of({"": net[0].integers.dense().detach()}))
+        assert len(set(found)) == 1
+        assert not torch.equal(net[0].integers.dense().detach(), before)
 
 
 def whole() -> None:

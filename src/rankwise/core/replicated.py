@@ -115,9 +115,15 @@ class Replicated:
         """Have all processes begin with the parameters of the first."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
         self.compare([(tuple(p.shape), str(p.dtype)) for p in parameters], "parameters")
+        read = self.optimizer.write.read
+        elsewhere = {p: digest_of({"": value}) for p in parameters if (value := read([p])[0]) is not p}
+        self.compare(list(elsewhere.values()), "integers for weights")
         first = 0 if self.group is None else dist.get_global_rank(self.group, 0)
         for p in parameters:
-            dist.broadcast(p.detach(), first, group=self.group)
+            if p not in elsewhere:
+                sent = p.detach().clone(memory_format=torch.contiguous_format)  # strides are each process's own
+                dist.broadcast(sent, first, group=self.group)
+                p.detach().copy_(sent)
         self._parameters, self._alike = parameters, False
 
     def compare(self, mine: Any, what: str) -> None:
