@@ -123,7 +123,7 @@ class Optimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step_one(self, param: Tensor, reduced: Tensor | None = None) -> None:
-        """Step one parameter alone; for hooks. No hook of ``step`` is called.
+        """Step one parameter alone; for hooks. No hook of ``step`` is called, so that replicas exchange nothing.
 
         Args:
             param: has a gradient, unless ``reduced`` is given.
