@@ -128,6 +128,17 @@ class Chain(Transform):
             grad = part.update(grad, state[str(i)], param)
         return grad
 
+    def reduce(self, grad: Tensor, state: State, param: Tensor) -> Tensor | None:
+        """The reduced form of the first part, which alone sees gradients."""
+        return self.parts[0].reduce(grad, state["0"], param) if self.parts else None
+
+    def update_reduced(self, low: Tensor, state: State, param: Tensor) -> Tensor:
+        """The first part makes a direction, which the others take."""
+        direction = self.parts[0].update_reduced(low, state["0"], param)
+        for i, part in enumerate(self.parts[1:], 1):
+            direction = part.update(direction, state[str(i)], param)
+        return direction
+
     def rotate(self, state: State, rotation: Tensor) -> None:
         """Carry the states of all parts."""
         for i, part in enumerate(self.parts):
