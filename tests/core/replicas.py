@@ -10,9 +10,11 @@ import torch
 import torch.distributed as dist
 from contracts.test_transforms import SETTINGS, parameters
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import rankwise
 from rankwise import IntegerWeights, Optimizer, Replicated, StochasticRounding
+from rankwise.adapters import Lora
 from rankwise.core.fingerprint import digest_of
 from rankwise.core.states import leaves
 from rankwise.core.transforms import Transform, chain
@@ -59,14 +61,43 @@ def training(folder: Path) -> Mapping[str, Callable[[], None]]:
     return {f"clip {clip}": functools.partial(stopped, folder, clip) for clip in (None, 0.05)}
 
 
+def runs(folder: Path) -> Mapping[str, Callable[[], None]]:
+    """Quick checks of whole runs."""
+    return {"alone": functools.partial(alone, folder), "idle": idle, "sharded": sharded}
+
+
+def alone(folder: Path) -> None:
+    """A run that knows one process writes its checkpoint in each of them."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 16))
+    rankwise.adapt(net, Lora(rank=2), where=lambda name, _: name == "1")
+    place = folder / f"of {dist.get_rank()}"
+    rankwise.finetune(net, torch.arange(4000) % 16, steps=1, window=20, checkpoint=place)
+    assert [file.suffix for file in place.iterdir()] == [".safetensors"]
+
+
+def idle() -> None:
+    """A process would have nothing to do."""
+    with pytest.raises(ValueError, match="2 processes share the batches of a step, but there are 1"):
+        task(None, None, accumulate=1)
+
+
+def sharded() -> None:
+    net = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 16))
+    fully_shard(net)
+    optimizer = Optimizer([(net.parameters(), adam())], lr=0.05)
+    with pytest.raises(ValueError, match=r"fully_shard.* write the loop"):
+        rankwise.train(net, torch.arange(4000) % 16, optimizer, window=20, accumulate=2)
+
+
 def task(clip: float | None, folder: Path | None, **more: Any) -> nn.Module:
     """A small run, the same in any number of processes."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 16)).double()
     optimizer = Optimizer(rankwise.parameter_groups(net, galore(rank=2, every=4)), lr=0.05)
-    sizes: dict[str, Any] = {"window": 20, "rows": 2, "steps": 9, "accumulate": 3, "every": 3}
+    sizes: dict[str, Any] = {"window": 20, "rows": 2, "steps": 9, "accumulate": 3, "every": 3, **more}
     data = torch.arange(4000).square() % 16
-    rankwise.train(net, data, optimizer, clip=clip, checkpoint=folder, **sizes, **more)
+    rankwise.train(net, data, optimizer, clip=clip, checkpoint=folder, **sizes)
     return net
 
 

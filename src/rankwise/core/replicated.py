@@ -36,8 +36,8 @@ class Replicated:
     for which all are exchanged whole. A ``GradScaler`` is refused, since it skips steps in one process alone, and
     ``optimizer.step_one`` exchanges nothing. Learning rates, weight decays and what is frozen are compared at
     each step, by a message of 40 bytes. Buffers, such as running means, and frozen parameters are left alone;
-    make models alike. Losses are means over equally large batches. A state may be loaded with any number of processes,
-    by all of them.
+    make models alike. Losses are means over equally large batches. A state may be loaded with any number of
+    processes, by all of them.
 
     Args:
         optimizer: the same in all processes; its parameters become those of the first process.

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Generator, Tensor, nn
 
 from .checkpoint import load_tree, save_tree
@@ -125,6 +124,7 @@ class Run:
         identity: names the task; a checkpoint of another one is refused.
         describe: says of the model, as JSON, what is in no tensor and may change while it trains.
         file: where the checkpoint is kept, or None.
+        writes: whether it is written; where several processes share a run, only one of them does.
         looking: is called before each look at what judges.
         started: ``time.perf_counter()`` when the budget began to run.
         stepping: takes the steps; None collects all gradients first, and clips them as the plan says.
@@ -149,12 +149,13 @@ class Run:
         identity: str = "",
         describe: Callable[[], str] = str,
         file: Path | None = None,
+        writes: bool = True,
         looking: Callable[[], None] | None = None,
         started: float | None = None,
         stepping: Stepping | None = None,
         observe: Observe | None = None,
     ) -> None:
-        self.looking = looking
+        self.looking, self.writes = looking, writes
         self.model, self.trained, self.optimizer, self.plan = model, dict(trained), optimizer, plan
         self.mode, self.word, self.identity, self.file = mode, word, identity, file
         self.describe, self.buffers, self.followers = describe, tuple(buffers), dict(followers or {})
@@ -335,8 +336,8 @@ class Run:
                 tensor.copy_(values[name])
 
     def _save(self) -> None:
-        if self.file is None or (dist.is_initialized() and dist.get_rank() > 0):
-            return  # the first of several processes writes for all
+        if self.file is None or not self.writes:
+            return
         cuda = {"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}
         tree = {
             "identity": self.identity,
