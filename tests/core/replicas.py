@@ -393,13 +393,14 @@ def integers() -> None:
         torch.manual_seed(other * dist.get_rank())
         net = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Tanh(), nn.Linear(64, 8))
         rankwise.train_as_integers(net, lambda name, _: name == "0")
+        layer: Any = net[0]
         groups = [([p for p in net.parameters() if p.requires_grad], galore(rank=4))]
         optimizer = Optimizer(groups, lr=0.05, write=IntegerWeights(net))
         if other:
             with pytest.raises(ValueError, match="different integers"):
                 Replicated(optimizer)
             continue
-        before = net[0].integers.dense().detach().clone()
+        before = layer.integers.dense().detach().clone()
         with Replicated(optimizer):
             for step in range(3):
                 torch.manual_seed(2 * step + dist.get_rank())
@@ -408,9 +409,9 @@ def integers() -> None:
                 optimizer.zero_grad()
         alike(optimizer)
         found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, digest_of({"": net[0].integers.dense().detach()}))
+        dist.all_gather_object(found, digest_of({"": layer.integers.dense().detach()}))
         assert len(set(found)) == 1
-        assert not torch.equal(net[0].integers.dense().detach(), before)
+        assert not torch.equal(layer.integers.dense().detach(), before)
 
 
 def whole() -> None:

@@ -108,7 +108,8 @@ class Optimizer(torch.optim.Optimizer):
             closure: computes gradients and returns the loss.
 
         Raises:
-            ValueError: if a gradient is sparse.
+            ValueError: if a gradient is sparse, or a transform cannot begin with the values of a parameter; no
+                parameter has changed.
             FloatingPointError: if a gradient is not finite, of any process that shares parameters; no parameter
                 and no state has changed.
         """
@@ -117,8 +118,10 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check([p for group in self.param_groups for p in group["params"] if p.grad is not None])
-        for group, members in self._stackable():
-            self._advance(group, [p for p in members if p.grad is not None])
+        stepped = [(group, [p for p in members if p.grad is not None]) for group, members in self._stackable()]
+        self._begin([params for _, params in stepped])
+        for group, params in stepped:
+            self._advance(group, params)
         return loss
 
     @torch.no_grad()
@@ -280,6 +283,18 @@ class Optimizer(torch.optim.Optimizer):
                 f"the gradient of {where} is not finite; nothing was changed. Skip this step "
                 "(zero_grad and go on), lower lr, clip gradients, or with float16 use a GradScaler."
             )
+
+    def _begin(self, stacks: Sequence[list[Tensor]]) -> None:
+        """Make all states that are missing, so that one that cannot be made stops the step before it begins."""
+        fresh = {p for params in stacks for p in params if p not in self.state}
+        try:
+            for params in stacks:
+                if fresh.intersection(params):
+                    self._stacked([self._part(p) for p in params])
+        except ValueError:
+            for param in fresh:
+                self.state.pop(param, None)
+            raise
 
     def name_of(self, param: Tensor) -> str:
         """Return the name of a parameter, if it has one, its place among all and its shape; for messages."""
