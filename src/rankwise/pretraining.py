@@ -20,10 +20,12 @@ from .core.memory import layerwise_gradient_bytes
 from .core.modes import recomputing
 from .core.optimizer import Optimizer
 from .core.parts import is_sharded
+from .core.plan import Plan
+from .core.processes import leads, several
 from .core.rates import Cosine
-from .core.replicated import Shared, several
+from .core.replicated import Shared
 from .core.report import Report
-from .core.running import Observe, Plan
+from .core.running import Observe
 from .core.statistics import Batch
 from .core.stepping import Layerwise
 from .core.supervision import train_supervised
@@ -214,7 +216,7 @@ def train(
                 judges,
                 loss=loss,
                 checkpoint=checkpoint,
-                writes=shared is None or dist.get_rank() == 0,
+                writes=shared is None or leads(),
                 notify=notify,
                 observe=observe,
                 looking=_wait if shared else None,
@@ -274,7 +276,7 @@ def _check_handle(model: nn.Module, handle: Conditioning | None, layerwise: bool
             "layer by layer each gradient is used up and freed before natural gradients can be made of all; "
             "leave out layerwise or precondition."
         )
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+    if several():
         raise ValueError(
             "precondition in several processes needs a loop of your own, with DistributedDataParallel: "
             "loss.backward(); handle.step(); optimizer.step()."

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..core.checkpoint import load_tree
 from ..core.data import batches_of
 from ..core.preconditioner import Preconditioner
+from ..core.processes import leads
 from ..core.rates import Cosine
 from ..core.report import Report
 from ..core.supervision import CHECKPOINT
@@ -23,7 +24,7 @@ from .app import app, say
 from .arguments import Json, Settings
 from .files import check_file, check_folder, data_texts, write_report
 from .options import at_least, build, pick, registry
-from .several import first_first, launched, leads
+from .several import first_first, launched
 from .work import DTYPES, in_words, partial_folder
 
 TOKENIZER = "tokenizer"

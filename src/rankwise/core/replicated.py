@@ -293,11 +293,6 @@ class Shared:
         return float(total), True
 
 
-def several() -> bool:
-    """Whether more than one process trains."""
-    return dist.is_initialized() and dist.get_world_size() > 1
-
-
 class _Part(NamedTuple):
     """What a process gives of a parameter; the flag, in the type to exchange, is 1, 0 (no gradient) or NaN."""
 

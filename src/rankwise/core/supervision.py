@@ -17,7 +17,8 @@ from .integer_weights import ChangingWeight
 from .labels import Labels
 from .memory import memory_bytes, peak_memory_bytes, reset_peak_memory, training_bytes
 from .modes import kept, training
-from .running import Follower, Observe, Plan, Run
+from .plan import Plan
+from .running import Follower, Observe, Run
 from .statistics import Batch
 from .stepping import Stepping, Whole
 from .supervised import Supervised
