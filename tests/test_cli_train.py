@@ -59,6 +59,24 @@ def test_a_new_model_of_bytes(text: Path, tmp_path: Path):
     assert on < 0.95 * found["held_out"]["before"]  # it goes on from what was saved
 
 
+def test_a_run_goes_on_with_its_own_clip(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What is usual depends on the number of processes, which may be another one now."""
+    words = [WORDS, "--data", text, "--rank", 4, "--every", 1, "--out", tmp_path / "out"]
+    step, calls, clips = running.Run._step, itertools.count(1), []
+
+    def killed(self: running.Run) -> Any:
+        clips.append(self.plan.clip)
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(running.Run, "_step", killed)
+    assert train(*words, "--clip", 0.25).exit_code == 130
+    result = train(*words, "--resume")
+    assert result.exit_code == 0, result.output
+    assert set(clips) == {0.25}
+
+
 def test_a_loaded_model_and_json_lines(folder: Path, text: Path, tmp_path: Path):
     lines, figures = tmp_path / "texts.jsonl", tmp_path / "figures.json"
     lines.write_text('{"text": "ban das"}\n{"text": "dat"}\n', encoding="utf-8")

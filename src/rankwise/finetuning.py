@@ -15,10 +15,11 @@ from .core.data import batches_of, parted
 from .core.extended import Extended
 from .core.following import Follower
 from .core.labels import Labels, given
-from .core.modes import recomputing
+from .core.modes import in_float32, recomputing
+from .core.plan import Plan
 from .core.rates import GENERAL, WHOLE, Cosine
 from .core.report import Report
-from .core.running import Plan, Run, in_float32
+from .core.running import Run
 from .core.several import check_one, scheduled
 from .core.statistics import Batch
 from .core.supervision import train_supervised

@@ -19,10 +19,13 @@ from .core.labels import Labels, given
 from .core.memory import layerwise_gradient_bytes
 from .core.modes import recomputing
 from .core.optimizer import Optimizer
+from .core.parts import is_sharded
+from .core.plan import Plan
+from .core.processes import leads, several
 from .core.rates import Cosine
-from .core.replicated import Shared, several
+from .core.replicated import Shared
 from .core.report import Report
-from .core.running import Observe, Plan
+from .core.running import Observe
 from .core.statistics import Batch
 from .core.stepping import Layerwise
 from .core.supervision import train_supervised
@@ -107,9 +110,10 @@ def train(
     """Train a model, from scratch or further, in place, without a second copy of its numbers.
 
     Where there are several processes (``torch.distributed``), each calls this with the same arguments and
-    computes a share of the ``accumulate`` batches of each step. They exchange projected gradients in place of
-    whole ones, unless there is a ``clip``; see :class:`rankwise.Replicated`. The steps are those of one process.
-    The first writes checkpoints, which any number of processes may take up, but with dropout not bit by bit.
+    computes a share of the ``accumulate`` batches of each step, of which there must be one for each process. They
+    exchange projected gradients in place of whole ones, unless there is a ``clip``; see
+    :class:`rankwise.Replicated`. The steps are those of one process. The first writes checkpoints, which any such
+    number of processes may take up, but with dropout not bit by bit.
 
     The last numbers remain, also after an interrupt or an error. Parameters in half precision stay so: their
     steps are computed in float32 and then rounded, so that small ones are lost unless the optimiser's ``write``
@@ -162,6 +166,11 @@ def train(
     True
     """
     refuse_adapted(model)
+    if any(map(is_sharded, model.parameters())):
+        raise ValueError(
+            "parameters are sharded, as by fully_shard, which train does not know; give the model as it was, or "
+            "write the loop: loss.backward(), optimizer.step(), optimizer.zero_grad()."
+        )
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if lost := next((name for name, p in trained.items() if id(p) not in owned), None):
@@ -193,7 +202,9 @@ def train(
         spare=False,
     )
     layers = _layers(optimizer, accumulate, clip) if layerwise else None
-    shared = _shared(optimizer, clip, model, batches, judges) if several() and layers is None else None
+    shared = (
+        _shared(optimizer, accumulate, clip, model, batches, judges) if several() and layers is None else None
+    )
     try:
         with recomputing(model, gradient_checkpointing):
             run, reason, memory = train_supervised(
@@ -205,6 +216,7 @@ def train(
                 judges,
                 loss=loss,
                 checkpoint=checkpoint,
+                writes=shared is None or leads(),
                 notify=notify,
                 observe=observe,
                 looking=_wait if shared else None,
@@ -231,10 +243,19 @@ def train(
 
 
 def _shared(
-    optimizer: torch.optim.Optimizer, clip: float | None, model: nn.Module, *data: Sequence[Batch]
+    optimizer: torch.optim.Optimizer,
+    accumulate: int,
+    clip: float | None,
+    model: nn.Module,
+    *data: Sequence[Batch],
 ) -> Shared:
     if not isinstance(optimizer, Optimizer):
         raise ValueError(f"several processes need a rankwise.Optimizer, got a {type(optimizer).__name__}.")
+    if accumulate < dist.get_world_size():
+        raise ValueError(
+            f"{dist.get_world_size()} processes share the batches of a step, but there are {accumulate}, so that "
+            "some would do nothing; for accumulate take a multiple of the processes, perhaps of smaller batches."
+        )
     shared = Shared(optimizer, clip)
     shared.replicas.compare([digest_of_batches(part) for part in data], "data")
     shared.replicas.compare(fingerprint(model), "models")
@@ -255,7 +276,7 @@ def _check_handle(model: nn.Module, handle: Conditioning | None, layerwise: bool
             "layer by layer each gradient is used up and freed before natural gradients can be made of all; "
             "leave out layerwise or precondition."
         )
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+    if several():
         raise ValueError(
             "precondition in several processes needs a loop of your own, with DistributedDataParallel: "
             "loss.backward(); handle.step(); optimizer.step()."

@@ -17,9 +17,11 @@ from .core.fingerprint import fingerprint
 from .core.healing import Likeness, still
 from .core.memory import peak_memory_bytes
 from .core.methods import Start
+from .core.modes import in_float32
+from .core.plan import Plan
 from .core.progress import track
 from .core.report import Report
-from .core.running import Plan, Run, in_float32
+from .core.running import Run
 from .core.several import check_one, scheduled
 from .core.statistics import Batch
 from .core.surgery import Where, base_of, replace, select, structured

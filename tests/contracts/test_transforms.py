@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +96,7 @@ SETTINGS: dict[str, list[Transform]] = {
     "oblique": [
         optimizers.oblique(scale=0.5),
         optimizers.oblique(scale=0.5, inner=adam(), magnitude=sgd(beta=0.9)),
+        optimizers.oblique(),
     ],
     "orthogonal_penalty": [
         optimizers.orthogonal_penalty(),
@@ -123,6 +125,7 @@ SETTINGS: dict[str, list[Transform]] = {
         optimizers.stiefel(scale=0.5),
         optimizers.stiefel(scale=0.5, retraction=Qr(), inner=adam(), magnitude=sgd(beta=0.9)),
         optimizers.stiefel(scale=0.5, retraction=Cayley(), inner=chain(sgd(beta=0.5), Orthogonalize())),
+        optimizers.stiefel(),
     ],
     "tscnc": [optimizers.tscnc(), optimizers.tscnc(condition=0.1, inner=galore(rank=2, every=4))],
     "weight_norm": [
@@ -173,7 +176,7 @@ def through_a_file(optimizer: Optimizer) -> Any:
     return torch.load(file, weights_only=True)
 
 
-def same(one: list[nn.Parameter], two: list[nn.Parameter], **close: float) -> None:
+def same(one: Sequence[Tensor], two: Sequence[Tensor], **close: float) -> None:
     for p, q in zip(one, two, strict=True):
         torch.testing.assert_close(p.detach(), q.detach(), **(close or {"rtol": 0, "atol": 0}))
 
@@ -183,7 +186,8 @@ def test_it_lowers_a_quadratic(transform: Transform):
     x, y = draw(9, 30), draw(6, 30, seed=1)
     losses = []
     for lr in (1e-2, 1e-1):
-        weight, bias = nn.Parameter(torch.zeros(6, 9).double()), nn.Parameter(torch.zeros(6, 1).double())
+        weight = nn.Parameter(0.5 * torch.eye(6, 9).double())  # a zero matrix would have no scale
+        bias = nn.Parameter(torch.full((6, 1), 0.1).double())
         optimizer = Optimizer([([weight, bias], transform)], lr=lr)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, 60)
         for _ in range(60):
@@ -506,6 +510,26 @@ def test_states_that_cannot_be_carried_are_refused_at_once():
     optimizer = Optimizer([(parameters(), galore(rank=2, inner=adafactor(), carry=Rotate()))], lr=0.1)
     with pytest.raises(ValueError, match="FactoredScale cannot be carried"):
         trained(optimizer, range(1))
+
+
+def test_a_state_that_cannot_begin_changes_nothing():
+    """A zero matrix has no scale; it may come after others, and is mended before the next step."""
+    params = parameters(shapes=[(7,), (6, 9), (4, 5)])
+    values = params[2].detach().clone()
+    with torch.no_grad():
+        params[2].zero_()
+    optimizer = Optimizer([([p], optimizers.stiefel()) for p in params], lr=0.1)
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(ValueError, match="a matrix is zero"):
+        trained(optimizer, range(1))
+    same(params, before)
+    assert not any(optimizer.state[p] for p in params)
+    with torch.no_grad():
+        params[2].copy_(values)
+    trained(optimizer, range(1))
+    whole = parameters(shapes=[(7,), (6, 9), (4, 5)])
+    trained(Optimizer([([p], optimizers.stiefel()) for p in whole], lr=0.1), range(1))
+    same(params, whole)
 
 
 def test_sparse_gradients_are_refused():

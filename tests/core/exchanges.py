@@ -1,11 +1,13 @@
 """All that processes check together, so that they are started once; see test_exchange.py."""
 
+from pathlib import Path
+
 from core import replicas, shards
 from processes import Checks
 
 
-def quick() -> Checks:
-    return {**replicas.quick(), **shards.quick()}
+def quick(folder: Path) -> Checks:
+    return {**replicas.quick(), **replicas.runs(folder), **shards.quick()}
 
 
 def four() -> Checks:

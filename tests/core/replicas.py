@@ -10,13 +10,15 @@ import torch
 import torch.distributed as dist
 from contracts.test_transforms import SETTINGS, parameters
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import rankwise
-from rankwise import Optimizer, Replicated, StochasticRounding
+from rankwise import IntegerWeights, Optimizer, Replicated, StochasticRounding
+from rankwise.adapters import Lora
 from rankwise.core.fingerprint import digest_of
 from rankwise.core.states import leaves
-from rankwise.core.transforms import Transform
-from rankwise.optimizers import adam, dct_adamw, frugal, galore, muon, project
+from rankwise.core.transforms import Transform, chain
+from rankwise.optimizers import adam, dct_adamw, frugal, galore, hard_cap, muon, project, quantised
 from rankwise.projectors import EnergyDrop, Every, LargestRows
 
 QUICK: dict[str, Transform] = {
@@ -31,6 +33,15 @@ QUICK: dict[str, Transform] = {
 
 def quick() -> Mapping[str, Callable[[], None]]:
     others = [bytes_are_few, half_precision, missing, not_finite, other_states, refused, the_first_decides, whole]
+    others += [
+        composed_bytes_are_few,
+        first_of_any_layout,
+        frozen_in_turns,
+        integers,
+        other_settings,
+        scalers,
+        sparse_in_one,
+    ]
     return {**joint(), **{each.__name__: each for each in others}}
 
 
@@ -50,14 +61,43 @@ def training(folder: Path) -> Mapping[str, Callable[[], None]]:
     return {f"clip {clip}": functools.partial(stopped, folder, clip) for clip in (None, 0.05)}
 
 
+def runs(folder: Path) -> Mapping[str, Callable[[], None]]:
+    """Quick checks of whole runs."""
+    return {"alone": functools.partial(alone, folder), "idle": idle, "sharded": sharded}
+
+
+def alone(folder: Path) -> None:
+    """A run that knows one process writes its checkpoint in each of them."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 16))
+    rankwise.adapt(net, Lora(rank=2), where=lambda name, _: name == "1")
+    place = folder / f"of {dist.get_rank()}"
+    rankwise.finetune(net, torch.arange(4000) % 16, steps=1, window=20, checkpoint=place)
+    assert [file.suffix for file in place.iterdir()] == [".safetensors"]
+
+
+def idle() -> None:
+    """A process would have nothing to do."""
+    with pytest.raises(ValueError, match="2 processes share the batches of a step, but there are 1"):
+        task(None, None, accumulate=1)
+
+
+def sharded() -> None:
+    net = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 16))
+    fully_shard(net)
+    optimizer = Optimizer([(net.parameters(), adam())], lr=0.05)
+    with pytest.raises(ValueError, match=r"fully_shard.* write the loop"):
+        rankwise.train(net, torch.arange(4000) % 16, optimizer, window=20, accumulate=2)
+
+
 def task(clip: float | None, folder: Path | None, **more: Any) -> nn.Module:
     """A small run, the same in any number of processes."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 16)).double()
     optimizer = Optimizer(rankwise.parameter_groups(net, galore(rank=2, every=4)), lr=0.05)
-    sizes: dict[str, Any] = {"window": 20, "rows": 2, "steps": 9, "accumulate": 3, "every": 3}
+    sizes: dict[str, Any] = {"window": 20, "rows": 2, "steps": 9, "accumulate": 3, "every": 3, **more}
     data = torch.arange(4000).square() % 16
-    rankwise.train(net, data, optimizer, clip=clip, checkpoint=folder, **sizes, **more)
+    rankwise.train(net, data, optimizer, clip=clip, checkpoint=folder, **sizes)
     return net
 
 
@@ -133,6 +173,26 @@ def bytes_are_few() -> None:
         assert 1.0 <= share < 1.01 if step in (0, 4) else 4 / 32 <= share <= 1.2 * 4 / 32
     for p, q in zip(one, mine, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+def composed_bytes_are_few() -> None:
+    """Also where a projection stands in few bits, or first in a chain; and the steps are those of one process."""
+    shapes, inner = [(32, 48), (48, 32)], galore(rank=4, every=Every(4, together=True))
+    for transform in (quantised(inner, least=1), chain(inner, hard_cap(limit=2.0))):
+        one, mine = parameters(shapes=shapes), parameters(shapes=shapes)
+        whole, optimizer = Optimizer([(one, transform)], lr=0.05), Optimizer([(mine, transform)], lr=0.05)
+        with Replicated(optimizer) as replicas:
+            for step in range(6):
+                found = gradients(one, step)
+                give(one, [torch.stack(each).mean(0) for each in zip(*found, strict=True)])
+                give(mine, found[dist.get_rank()])
+                whole.step()
+                optimizer.step()
+                share = replicas.traffic()["last"] / replicas.traffic()["whole"]
+                assert share == pytest.approx(1.0 if step in (0, 4) else 4 / 32, rel=0.02)
+        for p, q in zip(one, mine, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-9)
+        alike(optimizer)
 
 
 def half_precision() -> None:
@@ -233,6 +293,125 @@ def the_first_decides() -> None:
         give([*mine, *later], gradients([*mine, *later], 0)[dist.get_rank()])
         optimizer.step()
     alike(optimizer)
+
+
+def first_of_any_layout() -> None:
+    """Numbers come by their places, not by their order in memory, and neighbours in memory stay."""
+    mine = torch.arange(12.0).view(3, 4) + 100 * dist.get_rank()
+    across = mine.clone() if dist.get_rank() else mine.mT.contiguous().mT
+    for values in (mine.clone()[:, :2], across):
+        kept = None if values._base is None else values._base.clone()
+        param = nn.Parameter(values)
+        with Replicated(Optimizer([([param], adam())], lr=0.05)):
+            first = torch.arange(12.0).view(3, 4)[:, : values.shape[1]]
+            torch.testing.assert_close(param.detach(), first, rtol=0, atol=0)
+        if kept is not None and values.shape[1] == 2:
+            assert values._base is not None
+            assert torch.equal(values._base[:, 2:], kept[:, 2:])
+
+
+def frozen_in_turns() -> None:
+    """One parameter is frozen as another begins to train: as many are there, but others."""
+    mine = parameters(shapes=[(6, 9), (6, 9)])
+    mine[1].requires_grad_(False)
+    optimizer = Optimizer([(mine, galore(rank=2))], lr=0.05)
+    with Replicated(optimizer):
+        for step in range(4):
+            if step == 1:
+                mine[0].requires_grad_(False)
+                mine[1].requires_grad_(True)
+            for p, value in zip(mine, gradients(mine, step)[dist.get_rank()], strict=True):
+                p.grad = value if p.requires_grad else None
+            optimizer.step()
+    alike(optimizer)
+    assert all(not torch.equal(p, q) for p, q in zip(mine, parameters(shapes=[(6, 9), (6, 9)]), strict=True))
+
+
+def other_settings() -> None:
+    """What would have them drift apart is found before the step: seeds of rounding, rates, frozen parameters."""
+    rank = dist.get_rank()
+    mine = parameters(torch.bfloat16, [(6, 9), (7,)])
+    optimizer = Optimizer([(mine, adam())], lr=0.05, write=StochasticRounding(seed=rank))
+    give(mine, gradients(mine, 0)[rank])
+    with Replicated(optimizer), pytest.raises(ValueError, match="different optimisers"):
+        optimizer.step()
+    optimizer = Optimizer([(mine, adam())], lr=0.05)
+    (group,) = optimizer.param_groups
+    with Replicated(optimizer):
+        give(mine, gradients(mine, 0)[rank])
+        optimizer.step()
+        before = [p.detach().clone() for p in mine]
+        for name in ("lr", "weight_decay"):
+            kept, group[name] = group[name], 0.1 * (rank + 1)
+            give(mine, gradients(mine, 1)[rank])
+            with pytest.raises(ValueError, match="different learning rates"):
+                optimizer.step()
+            group[name] = kept
+        mine[rank % 2].requires_grad_(False)
+        with pytest.raises(ValueError, match="frozen"):
+            optimizer.step()
+        assert all(torch.equal(p, q) for p, q in zip(mine, before, strict=True))
+        mine[rank % 2].requires_grad_(True)
+        optimizer.step()
+    alike(optimizer)
+
+
+def scalers() -> None:
+    """Refused in all, also where only one has a gradient that is not finite; alone it may scale again."""
+    (mine,) = parameters(torch.float32, [(6, 9)])
+    optimizer = Optimizer([([mine], adam())], lr=0.05)
+    with Replicated(optimizer):
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        scaler.scale(mine.sum() * (float("inf") if dist.get_rank() == 1 else 1.0)).backward()
+        with pytest.raises(ValueError, match="GradScaler decides in each process alone"):
+            scaler.step(optimizer)
+        give([mine], gradients([mine], 0)[dist.get_rank()])
+        optimizer.step()
+    alike(optimizer)
+    before = mine.detach().clone()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer.zero_grad()
+    scaler.scale(mine.sum() * float("inf")).backward()
+    scaler.step(optimizer)
+    assert torch.equal(mine.detach(), before)
+
+
+def sparse_in_one() -> None:
+    """All processes refuse it."""
+    net = nn.Embedding(5, 3)
+    optimizer = Optimizer([(net.parameters(), adam())], lr=0.1)
+    with Replicated(optimizer):
+        net.sparse = dist.get_rank() == 1
+        net(torch.tensor([1])).sum().backward()
+        with pytest.raises(ValueError, match="sparse=False"):
+            optimizer.step()
+
+
+def integers() -> None:
+    """Weights that are kept as integers stay alike; they must begin so."""
+    for other in (0, 1):
+        torch.manual_seed(other * dist.get_rank())
+        net = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Tanh(), nn.Linear(64, 8))
+        rankwise.train_as_integers(net, lambda name, _: name == "0")
+        layer: Any = net[0]
+        groups = [([p for p in net.parameters() if p.requires_grad], galore(rank=4))]
+        optimizer = Optimizer(groups, lr=0.05, write=IntegerWeights(net))
+        if other:
+            with pytest.raises(ValueError, match="different integers"):
+                Replicated(optimizer)
+            continue
+        before = layer.integers.dense().detach().clone()
+        with Replicated(optimizer):
+            for step in range(3):
+                torch.manual_seed(2 * step + dist.get_rank())
+                net(torch.randn(4, 64)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        alike(optimizer)
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, digest_of({"": layer.integers.dense().detach()}))
+        assert len(set(found)) == 1
+        assert not torch.equal(layer.integers.dense().detach(), before)
 
 
 def whole() -> None:

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from rankwise import Layerwise, Optimizer, Replicated, StochasticRounding
 from rankwise.core.states import leaves
 from rankwise.core.transforms import Transform, chain
-from rankwise.optimizers import adam, dct_adamw, frugal, galore, hard_cap, muon, sign
+from rankwise.optimizers import adam, dct_adamw, frugal, galore, hard_cap, muon, oblique, sign, stiefel
 from rankwise.projectors import Every
 
 QUICK: dict[str, Transform] = {
@@ -29,7 +29,9 @@ QUICK: dict[str, Transform] = {
     "frugal": frugal(every=4),
     "galore": galore(rank=2, every=4),
     "muon": muon(),
+    "oblique": oblique(),
     "sign": sign(),
+    "stiefel": stiefel(),
 }
 
 SAVED = ("adam", "dct_adamw", "galore", "muon")

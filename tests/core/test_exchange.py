@@ -19,7 +19,7 @@ def no_failure(found: dict[str, str]) -> None:
 
 
 def test_two_processes_are_as_one(tmp_path: Path):
-    no_failure(together(exchanges.quick, 2, tmp_path))
+    no_failure(together(functools.partial(exchanges.quick, tmp_path), 2, tmp_path))
 
 
 @pytest.mark.slow

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..core.processes import leads
+
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -30,11 +32,6 @@ def launched(command: Callable[..., None]) -> Callable[..., None]:
             dist.destroy_process_group()
 
     return run
-
-
-def leads() -> bool:
-    """Whether this process is the only one, or the first of several."""
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 @contextlib.contextmanager

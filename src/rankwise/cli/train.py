@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 from collections.abc import Sequence
+from json import loads
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,16 +12,19 @@ import torch.distributed as dist
 import typer
 from torch import Tensor
 
+from ..core.checkpoint import load_tree
 from ..core.data import batches_of
 from ..core.preconditioner import Preconditioner
+from ..core.processes import leads
 from ..core.rates import Cosine
 from ..core.report import Report
+from ..core.supervision import CHECKPOINT
 from ..core.tensorboard import tensorboard
 from .app import app, say
 from .arguments import Json, Settings
 from .files import check_file, check_folder, data_texts, write_report
 from .options import at_least, build, pick, registry
-from .several import first_first, launched, leads
+from .several import first_first, launched
 from .work import DTYPES, in_words, partial_folder
 
 TOKENIZER = "tokenizer"
@@ -52,7 +56,9 @@ def train(
     window: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
     clip: Annotated[
         float | None,
-        typer.Option(help="Largest gradient norm; default: 1, or none with --layerwise or several processes."),
+        typer.Option(
+            help="Largest gradient norm; default: as before --resume; 1, or none with --layerwise or processes."
+        ),
     ] = None,
     every: Annotated[int | None, typer.Option(help="Steps between evaluations; default: ten in all.")] = None,
     eval_: Judges = None,
@@ -107,6 +113,8 @@ def train(
     conditioner = _conditioner(precondition, precondition_settings, layerwise)
     rate = Cosine(warmup)
     precision = pick("--dtype", dtype, DTYPES)
+    if dist.is_initialized() and accumulate % dist.get_world_size():
+        say(f"--accumulate {accumulate} is no multiple of the {dist.get_world_size()} processes: some will wait")
     place = torch.device(pick("--device", device, _devices()))
     if not leads():
         json = html = logs = None
@@ -146,7 +154,7 @@ def train(
                 steps=steps,
                 accumulate=accumulate,
                 rate=rate,
-                clip=1.0 if clip is None and not layerwise and not dist.is_initialized() else clip,
+                clip=_clip(clip, None if layerwise or dist.is_initialized() else 1.0, state),
                 every=every,
                 autocast=torch.bfloat16 if autocast else None,
                 gradient_checkpointing=gradient_checkpointing,
@@ -179,6 +187,16 @@ def train(
     report = Report(f"{model}, {optimizer}: {report.title}", report.rows, "looks", report.totals)
     write_report(report, json, html)
     typer.echo(report.table())
+
+
+def _clip(given: float | None, usual: float | None, state: Path | None) -> float | None:
+    """Return the largest norm of gradients: as it is said, or was in the run that goes on, or is usual."""
+    file = None if state is None else state / CHECKPOINT
+    if given is not None:
+        return given
+    if file is None or not file.exists():
+        return usual
+    return loads(load_tree(file, tensors=False)["identity"])["clip"]
 
 
 def _conditioner(name: str | None, settings: list[str] | None, layerwise: bool) -> Preconditioner | None:

@@ -28,8 +28,12 @@ def save_tree(tree: Any, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load_tree(path: Path) -> Any:
+def load_tree(path: Path, *, tensors: bool = True) -> Any:
     """Read what :func:`save_tree` wrote.
+
+    Args:
+        path: the file.
+        tensors: whether to read them; else each is None.
 
     Raises:
         ValueError: if the file is damaged or of another version.
@@ -39,7 +43,10 @@ def load_tree(path: Path) -> Any:
             header = json.loads((file.metadata() or {})["rankwise"])
             if header["format"] != FORMAT:
                 raise ValueError(f"its format is {header['format']}, not {FORMAT}")
-            return _unpacked(header["tree"], lambda key: file.get_tensor(key).clone())  # aligned, for equal sums
+            return _unpacked(
+                header["tree"],
+                lambda key: file.get_tensor(key).clone() if tensors else None,  # aligned, for equal sums
+            )
     except Exception as error:
         raise ValueError(f"{path} is no checkpoint or is damaged ({error}); remove it to start anew.") from error
 

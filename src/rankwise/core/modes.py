@@ -56,3 +56,16 @@ def kept(model: nn.Module, buffers: Sequence[str]) -> Iterator[None]:
     with torch.no_grad():
         for name, value in before.items():
             state[name].copy_(value)
+
+
+@contextmanager
+def in_float32(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Keep parameters in float32 where they are shorter; round them at the end."""
+    kinds = {p: p.dtype for p in parameters if p.dtype in (torch.bfloat16, torch.float16)}
+    try:
+        for parameter in kinds:
+            parameter.data = parameter.data.float()
+        yield
+    finally:
+        for parameter, kind in kinds.items():
+            parameter.data = parameter.data.to(kind)

@@ -8,22 +8,20 @@ To step layer by layer, a hook calls ``step_one(param)`` when the gradient of a 
 it: it is the same transform with a stack of one.
 """
 
-import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
+from .groups import Group, as_group, check_group, restored, with_written
 from .parts import Part, agreed, part_of
+from .stacked import Stack, gradients, joined, owned, read_only, shape_of, stacked_values
 from .states import State, described, leaves, map_state
 from .transforms import Transform, as_matrices, blank_state, working_type
 from .writing import Nearest, Write
-
-Group = dict[str, Any]
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -108,7 +106,8 @@ class Optimizer(torch.optim.Optimizer):
             closure: computes gradients and returns the loss.
 
         Raises:
-            ValueError: if a gradient is sparse.
+            ValueError: if a gradient is sparse, or a transform cannot begin with the values of a parameter; no
+                parameter has changed.
             FloatingPointError: if a gradient is not finite, of any process that shares parameters; no parameter
                 and no state has changed.
         """
@@ -117,13 +116,15 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check([p for group in self.param_groups for p in group["params"] if p.grad is not None])
-        for group, members in self._stackable():
-            self._advance(group, [p for p in members if p.grad is not None])
+        stepped = [(group, [p for p in members if p.grad is not None]) for group, members in self._stackable()]
+        self._begin([params for _, params in stepped])
+        for group, params in stepped:
+            self._advance(group, params)
         return loss
 
     @torch.no_grad()
     def step_one(self, param: Tensor, reduced: Tensor | None = None) -> None:
-        """Step one parameter alone; for hooks. No hook of ``step`` is called.
+        """Step one parameter alone; for hooks. No hook of ``step`` is called, so that replicas exchange nothing.
 
         Args:
             param: has a gradient, unless ``reduced`` is given.
@@ -160,7 +161,7 @@ class Optimizer(torch.optim.Optimizer):
         if not param.numel() or part.layout:
             return None
         stack = self._stacked([part])
-        return part.transform.reduce(_gradients([part]), stack.state, stack.seen(self.write))
+        return part.transform.reduce(gradients([part]), stack.state, stack.seen(self.write))
 
     def _group_of(self, param: Tensor, needs_gradient: bool) -> Group:
         self._stackable()
@@ -238,7 +239,7 @@ class Optimizer(torch.optim.Optimizer):
         self._members: list[tuple[Group, list[Tensor]]] = []
         self._places: dict[Tensor, tuple[int, int]] = {}  # group and number of each parameter
         self._parts: dict[Tensor, Part] = {}
-        self._stacks: dict[Tensor, _Stack] = {}
+        self._stacks: dict[Tensor, Stack] = {}
 
     def _stackable(self) -> list[tuple[Group, list[Tensor]]]:
         """Return which parameters may be stacked, in an order that depends on nothing but the groups."""
@@ -281,6 +282,18 @@ class Optimizer(torch.optim.Optimizer):
                 "(zero_grad and go on), lower lr, clip gradients, or with float16 use a GradScaler."
             )
 
+    def _begin(self, stacks: Sequence[list[Tensor]]) -> None:
+        """Make all states that are missing, so that one that cannot be made stops the step before it begins."""
+        fresh = {p for params in stacks for p in params if p not in self.state}
+        try:
+            for params in stacks:
+                if fresh.intersection(params):
+                    self._stacked([self._part(p) for p in params])
+        except ValueError:
+            for param in fresh:
+                self.state.pop(param, None)
+            raise
+
     def name_of(self, param: Tensor) -> str:
         """Return the name of a parameter, if it has one, its place among all and its shape; for messages."""
         self._stackable()
@@ -301,17 +314,17 @@ class Optimizer(torch.optim.Optimizer):
         if reduced is None and len(parts) == 1:
             reduced = parts[0].reduced(lambda grad: transform.reduce(grad, stack.state, values))
         if reduced is None:
-            direction = transform.update(_gradients(parts), stack.state, values)
+            direction = transform.update(gradients(parts), stack.state, values)
         else:
             direction = transform.update_reduced(reduced, stack.state, values)
         own, written = [part.own for part in parts], stack.state.get("write", {})
-        self.write(own, _owned(parts, direction), 1 - lr * decay, -lr, written)
+        self.write(own, owned(parts, direction), 1 - lr * decay, -lr, written)
         if transform.constrains:
-            now = _joined([part.value() for part in parts]).to(direction.dtype)
+            now = joined([part.value() for part in parts]).to(direction.dtype)
             bounded = transform.constrain(now, stack.state, lr, decay)
-            self.write.put(own, _owned(parts, bounded), written)
+            self.write.put(own, owned(parts, bounded), written)
 
-    def _stacked(self, parts: list[Part]) -> "_Stack":
+    def _stacked(self, parts: list[Part]) -> Stack:
         """Return the states of parameters in one stack, of which the states of each are views."""
         params = [part.param for part in parts]
         stack = self._stacks.get(params[0])
@@ -321,21 +334,21 @@ class Optimizer(torch.optim.Optimizer):
         if stack is None or not known or not stack.holds(params):
             states = [self.state[part.param] or self._first(part) for part in parts]
             if len(params) == 1:
-                joined = map_state(lambda value: value.unsqueeze(0), states[0])
+                whole = map_state(lambda value: value.unsqueeze(0), states[0])
                 self.state[params[0]] = states[0]
             else:
-                joined = map_state(_stacked_values, *states)
+                whole = map_state(stacked_values, *states)
                 for i, param in enumerate(params):
-                    self.state[param] = map_state(lambda value, i=i: value[i], joined)
-            shape = as_matrices(_shape_of(parts[0]).expand(len(params), *parts[0].shape))
-            stack = _Stack(tuple(parts), _read_only(joined), shape)
+                    self.state[param] = map_state(lambda value, i=i: value[i], whole)
+            shape = as_matrices(shape_of(parts[0]).expand(len(params), *parts[0].shape))
+            stack = Stack(tuple(parts), read_only(whole), shape)
             self._stacks.update(dict.fromkeys(params, stack))
         return stack
 
     def _first(self, part: Part) -> State:
         """Return the state of one parameter before its first step."""
         index = torch.tensor([self._places[part.param][1]])
-        value = _joined([part.like()]).to(working_type(part.param.dtype))
+        value = joined([part.like()]).to(working_type(part.param.dtype))
         state = with_written(part.transform.init(value, index), self.write.init(part.param, index))
         return map_state(lambda leaf: leaf.squeeze(0), state)
 
@@ -344,123 +357,10 @@ class Optimizer(torch.optim.Optimizer):
         part = self._part(param)
         if not param.numel():
             return {}
-        blank = blank_state(part.transform, _shape_of(part))
+        blank = blank_state(part.transform, shape_of(part))
         return with_written(blank, self.write.init(param, torch.tensor([0])))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Stack:
-    """Parameters that were last stepped together, their states, and a tensor without values of their shape."""
-
-    parts: tuple[Part, ...]
-    state: State
-    shape: Tensor
-
-    def holds(self, params: list[Tensor]) -> bool:
-        """Whether it is of these parameters and no others."""
-        same = zip(params, self.parts, strict=False)
-        return len(params) == len(self.parts) and all(param is part.param for param, part in same)
-
-    def seen(self, write: Write) -> Tensor:
-        """Return the parameters, or only their shape where their values are not read."""
-        if not self.parts[0].transform.reads_param:
-            return self.shape
-        return _joined(write.read([part.value() for part in self.parts]))
-
-
-def as_group(given: Any) -> Group:
-    """Return a group of a pair of parameters and a transform, or of a dictionary.
-
-    Raises:
-        ValueError: if it is neither.
-    """
-    if isinstance(given, Mapping):
-        group = dict(given)
-    elif isinstance(given, tuple) and len(given) == 2:
-        group = {"params": given[0], "transform": given[1]}
-    else:
-        raise ValueError(f"give pairs of parameters and a transform, or groups; got {type(given).__name__}.")
-    if not isinstance(group.get("transform"), Transform):
-        raise ValueError(f"each group needs a transform, such as adam(); got {group.get('transform')!r}.")
-    return group
-
-
-def check_group(group: Group) -> None:
-    """Raise unless a group can be stepped."""
-    for name in ("lr", "weight_decay"):
-        if not float(group[name]) >= 0:
-            raise ValueError(f"{name} must be >= 0, got {group[name]}.")
-    for param in group["params"]:
-        if not param.is_floating_point():
-            raise ValueError(f"parameters must be real floating-point numbers, got {param.dtype}.")
-    described(group["transform"])
-
-
-def with_written(state: State, written: State) -> State:
-    """Return the state of a transform with that of writing, if there is one."""
-    return {**state, "write": written} if written else state
-
-
-def restored(blank: State, part: Part, saved: Any, number: int) -> dict[str, Any]:
-    """Copy a saved state to where it belongs, in the shapes and types of a blank one.
-
-    Raises:
-        ValueError: if it is of another form.
-    """
-
-    def place(wanted: Tensor, value: Any) -> Tensor:
-        form = (tuple(wanted.shape[1:]), wanted.dtype)
-        if isinstance(value, Tensor):
-            value = part.loaded(value)
-        if not isinstance(value, Tensor) or (tuple(value.shape), value.dtype) != form:
-            found = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"the state of parameter {number} has {found} in place of {form}.")
-        return value.detach().to(part.param.device if wanted.is_meta else wanted.device, copy=True)
-
-    if _keys(blank) != _keys(saved):
-        raise ValueError(f"the state of parameter {number} has other entries than the transform: {_keys(saved)}.")
-    return map_state(place, blank, saved)
-
-
-def _keys(state: Any) -> Any:
-    """The form of a state."""
-    return {key: _keys(value) for key, value in state.items()} if isinstance(state, Mapping) else None
-
-
-def _joined(values: Sequence[Tensor]) -> Tensor:
-    """Stack tensors of one shape; one alone is not copied."""
-    stack = values[0].unsqueeze(0) if len(values) == 1 else torch.stack(list(values))
-    return as_matrices(stack.detach())
-
-
-def _gradients(parts: Sequence[Part]) -> Tensor:
-    """Stack the gradients of parameters of one shape, in the type of steps."""
-    return _joined([part.gradient() for part in parts]).to(working_type(parts[0].param.dtype))
-
-
-def _owned(parts: Sequence[Part], seen: Tensor) -> list[Tensor]:
-    """Return what this process holds of tensors (k, ...) that transforms make."""
-    return [part.mine(each.reshape(part.shape)) for part, each in zip(parts, seen, strict=True)]
-
-
-def _shape_of(part: Part) -> Tensor:
-    """Return a tensor of the shape that the transform sees, without values."""
-    return torch.empty(part.shape, dtype=part.param.dtype, device="meta")
 
 
 def _first_not_finite(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor | None:
     pairs = zip(params, grads, strict=True)
     return next((param for param, grad in pairs if not bool(grad.isfinite().all())), None)
-
-
-def _stacked_values(*values: Tensor) -> Tensor:
-    """Stack tensors in their order in memory, so that transposed matrices meet transposed states."""
-    if values[0].ndim == 2 and values[0].stride(0) == 1:
-        return torch.stack([value.mT for value in values]).mT
-    return torch.stack(values)
-
-
-def _read_only(state: State) -> State:
-    return MappingProxyType(
-        {key: _read_only(value) if isinstance(value, Mapping) else value for key, value in state.items()}
-    )

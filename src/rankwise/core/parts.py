@@ -51,7 +51,10 @@ class Part:
         return self.param.grad
 
     def like(self) -> Tensor:
-        """Return a tensor of the shape, type and device of what the transform sees; its values mean nothing."""
+        """Return what a state begins with: the values that the transform sees, if it reads any.
+
+        Else only shape, type and device mean something.
+        """
         return self.param
 
     def value(self) -> Tensor:
@@ -187,7 +190,9 @@ class Gathered(_Sharded):
     alone = True
 
     def like(self) -> Tensor:
-        """Nothing but memory."""
+        """All parts, if any is read; else nothing but memory."""
+        if self.transform.reads_param:
+            return self.value()
         return torch.empty(self.shape, dtype=self.param.dtype, device=self.param.device)
 
     def value(self) -> Tensor:

@@ -1,5 +1,6 @@
 """Data parallelism in which processes exchange what steps need of gradients, not the gradients."""
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -32,9 +33,11 @@ class Replicated:
     has a zero one there. Where a gradient is not finite in any process, the step raises in all of them.
 
     Do not clip gradients outside: those of one process are not the joint ones. With ``clip`` the joint ones are,
-    for which all are exchanged whole. Buffers, such as running means, and frozen parameters are left alone; make
-    models alike. Losses are means over equally large batches. A state may be loaded with any number of processes,
-    by all of them.
+    for which all are exchanged whole. A ``GradScaler`` is refused, since it skips steps in one process alone, and
+    ``optimizer.step_one`` exchanges nothing. Learning rates, weight decays and what is frozen are compared at
+    each step, by a message of 40 bytes. Buffers, such as running means, and frozen parameters are left alone;
+    make models alike. Losses are means over equally large batches. A state may be loaded with any number of
+    processes, by all of them.
 
     Args:
         optimizer: the same in all processes; its parameters become those of the first process.
@@ -69,13 +72,16 @@ class Replicated:
             raise TypeError(f"replicas need a rankwise.Optimizer, got a {type(optimizer).__name__}.")
         if not dist.is_initialized():
             raise ValueError("there are no processes yet; call torch.distributed.init_process_group first.")
-        if any(is_sharded(p) for each in optimizer.param_groups for p in each["params"]):
-            raise ValueError("parameters are sharded already, and the optimiser steps them itself.")
         self.optimizer, self.clip, self.group = optimizer, clip, group
+        if any(map(is_sharded, self._all())):
+            raise ValueError("parameters are sharded already, and the optimiser steps them itself.")
         self._last = self._total = 0
         self._parameters: list[Tensor] = []
         self._alike = False
         self._begin()
+        vars(optimizer)["_step_supports_amp_scaling"] = (
+            True  # so that a GradScaler calls it, and is refused, in all
+        )
         self._hooks: list[Any] = [
             optimizer.register_step_pre_hook(lambda _, args, kwargs: self._before_step(args[1:], kwargs)),
             optimizer.register_load_state_dict_post_hook(lambda _: self._forget()),
@@ -91,6 +97,7 @@ class Replicated:
         """Let the optimiser step alone again."""
         for hook in self._hooks:
             hook.remove()
+        vars(self.optimizer).pop("_step_supports_amp_scaling", None)
 
     def traffic(self) -> dict[str, int]:
         """Count bytes that each process has given to be averaged.
@@ -106,18 +113,28 @@ class Replicated:
     @property
     def device(self) -> torch.device:
         """Where gradients are."""
-        return self._parameters[0].device
+        return self._all()[0].device
+
+    def _all(self) -> list[Tensor]:
+        """All parameters, frozen ones too."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _forget(self) -> None:
         self._alike = False
 
     def _begin(self) -> None:
         """Have all processes begin with the parameters of the first."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        parameters = [p for p in self._all() if p.requires_grad]
         self.compare([(tuple(p.shape), str(p.dtype)) for p in parameters], "parameters")
+        read = self.optimizer.write.read
+        elsewhere = {p: digest_of({"": value}) for p in parameters if (value := read([p])[0]) is not p}
+        self.compare(list(elsewhere.values()), "integers for weights")
         first = 0 if self.group is None else dist.get_global_rank(self.group, 0)
         for p in parameters:
-            dist.broadcast(p.detach(), first, group=self.group)
+            if p not in elsewhere:
+                sent = p.detach().clone(memory_format=torch.contiguous_format)  # strides are each process's own
+                dist.broadcast(sent, first, group=self.group)
+                p.detach().copy_(sent)
         self._parameters, self._alike = parameters, False
 
     def compare(self, mine: Any, what: str) -> None:
@@ -139,13 +156,40 @@ class Replicated:
         if any(each is not None for each in (*args, *kwargs.values())):
             raise ValueError("with replicas, compute gradients before the step, not in a closure.")
         with torch.no_grad():
-            present = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
-            if len(present) != len(self._parameters):
+            self._agree()
+            present = [p for p in self._all() if p.requires_grad]
+            if [*map(id, present)] != [*map(id, self._parameters)]:
                 self._begin()
             if not self._alike:
                 self.compare(_description(self.optimizer), "optimisers or states")
                 self._alike = True
             self._exchange()
+
+    def _agree(self) -> None:
+        """Compare what may change from step to step, in one small message; what it finds is found by all."""
+        scaled = bool({"grad_scale", "found_inf"} & vars(self.optimizer).keys())
+        for name in ("grad_scale", "found_inf"):
+            vars(self.optimizer).pop(name, None)
+        mine = _number(self.optimizer)
+        sparse = any(p.grad is not None and p.grad.is_sparse for p in self._all())
+        votes = torch.tensor(
+            [mine, -mine, sparse, scaled, not self._alike], dtype=torch.int64, device=self.device
+        )
+        dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.group)
+        largest, smallest, *found = votes.tolist()
+        if largest != -smallest:
+            raise ValueError(
+                "processes have different learning rates, weight decays or frozen parameters; "
+                "set the same in all of them."
+            )
+        if found[0]:
+            raise ValueError("gradients are sparse; build the embedding with sparse=False.")
+        if found[1]:
+            raise ValueError(
+                "a GradScaler decides in each process alone whether to step, but replicas step together; "
+                "train in bfloat16 or float32 without one."
+            )
+        self._alike = not found[2]
 
     def _exchange(self) -> None:
         """Average all gradients; step those that are reduced, and leave the others to the optimiser."""
@@ -208,8 +252,6 @@ class Replicated:
     def _part(self, param: Tensor) -> "_Part":
         """Take the gradient of a parameter, in reduced form if its next step needs no more."""
         grad = torch.zeros_like(param) if param.grad is None else param.grad
-        if grad.is_sparse:
-            raise ValueError("gradients are sparse; build the embedding with sparse=False.")
         total = grad.sum(dtype=working_type(grad.dtype))
         flag = torch.where(total.isfinite(), float(param.grad is not None), torch.nan).to(grad.dtype).view(1)
         param.grad = grad
@@ -251,11 +293,6 @@ class Shared:
         return float(total), True
 
 
-def several() -> bool:
-    """Whether more than one process trains."""
-    return dist.is_initialized() and dist.get_world_size() > 1
-
-
 class _Part(NamedTuple):
     """What a process gives of a parameter; the flag, in the type to exchange, is 1, 0 (no gradient) or NaN."""
 
@@ -272,7 +309,15 @@ def _description(optimizer: Optimizer) -> list[Any]:
         state["param_groups"],
         {number: digest_of(_flat(each)) for number, each in state["state"].items()},
         type(optimizer.write).__name__,
+        {name: value for name, value in vars(optimizer.write).items() if isinstance(value, (int, float, str))},
     ]
+
+
+def _number(optimizer: Optimizer) -> int:
+    """Return a number of 60 bits for what callers may set between steps."""
+    rates = [(float(group["lr"]), float(group["weight_decay"])) for group in optimizer.param_groups]
+    frozen = [[not p.requires_grad for p in group["params"]] for group in optimizer.param_groups]
+    return int(hashlib.sha256(repr((rates, frozen)).encode()).hexdigest()[:15], 16)
 
 
 def _flat(state: State, path: str = "") -> dict[str, Tensor]:

@@ -6,18 +6,16 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Generator, Tensor, nn
 
 from .checkpoint import load_tree, save_tree
 from .fingerprint import digest_of
+from .plan import Plan, Progress
 from .progress import gauge
-from .rates import Linear
 from .stepping import Stepping, Whole
 from .watch import frozen
 
@@ -50,65 +48,6 @@ class Follower(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How long to train, on how much at a time, and how often to look at the held-out data.
-
-    Args:
-        seconds: the time budget, everything counted; infinite only where ``steps`` is given.
-        steps: the largest number of steps, or None for as many as the time allows.
-        rows: tokens (rows, samples) a step.
-        pieces: take so many pieces of the data a step, instead of ``rows``.
-        every: steps between two looks at the held-out data, each followed by a checkpoint.
-        patience: stop after so many looks without a better one; None never stops early.
-        seed: of the order of the data, and of dropout.
-        rate: share of the learning rate where a share of the run is done.
-        last: the numbers of the last look remain, not the best ones.
-        clip: the longest gradient, over all parameters, in the 2-norm; longer ones are shortened.
-        autocast: run the model in this type; the trained numbers keep theirs.
-        spare: keep a copy of the best numbers, which the model holds in the end. Without it a run takes less
-            memory, and the present numbers remain, also after an interrupt or an error.
-    """
-
-    seconds: float = 600.0
-    steps: int | None = None
-    rows: int = 4096
-    pieces: int | None = None
-    every: int = 4
-    patience: int | None = 4
-    seed: int = 0
-    rate: Callable[[float], float] = field(default_factory=Linear)
-    last: bool = False
-    clip: float | None = None
-    autocast: torch.dtype | None = None
-    spare: bool = True
-
-    def __post_init__(self) -> None:
-        if not self.seconds > 0 or (self.steps is None and self.seconds == float("inf")):
-            raise ValueError(f"the budget must be a positive number of seconds, got {self.seconds}.")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip must be positive or None, got {self.clip}.")
-        for name in ("steps", "rows", "pieces", "every", "patience"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be >= 1 and whole, got {value}.")
-
-
-@dataclass
-class Progress:
-    """Where a run stands: all of it is in a checkpoint."""
-
-    step: int = 0
-    seconds: float = 0.0
-    rows: int = 0
-    skipped: int = 0
-    stale: int = 0
-    best_step: int = 0
-    best: float = float("inf")
-    order: list[int] = field(default_factory=list)  # what is left of this pass over the data
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-
 class Run:
     """One run: the model, what is trained of it, and how far it has come.
 
@@ -125,6 +64,7 @@ class Run:
         identity: names the task; a checkpoint of another one is refused.
         describe: says of the model, as JSON, what is in no tensor and may change while it trains.
         file: where the checkpoint is kept, or None.
+        writes: whether it is written; where several processes share a run, only one of them does.
         looking: is called before each look at what judges.
         started: ``time.perf_counter()`` when the budget began to run.
         stepping: takes the steps; None collects all gradients first, and clips them as the plan says.
@@ -149,12 +89,13 @@ class Run:
         identity: str = "",
         describe: Callable[[], str] = str,
         file: Path | None = None,
+        writes: bool = True,
         looking: Callable[[], None] | None = None,
         started: float | None = None,
         stepping: Stepping | None = None,
         observe: Observe | None = None,
     ) -> None:
-        self.looking = looking
+        self.looking, self.writes = looking, writes
         self.model, self.trained, self.optimizer, self.plan = model, dict(trained), optimizer, plan
         self.mode, self.word, self.identity, self.file = mode, word, identity, file
         self.describe, self.buffers, self.followers = describe, tuple(buffers), dict(followers or {})
@@ -335,8 +276,8 @@ class Run:
                 tensor.copy_(values[name])
 
     def _save(self) -> None:
-        if self.file is None or (dist.is_initialized() and dist.get_rank() > 0):
-            return  # the first of several processes writes for all
+        if self.file is None or not self.writes:
+            return
         cuda = {"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}
         tree = {
             "identity": self.identity,
@@ -392,16 +333,3 @@ def _differences(one: Sequence[str | None], other: Sequence[str | None]) -> str:
 
 def _mean(losses: Sequence[float]) -> float | None:
     return sum(losses) / len(losses) if losses else None
-
-
-@contextmanager
-def in_float32(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Keep parameters in float32 where they are shorter; round them at the end."""
-    kinds = {p: p.dtype for p in parameters if p.dtype in (torch.bfloat16, torch.float16)}
-    try:
-        for parameter in kinds:
-            parameter.data = parameter.data.float()
-        yield
-    finally:
-        for parameter, kind in kinds.items():
-            parameter.data = parameter.data.to(kind)

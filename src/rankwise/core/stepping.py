@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .conditioning import Conditioning
 from .optimizer import Optimizer
+from .processes import several
 
 Loss = Callable[[], Tensor]
 
@@ -116,7 +117,7 @@ class Layerwise:
             raise ValueError(f"accumulate must be >= 1 and whole, got {accumulate}.")
         if clip is not None and not clip > 0:
             raise ValueError(f"clip must be positive or None, got {clip}.")
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        if several():
             raise ValueError("layer by layer only one process trains: gradients would not be averaged.")
         self.optimizer, self.accumulate, self.clip = optimizer, accumulate, clip
         self._check(accumulate)

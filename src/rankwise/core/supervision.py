@@ -17,7 +17,8 @@ from .integer_weights import ChangingWeight
 from .labels import Labels
 from .memory import memory_bytes, peak_memory_bytes, reset_peak_memory, training_bytes
 from .modes import kept, training
-from .running import Follower, Observe, Plan, Run
+from .plan import Plan
+from .running import Follower, Observe, Run
 from .statistics import Batch
 from .stepping import Stepping, Whole
 from .supervised import Supervised
@@ -37,6 +38,7 @@ def train_supervised(
     loss: Labels,
     followers: Mapping[str, Follower] | None = None,
     checkpoint: str | Path | None = None,
+    writes: bool = True,
     notify: Callable[[Memory], None] | None = None,
     looking: Callable[[], None] | None = None,
     observe: Observe | None = None,
@@ -56,6 +58,7 @@ def train_supervised(
         loss: (model output, batch, generator) -> loss, summed over the labels.
         followers: what else goes into a checkpoint, by name.
         checkpoint: a folder, or None.
+        writes: see :class:`rankwise.core.running.Run`.
         notify: is called with the predicted memory before the first step.
         looking: see :class:`rankwise.core.running.Run`.
         observe: see :class:`rankwise.core.running.Run`.
@@ -93,6 +96,7 @@ def train_supervised(
         identity=identity,
         describe=lambda: _described(model),
         file=file,
+        writes=writes,
         looking=looking,
         stepping=stepping or Whole(optimizer, plan.clip, conditioning),
         observe=observe,

@@ -28,7 +28,8 @@ class Transform(abc.ABC):
         Counters (see :func:`counter`) stay on the CPU, so that reading them never waits for a device.
 
         Args:
-            param: (k, ...) the parameters, of the type of gradients.
+            param: (k, ...) the parameters, of the type of gradients. Their values may be read if ``reads_param``
+                and they are not on the meta device; else they may be anything.
             index: (k,) on the CPU, the places of the parameters among all; for seeds and for taking turns.
         """
         return {}
@@ -126,6 +127,17 @@ class Chain(Transform):
         for i, part in enumerate(self.parts):
             grad = part.update(grad, state[str(i)], param)
         return grad
+
+    def reduce(self, grad: Tensor, state: State, param: Tensor) -> Tensor | None:
+        """The reduced form of the first part, which alone sees gradients."""
+        return self.parts[0].reduce(grad, state["0"], param) if self.parts else None
+
+    def update_reduced(self, low: Tensor, state: State, param: Tensor) -> Tensor:
+        """The first part makes a direction, which the others take."""
+        direction = self.parts[0].update_reduced(low, state["0"], param)
+        for i, part in enumerate(self.parts[1:], 1):
+            direction = part.update(direction, state[str(i)], param)
+        return direction
 
     def rotate(self, state: State, rotation: Tensor) -> None:
         """Carry the states of all parts."""

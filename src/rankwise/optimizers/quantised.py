@@ -1,5 +1,6 @@
 """What transforms remember, in few bits."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,23 @@ class Quantised(Transform):
         direction = self.inner.update(grad, inner, param)
         _put(state, self._coded(inner))
         return direction
+
+    def reduce(self, grad: Tensor, state: State, param: Tensor) -> Tensor | None:
+        """The inner reduced form."""
+        if type(self.inner).reduce is Transform.reduce:
+            return None  # nothing needs to be read
+        return self.inner.reduce(grad, _decoded(state, self, grad.dtype), param)
+
+    def update_reduced(self, low: Tensor, state: State, param: Tensor) -> Tensor:
+        """The inner direction (k, ...)."""
+        inner = _decoded(state, self, low.dtype)
+        direction = self.inner.update_reduced(low, inner, param)
+        _put(state, self._coded(inner))
+        return direction
+
+    def acting_on(self, param: Tensor) -> Transform:
+        """That of the inner one, in as few bits."""
+        return dataclasses.replace(self, inner=self.inner.acting_on(param))
 
     def rotate(self, state: State, rotation: Tensor) -> None:
         """Rotate the inner state."""

@@ -1,0 +1,71 @@
+"""Groups of parameters as they are given, and states as they are loaded."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .parts import Part
+from .states import State, described, map_state
+from .transforms import Transform
+
+Group = dict[str, Any]
+
+
+def as_group(given: Any) -> Group:
+    """Return a group of a pair of parameters and a transform, or of a dictionary.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(given, Mapping):
+        group = dict(given)
+    elif isinstance(given, tuple) and len(given) == 2:
+        group = {"params": given[0], "transform": given[1]}
+    else:
+        raise ValueError(f"give pairs of parameters and a transform, or groups; got {type(given).__name__}.")
+    if not isinstance(group.get("transform"), Transform):
+        raise ValueError(f"each group needs a transform, such as adam(); got {group.get('transform')!r}.")
+    return group
+
+
+def check_group(group: Group) -> None:
+    """Raise unless a group can be stepped."""
+    for name in ("lr", "weight_decay"):
+        if not float(group[name]) >= 0:
+            raise ValueError(f"{name} must be >= 0, got {group[name]}.")
+    for param in group["params"]:
+        if not param.is_floating_point():
+            raise ValueError(f"parameters must be real floating-point numbers, got {param.dtype}.")
+    described(group["transform"])
+
+
+def with_written(state: State, written: State) -> State:
+    """Return the state of a transform with that of writing, if there is one."""
+    return {**state, "write": written} if written else state
+
+
+def restored(blank: State, part: Part, saved: Any, number: int) -> dict[str, Any]:
+    """Copy a saved state to where it belongs, in the shapes and types of a blank one.
+
+    Raises:
+        ValueError: if it is of another form.
+    """
+
+    def place(wanted: Tensor, value: Any) -> Tensor:
+        form = (tuple(wanted.shape[1:]), wanted.dtype)
+        if isinstance(value, Tensor):
+            value = part.loaded(value)
+        if not isinstance(value, Tensor) or (tuple(value.shape), value.dtype) != form:
+            found = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"the state of parameter {number} has {found} in place of {form}.")
+        return value.detach().to(part.param.device if wanted.is_meta else wanted.device, copy=True)
+
+    if _keys(blank) != _keys(saved):
+        raise ValueError(f"the state of parameter {number} has other entries than the transform: {_keys(saved)}.")
+    return map_state(place, blank, saved)
+
+
+def _keys(state: Any) -> Any:
+    """The form of a state."""
+    return {key: _keys(value) for key, value in state.items()} if isinstance(state, Mapping) else None

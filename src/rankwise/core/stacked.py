@@ -1,0 +1,68 @@
+"""Parameters of one shape that are stepped together."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from .parts import Part
+from .states import State
+from .transforms import as_matrices, working_type
+from .writing import Write
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stack:
+    """Parameters that were last stepped together, their states, and a tensor without values of their shape."""
+
+    parts: tuple[Part, ...]
+    state: State
+    shape: Tensor
+
+    def holds(self, params: list[Tensor]) -> bool:
+        """Whether it is of these parameters and no others."""
+        same = zip(params, self.parts, strict=False)
+        return len(params) == len(self.parts) and all(param is part.param for param, part in same)
+
+    def seen(self, write: Write) -> Tensor:
+        """Return the parameters, or only their shape where their values are not read."""
+        if not self.parts[0].transform.reads_param:
+            return self.shape
+        return joined(write.read([part.value() for part in self.parts]))
+
+
+def joined(values: Sequence[Tensor]) -> Tensor:
+    """Stack tensors of one shape; one alone is not copied."""
+    stack = values[0].unsqueeze(0) if len(values) == 1 else torch.stack(list(values))
+    return as_matrices(stack.detach())
+
+
+def gradients(parts: Sequence[Part]) -> Tensor:
+    """Stack the gradients of parameters of one shape, in the type of steps."""
+    return joined([part.gradient() for part in parts]).to(working_type(parts[0].param.dtype))
+
+
+def owned(parts: Sequence[Part], seen: Tensor) -> list[Tensor]:
+    """Return what this process holds of tensors (k, ...) that transforms make."""
+    return [part.mine(each.reshape(part.shape)) for part, each in zip(parts, seen, strict=True)]
+
+
+def shape_of(part: Part) -> Tensor:
+    """Return a tensor of the shape that the transform sees, without values."""
+    return torch.empty(part.shape, dtype=part.param.dtype, device="meta")
+
+
+def stacked_values(*values: Tensor) -> Tensor:
+    """Stack tensors in their order in memory, so that transposed matrices meet transposed states."""
+    if values[0].ndim == 2 and values[0].stride(0) == 1:
+        return torch.stack([value.mT for value in values]).mT
+    return torch.stack(values)
+
+
+def read_only(state: State) -> State:
+    """Return a state whose entries cannot be replaced; its tensors can be written into."""
+    return MappingProxyType(
+        {key: read_only(value) if isinstance(value, Mapping) else value for key, value in state.items()}
+    )
