@@ -167,10 +167,10 @@ def target_projection() -> list[str]:
         return []
     lines = head_of("Target projection and feedback alignment beside back-propagation", found)
     lines += [
-        "Small networks, 8,000 of MNIST's 10,000 test images learned from and the others scored; mean and range",
-        "over three seeds at the best of three learning rates of Adam, and of two gains of targets. Random",
-        "features are hidden layers that stay as drawn. Kept are the most bytes that graphs hold at one time in",
-        "a step of 128 images, without the images. Seconds are of a busy machine and say little.",
+        "Small networks on MNIST's 10,000 test images: 6,000 learned from, 2,000 choose the settings, 2,000 are",
+        "scored; mean and range over three seeds. Each method has 16 trials of Adam's learning rate and, where",
+        "there is one, its gain. Random features are hidden layers that stay as drawn. Kept are the most bytes",
+        "that graphs hold at one time in a step of 128 images, without the images.",
         "",
     ]
     rows = [row for row in found["rows"] if row["part"] == "accuracy"]
