@@ -14,7 +14,9 @@ from torch.utils.checkpoint import checkpoint
 import rankwise
 from rankwise.core.conditioned import Conditioned
 from rankwise.core.conditioning import Conditioning
-from rankwise.preconditioners import Sngd
+from rankwise.core.preconditioner import Preconditioner
+from rankwise.linalg import expanded
+from rankwise.preconditioners import Ekfac, HyLo, Kfac, Sngd
 
 SNGD = Sngd(damping=0.3)
 
@@ -389,3 +391,33 @@ def test_a_handle_says_what_it_is():
 def test_options_that_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         rankwise.precondition(net(), SNGD, **options)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Kfac(damping=0.1, sharing=expanded),
+        Ekfac(damping=0.1, moments=expanded),
+        Sngd(damping=0.1, sharing=expanded),
+        HyLo(damping=0.1, mode="exact", sharing=expanded),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_sequences_whose_losses_are_means_are_as_their_tokens(method: Preconditioner):
+    """(N, T, n) with positions=T is N T flat samples; without it damping acts like T times as much."""
+    rng = torch.Generator().manual_seed(0)
+    x, y = torch.randn(4, 8, 5, generator=rng).double(), torch.randint(0, 3, (4, 8), generator=rng)
+    found = []
+    for inputs, positions in ((x.flatten(0, 1), 1), (x, 8), (x, 1)):
+        torch.manual_seed(0)
+        model = nn.Linear(5, 3).double()
+        handle = rankwise.precondition(model, method)
+        for _ in range(2):  # of Ekfac the first is Kfac's
+            model.zero_grad()
+            functional.cross_entropy(model(inputs).reshape(-1, 3), y.flatten()).backward()
+            handle.step(positions=positions)
+        found.append(gradient(model))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
+    assert (found[2] - found[0]).norm() > 0.1 * found[0].norm()
+    with pytest.raises(ValueError, match="positions must be"):
+        handle.step(positions=0)

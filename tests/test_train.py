@@ -264,6 +264,35 @@ class TestPrecondition:
         torch.testing.assert_close(clipped, plain, rtol=0.0, atol=0.02 * plain.abs().max().item())
         assert free.norm() > 2 * clipped.norm()
 
+    def test_a_step_is_that_of_a_loop_by_hand(self):
+        """The natural gradient of the mean over tokens, by the curvature of tokens, then clipped."""
+        ends = []
+        for by_hand in (False, True):
+            model = tiny()
+            method = Sngd(damping=1e-3, sharing=expanded)
+            handle = rankwise.precondition(model, method)
+            optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+            data = [counting()[:16].view(2, 8), counting()[3:9].view(1, 6)]
+            if by_hand:
+                labels = [batch[:, 1:].numel() for batch in data]
+                for batch in data:
+                    logits = model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)
+                    targets = batch[:, 1:].flatten()
+                    (nn.functional.cross_entropy(logits, targets, reduction="sum") / sum(labels)).backward()
+                plain = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+                handle.step(positions=sum(labels) / 3)
+                taken = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+                assert nn.functional.cosine_similarity(taken, plain, dim=0) < 0.9
+                nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+                optimizer.step()
+            else:
+                batches = [{"input_ids": batch, "use_cache": False} for batch in data]
+                options: dict[str, Any] = {"steps": 1, "accumulate": 2, "rate": lambda share: 1.0, "clip": 0.1}
+                rankwise.train(model, batches, optimizer, held_out=[*batches], precondition=handle, **options)
+            ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        start = torch.cat([p.detach().flatten() for p in tiny().parameters()])
+        torch.testing.assert_close(ends[0] - start, ends[1] - start, rtol=1e-3, atol=1e-5)
+
     @pytest.mark.parametrize("interrupted", ["_step", "backward"])
     def test_a_killed_run_goes_on_bit_by_bit(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: str

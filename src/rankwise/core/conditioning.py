@@ -72,7 +72,7 @@ class Conditioning:
         return next(iter(self.layers.values())).weight.device
 
     @torch.no_grad()
-    def step(self, *, scale: float = 1.0) -> bool:
+    def step(self, *, scale: float = 1.0, positions: float = 1.0) -> bool:
         """Turn the gradients that the model has into natural gradients; call it before the optimiser's step.
 
         Gradients must be averaged over processes and divided by a gradient scaler's factor already, and not yet
@@ -82,17 +82,23 @@ class Conditioning:
 
         Args:
             scale: what the loss was multiplied by before the backward pass: ``scaler.get_scale()``.
+            positions: how many terms T the loss of one sample is a mean over, such as the labels of a sequence;
+                on average over the samples where they differ. F is then that of the terms, T times that of such
+                means, so that damping means the same for sequences as for their tokens one by one.
 
         Returns:
             whether the step was taken.
 
         Raises:
             ValueError: if a layer has a gradient but was not called as a module, or has another weight than at
-                the beginning; if gradients differ between processes; if the damping or scale is not positive.
+                the beginning; if gradients differ between processes; if the damping, scale or positions are not
+                positive.
             RuntimeError: if other processes do not answer.
         """
         if not 0 < scale < float("inf"):
             raise ValueError(f"scale must be a number > 0, got {scale}.")
+        if not 0 < positions < float("inf"):
+            raise ValueError(f"positions must be a number > 0, got {positions}.")
         damping = damping_at(self.method.damping, self.steps)
         with torch.autocast(self.device.type, enabled=False):
             gradients = self._gradients()
@@ -108,7 +114,7 @@ class Conditioning:
             layers = {name for name, norm in norms.items() if norm}
             moving = [block for block, names in self.blocks.items() if layers.intersection(names)]
             if self.capture.wanted:
-                self._refresh(moving, layers, scale, damping)
+                self._refresh(moving, layers, scale / positions**0.5, damping)  # F by the terms
             self._invert_lacking(moving, damping)
             natural = self._multiply(moving, gradients, damping)
             self._put(natural, self._shortening(gradients, natural))
@@ -126,6 +132,10 @@ class Conditioning:
     def discard(self) -> None:
         """Forget the samples since the last step; for gradients that are dropped, or not those of the loss."""
         self.capture.clear()
+
+    def samples(self) -> int:
+        """Return how many samples this process saw since the last step; none where the step looks at none."""
+        return self.capture.samples()
 
     def traffic(self) -> dict[str, dict[str, float]]:
         """Return bytes, seconds and times of each phase, summed since the beginning; see :class:`Traffic`.

@@ -69,7 +69,9 @@ def train_supervised(
     Raises:
         ValueError: as :class:`rankwise.core.running.Run`, or if a batch has no label.
     """
-    pieces, held = ([Supervised(batch, loss, plan.autocast) for batch in part] for part in (train, judges))
+    whole = Whole(optimizer, plan.clip, conditioning)
+    pieces = [Supervised(batch, loss, plan.autocast, whole.note) for batch in train]
+    held = [Supervised(batch, loss, plan.autocast) for batch in judges]
     buffers = _buffers(model, trained)
     changes = {f"{name}.change" for name in _integers(model)}  # always zero: what changes are the integers
     trained = {name: parameter for name, parameter in trained.items() if name not in changes}
@@ -94,7 +96,7 @@ def train_supervised(
         describe=lambda: _described(model),
         file=file,
         looking=looking,
-        stepping=stepping or Whole(optimizer, plan.clip, conditioning),
+        stepping=stepping or whole,
         observe=observe,
     )
     rising, before = reset_peak_memory(run.device), memory_bytes(run.device)

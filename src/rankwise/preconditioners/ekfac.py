@@ -35,7 +35,8 @@ class Ekfac(Preconditioner):
     samples, are not determined: there several processes may find another basis than one does, which is as good.
 
     Args:
-        damping: in units of squared gradients of single samples; or a function of the step.
+        damping: in units of squared gradients of single samples, or of the positions that their losses are means
+            over where a step is told their number; or a function of the step.
         every: steps between two new bases, a multiple of ``factors_every``.
         factors_every: steps between two looks at the samples.
         early: how many steps at the beginning find a new basis after each look, whatever ``every`` says: averages

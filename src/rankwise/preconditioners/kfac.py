@@ -25,7 +25,8 @@ class Kfac(Preconditioner):
     convolutions by N^2 T^5, and its damping means as many times more.
 
     Args:
-        damping: in units of squared gradients of single samples; or a function of the step.
+        damping: in units of squared gradients of single samples, or of the positions that their losses are means
+            over where a step is told their number; or a function of the step.
         every: steps between two inversions, a multiple of ``factors_every``.
         factors_every: steps between two looks at the samples.
         early: how many steps at the beginning invert after each look, whatever ``every`` says: averages

@@ -23,7 +23,7 @@ class MFac(Preconditioner):
     Args:
         gradients: k, the length of the window: this many copies of what is preconditioned.
         damping: > 0, in units of squared gradients of batches, which are smaller for large batches; or a function
-            of the step.
+            of the step. The number of positions of a step says nothing here.
         together: one window for all layers, with the terms between them; else one for each layer.
         mean_over_all: divide by k also in the first k - 1 steps, as the released code does, as if the gradients
             before the first were zero. Then the first steps are some k times as long as later ones.

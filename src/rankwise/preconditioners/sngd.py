@@ -21,8 +21,9 @@ class Sngd(Preconditioner):
     are gathered.
 
     Args:
-        damping: a > 0, in units of squared gradients of single samples; or a function of the step. F shrinks
-            like the squared loss, and a should with it.
+        damping: a > 0, in units of squared gradients of single samples, or of the positions that their losses are
+            means over where a step is told their number; or a function of the step. F shrinks like the squared
+            loss, and a should with it.
         every: steps between two looks at the samples; in between the old ones are used.
         together: one kernel for all layers, with the terms between them; else one for each layer.
         sharing: of samples with several positions, :func:`rankwise.linalg.exact`, ``expanded`` or ``reduced``.
