@@ -22,7 +22,7 @@ from rankwise.core.supervised import Supervised
 from rankwise.core.transforms import Transform
 from rankwise.linalg import expanded
 from rankwise.optimizers import adam, galore, muon
-from rankwise.preconditioners import Sngd
+from rankwise.preconditioners import MFac, Sngd
 
 
 def counting() -> Tensor:
@@ -353,6 +353,13 @@ class TestPrecondition:
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
         with pytest.raises(ValueError, match="a loop of your own, with DistributedDataParallel"):
             rankwise.train(model, counting(), over(model, adam()), steps=1, precondition=handle)
+
+    def test_types_in_a_report_and_what_none_can_say(self):
+        _, report, _ = self.run(2, method=MFac(gradients=2, damping=1.0, storage=torch.bfloat16))
+        assert report.totals["precondition"]["method"]["storage"] == "torch.bfloat16"
+        around = torch.ones(1)
+        with pytest.raises(ValueError, match="reports and checkpoints can say"):
+            self.run(2, method=Sngd(damping=lambda step: float(around)), observe=lambda *_: pytest.fail("began"))
 
     def test_what_is_refused(self):
         with pytest.raises(ValueError, match="leave out layerwise or precondition"):

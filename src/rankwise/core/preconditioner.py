@@ -32,9 +32,11 @@ class Preconditioner(abc.ABC):
 
     F is the mean of u_k u_k' over the samples' gradients u_k, each of its own loss with the labels that are
     given: the empirical Fisher matrix. Where that loss is a mean over T positions, u_k is sqrt(T) times as long,
-    which makes F that of the positions; see :meth:`Conditioning.step`. A method is a frozen dataclass. At some steps each process makes from what
-    its layers saw what it has to share; this is exchanged, and each process brings its curvature up to date; then
-    one process inverts and gives the result to the others; and at every step gradients are multiplied.
+    which makes F that of the positions; see :meth:`Conditioning.step`.
+
+    A method is a frozen dataclass. At some steps each process makes from what its layers saw what it has to
+    share; this is exchanged, and each process brings its curvature up to date; then one process inverts and gives
+    the result to the others; and at every step gradients are multiplied.
     Samples, sums and curvature are float32 or float64, as the gradients are, and what is stored belongs to the
     method alone. Only ``curvature`` may be written into.
     """
