@@ -15,8 +15,8 @@ import rankwise
 from rankwise.core.conditioned import Conditioned
 from rankwise.core.conditioning import Conditioning
 from rankwise.core.preconditioner import Preconditioner
-from rankwise.linalg import expanded
-from rankwise.preconditioners import Ekfac, HyLo, Kfac, Sngd
+from rankwise.linalg import Separately, expanded
+from rankwise.preconditioners import Ekfac, HyLo, Kfac, MFac, Sngd
 
 SNGD = Sngd(damping=0.3)
 
@@ -421,3 +421,34 @@ def test_sequences_whose_losses_are_means_are_as_their_tokens(method: Preconditi
     assert (found[2] - found[0]).norm() > 0.1 * found[0].norm()
     with pytest.raises(ValueError, match="positions must be"):
         handle.step(positions=0)
+
+
+@pytest.mark.parametrize(
+    ("method", "changed", "field"),
+    [
+        (MFac(gradients=4), {"gradients": 8}, "gradients=4, not of 8"),
+        (MFac(gradients=4), {"storage": torch.bfloat16}, "storage=None, not of torch.bfloat16"),
+        (Kfac(), {"solver": Separately()}, "solver="),
+        (Kfac(), {"largest_side": 2}, "largest_side=8192, not of 2"),
+        (Ekfac(), {"largest_side": 2}, "largest_side=8192, not of 2"),
+        (SNGD, {"together": True}, "together=False, not of True"),
+        (MFac(gradients=4), {"damping": 1.0}, None),
+        (Kfac(), {"damping": 1.0, "every": 4, "decay": 0.5}, None),
+        (HyLo(rank=2), {"damping": lambda step: 1.0, "every": 2, "window": 1, "rank": 3, "mode": "kis"}, None),
+    ],
+)
+def test_a_state_is_of_one_form(method: Preconditioner, changed: dict, field: str | None):
+    model, (x, y) = net(), batch()
+    first = rankwise.precondition(model, method)
+    functional.cross_entropy(model(x), y).backward()
+    first.step()
+    state = first.state_dict()
+    first.remove()
+    second = rankwise.precondition(model, dataclasses.replace(method, **changed))  # pyright: ignore
+    if field is None:
+        second.load_state_dict(state)
+        functional.cross_entropy(model(x), y).backward()
+        assert second.step()
+    else:
+        with pytest.raises(ValueError, match=f"the state is of .* with {field}"):
+            second.load_state_dict(state)

@@ -324,7 +324,7 @@ class TestWrongArguments:
         handle = rankwise.precondition(small(), method)
         state = handle.state_dict()
         with pytest.raises(ValueError, match="not of"):
-            handle.load_state_dict({**state, "method": "Other"})
+            handle.load_state_dict({**state, "method": {**state["method"], "kind": "Other"}})
         with pytest.raises(ValueError, match="other layers: elsewhere"):
             handle.load_state_dict({**state, "curvature": {**state["curvature"], "elsewhere": {}}})
 

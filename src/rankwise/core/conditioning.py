@@ -168,7 +168,7 @@ class Conditioning:
         ``workers`` is below one, each holds inverses only for the layers whose gradients it multiplies.
         """
         return {
-            "method": type(self.method).__name__,
+            "method": self.method.form(),
             "steps": self.steps,
             "skipped": self.skipped,
             "inverted": sorted(self.inverted),
@@ -183,10 +183,15 @@ class Conditioning:
         from the curvature and the damping of then.
 
         Raises:
-            ValueError: if it is of another method or of other layers.
+            ValueError: if it is of another method, of one with another :meth:`Preconditioner.form`, or of other
+                layers.
         """
-        if state["method"] != type(self.method).__name__:
-            raise ValueError(f"the state is of {state['method']}, not of {type(self.method).__name__}.")
+        kept, own = state["method"], self.method.form()
+        if kept["kind"] != own["kind"]:
+            raise ValueError(f"the state is of {kept['kind']}, not of {own['kind']}.")
+        if others := [name for name in sorted(kept.keys() | own.keys()) if kept.get(name) != own.get(name)]:
+            words = "; ".join(f"{name}={kept.get(name)}, not of {own.get(name)}" for name in others)
+            raise ValueError(f"the state is of {own['kind']} with {words}; make the handle with the same.")
         if other := sorted(state["curvature"].keys() ^ self.blocks.keys()):
             raise ValueError(f"the state is of other layers: {', '.join(other)}.")
         self.steps, self.skipped, self.inverted = state["steps"], state["skipped"], {*state["inverted"]}

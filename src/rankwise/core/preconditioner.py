@@ -1,12 +1,14 @@
 """What turns gradients into natural gradients, one block of layers at a time."""
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
 
 from torch import Generator, Tensor
 
 from .capture import Rows
+from .states import described
 
 Curvature = dict[str, Tensor]
 """What is remembered about a block: tensors, in float32 or float64."""
@@ -42,6 +44,8 @@ class Preconditioner(abc.ABC):
     """
 
     damping: Damping
+    forming: ClassVar[Collection[str] | None] = None
+    """The fields that decide what the curvature looks like; None means all but ``damping`` and ``every``."""
 
     @abc.abstractmethod
     def captures(self, step: int) -> bool:
@@ -112,6 +116,12 @@ class Preconditioner(abc.ABC):
     @abc.abstractmethod
     def apply(self, gradients: Sequence[Tensor], curvature: Curvature, damping: float) -> list[Tensor]:
         """Return the natural gradients (m, n) of a block; the given ones are not written into."""
+
+    def form(self) -> dict[str, Any]:
+        """Return as plain data what a state must have in common with this method."""
+        every = {each.name for each in fields(self)}
+        names = every - {"damping", "every"} if self.forming is None else every.intersection(self.forming)
+        return {"kind": type(self).__name__, **{name: described(getattr(self, name)) for name in sorted(names)}}
 
     def cost(self, shapes: Sequence[tuple[int, int]]) -> float:
         """Return how much work it is to invert for a block of layers (m, n), in any unit."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -52,6 +53,7 @@ class Ekfac(Preconditioner):
         Kronecker-factored eigenbasis", 2018, arXiv 1806.03884.
     """
 
+    forming: ClassVar = ("largest_side",)
     damping: Damping = 0.1
     every: int = 10
     factors_every: int = 1

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -71,6 +72,7 @@ class HyLo(Preconditioner):
         divisions, and the residual as the Schur complement, which is symmetric.
     """
 
+    forming: ClassVar = ()
     rank: int | float = 0.1
     damping: Damping = 0.1
     every: int = 10
@@ -135,7 +137,7 @@ class HyLo(Preconditioner):
         (gradient,) = gradients
         sum_ = curvature["accumulated"] + gradient if "accumulated" in curvature else gradient.clone()
         count = int(curvature.get("count", 0)) + 1
-        if count == self.window:
+        if count >= self.window:  # more where a state is of a longer one
             norm = torch.linalg.vector_norm(sum_)
             if "norm" in curvature:
                 before = curvature["norm"]

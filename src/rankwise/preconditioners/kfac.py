@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Generator, Tensor
 
@@ -47,6 +48,7 @@ class Kfac(Preconditioner):
         included.
     """
 
+    forming: ClassVar = ("largest_side", "solver")
     damping: Damping = 0.1
     every: int = 10
     factors_every: int = 1

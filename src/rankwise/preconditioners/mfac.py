@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ class MFac(Preconditioner):
     [tensor([[0.3000, 0.0000]])]
     """
 
+    forming: ClassVar = ("gradients", "storage", "together")
     gradients: int = 1024
     damping: Damping = 1e-5
     together: bool = False

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -34,6 +35,7 @@ class Sngd(Preconditioner):
         2106.03947.
     """
 
+    forming: ClassVar = ("together",)
     damping: Damping = 0.1
     every: int = 1
     together: bool = False
