@@ -354,6 +354,14 @@ class TestPrecondition:
         with pytest.raises(ValueError, match="a loop of your own, with DistributedDataParallel"):
             rankwise.train(model, counting(), over(model, adam()), steps=1, precondition=handle)
 
+    def test_its_memory_is_predicted(self):
+        told: list[Any] = []
+        _, report, handle = self.run(1, method=MFac(gradients=50, damping=1.0), notify=told.append)
+        kept = sum(t.nbytes for tensors in handle.curvature.values() for t in tensors.values())
+        assert told[0]["precondition"] == kept
+        assert told[0]["predicted"] == sum(size for name, size in told[0].items() if name != "predicted")
+        assert report.totals["memory"]["precondition"] == kept
+
     def test_types_in_a_report_and_what_none_can_say(self):
         _, report, _ = self.run(2, method=MFac(gradients=2, damping=1.0, storage=torch.bfloat16))
         assert report.totals["precondition"]["method"]["storage"] == "torch.bfloat16"

@@ -135,8 +135,9 @@ def train(
         precondition: a handle from ``rankwise.precondition(model, ...)``, which makes natural gradients before
             they are clipped. A sample is what is on the first axis of a batch: of a language model a sequence,
             with its tokens as positions, and its curvature that of tokens: ``positions`` of each step is the
-            labels of a sample in the mean over the step, so that damping is in units of tokens. What it holds is
-            not in the predicted memory; what it took is in ``totals["precondition"]`` of the report.
+            labels of a sample in the mean over the step, so that damping is in units of tokens. The
+            predicted memory includes what it at least holds; what it took is in ``totals["precondition"]`` of the
+            report.
         checkpoint: a folder; the same call, with the model as it was at the start, goes on from what is there,
             bit by bit.
         notify: is called with the predicted memory before the first step.

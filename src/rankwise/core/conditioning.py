@@ -12,7 +12,7 @@ from .agreement import agreed
 from .capture import Capture, Rows
 from .conditioned import Conditioned
 from .exchange import Exchange, Traffic, parts_of, place
-from .preconditioner import Curvature, Preconditioner, Shared, damping_at
+from .preconditioner import Curvature, Preconditioner, Shared, Size, damping_at
 from .states import described
 
 SPLIT = "\0"  # between the name of a block and that of a tensor
@@ -136,6 +136,25 @@ class Conditioning:
     def samples(self) -> int:
         """Return how many samples this process saw since the last step; none where the step looks at none."""
         return self.capture.samples()
+
+    def state_bytes(self, samples: int, positions: int = 1) -> int:
+        """Return how many bytes the state will at least take on this process, from shapes alone.
+
+        Args:
+            samples: of a step, of all processes.
+            positions: of a sample, such as the tokens of a sequence.
+        """
+        sizes = {
+            name: Size(
+                layer.shape,
+                layer.tokens,
+                samples,
+                positions,
+                torch.promote_types(layer.weight.dtype, torch.float32),
+            )
+            for name, layer in self.layers.items()
+        }
+        return sum(self.method.state_bytes([sizes[n] for n in names]) for names in self.blocks.values())
 
     def traffic(self) -> dict[str, dict[str, float]]:
         """Return bytes, seconds and times of each phase, summed since the beginning; see :class:`Traffic`.

@@ -1,7 +1,7 @@
 """The two factors of a layer's curvature: second moments of its inputs and of its outputs' gradients."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..linalg import KhatriRao, Sharing, fold_symmetric, unfold_symmetric, with_gradient
 from .capture import Rows
-from .preconditioner import Curvature, damping_at, every_step
+from .preconditioner import Curvature, Size, damping_at, every_step
 
 NAMES = ("inputs", "outputs")
 
@@ -123,6 +123,16 @@ def found_or_kept(find: Callable[[], Curvature], curvature: Curvature, sign: str
             raise
         warnings.warn(f"{error} The previous one stays in use.", RuntimeWarning, stacklevel=2)
         return {}
+
+
+def factor_bytes(sizes: Sequence[Size], largest_side: int) -> int:
+    """Return the bytes of both factors, and of one square matrix, or diagonal, for each that a solver makes."""
+    numbers = 0
+    for size in sizes:
+        m, n = size.shape
+        for side, whole in ((m, m <= largest_side), (n, n <= largest_side and not size.tokens)):
+            numbers += (side + 1) // 2 * (side + 1 + side % 2) + side**2 if whole else 2 * side
+    return numbers * sizes[0].dtype.itemsize
 
 
 def cubes(m: int, n: int, largest_side: int) -> float:

@@ -5,10 +5,31 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+import torch
 from torch import Generator, Tensor
 
 from .capture import Rows
 from .states import described
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is known before training about the curvature of one layer.
+
+    Args:
+        shape: (m, n).
+        tokens: whether the layer sees numbers of tokens.
+        samples: N of a step.
+        positions: of each sample, or as many as are known of.
+        dtype: of samples and curvature.
+    """
+
+    shape: tuple[int, int]
+    tokens: bool
+    samples: int
+    positions: int
+    dtype: torch.dtype
+
 
 Curvature = dict[str, Tensor]
 """What is remembered about a block: tensors, in float32 or float64."""
@@ -116,6 +137,10 @@ class Preconditioner(abc.ABC):
     @abc.abstractmethod
     def apply(self, gradients: Sequence[Tensor], curvature: Curvature, damping: float) -> list[Tensor]:
         """Return the natural gradients (m, n) of a block; the given ones are not written into."""
+
+    def state_bytes(self, sizes: Sequence[Size]) -> int:
+        """Return how many bytes the curvature of a block of layers takes, or at least takes if more decides."""
+        return 0
 
     def form(self) -> dict[str, Any]:
         """Return as plain data what a state must have in common with this method."""

@@ -47,6 +47,12 @@ class Supervised(Piece):
         values = self.batch.values() if isinstance(self.batch, Mapping) else self.batch
         return max(value.numel() for value in [self.batch, *values] if isinstance(value, Tensor))
 
+    def samples(self, axis: int = 0) -> int:
+        """How many there are on an axis of the first tensor that has it."""
+        values = self.batch.values() if isinstance(self.batch, Mapping) else self.batch
+        tensors = [self.batch] if isinstance(self.batch, Tensor) else [v for v in values if isinstance(v, Tensor)]
+        return max(1, next((each.shape[axis] for each in tensors if each.dim() > axis), 1))
+
     def loss(self, model: nn.Module) -> Tensor:
         """Sum the loss over the labels."""
         self.note(self.count)

@@ -81,6 +81,10 @@ def train_supervised(
     largest = max(pieces, key=lambda piece: piece.size)
     with kept(model, buffers), training(model):
         memory = training_bytes(model, optimizer, lambda: largest.loss(model), gradients=gradients)
+    if conditioning is not None:
+        samples = largest.samples(conditioning.capture.axis)
+        more = conditioning.state_bytes(samples * (plan.pieces or 1), max(1, largest.rows // samples))
+        memory = {**memory, "precondition": more, "predicted": (memory.pop("predicted") or 0) + more}
     if notify is not None:
         notify(memory)
     run = Run(

@@ -13,12 +13,13 @@ from ..core.kronecker_factors import (
     averaged,
     check_factors,
     cubes,
+    factor_bytes,
     factor_sums,
     factors,
     found_or_kept,
     update_factors,
 )
-from ..core.preconditioner import Curvature, Damping, Preconditioner, Shared
+from ..core.preconditioner import Curvature, Damping, Preconditioner, Shared, Size
 from ..linalg import KroneckerBasis, Sharing, eigen, exact, expanded
 
 
@@ -111,6 +112,11 @@ class Ekfac(Preconditioner):
         else:
             moments = torch.outer(curvature["outputs.values"], curvature["inputs.values"])
         return [basis.back(basis.into(gradient) / (moments + damping)) for gradient in gradients]
+
+    def state_bytes(self, sizes: Sequence[Size]) -> int:
+        """Factors, bases and moments; but for vectors."""
+        moments = sum(size.shape[0] * size.shape[1] * size.dtype.itemsize for size in sizes)
+        return factor_bytes(sizes, self.largest_side) + moments
 
     def cost(self, shapes: Sequence[tuple[int, int]]) -> float:
         """n^3 + m^3."""

@@ -7,8 +7,16 @@ from typing import ClassVar
 from torch import Generator, Tensor
 
 from ..core.capture import Rows
-from ..core.kronecker_factors import check_factors, cubes, factor_sums, factors, found_or_kept, update_factors
-from ..core.preconditioner import Curvature, Damping, Preconditioner, Shared
+from ..core.kronecker_factors import (
+    check_factors,
+    cubes,
+    factor_bytes,
+    factor_sums,
+    factors,
+    found_or_kept,
+    update_factors,
+)
+from ..core.preconditioner import Curvature, Damping, Preconditioner, Shared, Size
 from ..linalg import Jointly, KroneckerSolver, Sharing, expanded, reduced
 
 
@@ -94,6 +102,10 @@ class Kfac(Preconditioner):
     def apply(self, gradients: Sequence[Tensor], curvature: Curvature, damping: float) -> list[Tensor]:
         """Solve for each gradient."""
         return [self.solver.solve(gradient, curvature, damping) for gradient in gradients]
+
+    def state_bytes(self, sizes: Sequence[Size]) -> int:
+        """Factors, and what makes solving cheap; but for vectors."""
+        return factor_bytes(sizes, self.largest_side)
 
     def cost(self, shapes: Sequence[tuple[int, int]]) -> float:
         """n^3 + m^3."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..core.preconditioner import Curvature, Damping, Preconditioner, damping_at, every_step
+from ..core.preconditioner import Curvature, Damping, Preconditioner, Size, damping_at, every_step
 from ..linalg import GradientWindow
 
 
@@ -90,6 +90,12 @@ class MFac(Preconditioner):
         )
         parts = window.solve(_flat(gradients)).split([each.numel() for each in gradients])
         return [part.view_as(each) for part, each in zip(parts, gradients, strict=True)]
+
+    def state_bytes(self, sizes: Sequence[Size]) -> int:
+        """The window, its inner products, and a count."""
+        k, kept = self.gradients, self.storage or sizes[0].dtype
+        numbers = sum(size.shape[0] * size.shape[1] for size in sizes)
+        return k * numbers * kept.itemsize + k * k * sizes[0].dtype.itemsize + torch.int64.itemsize
 
     def cost(self, shapes: Sequence[tuple[int, int]]) -> float:
         """As many products as numbers."""

@@ -8,8 +8,8 @@ import torch
 from torch import Generator, Tensor
 
 from ..core.capture import Rows
-from ..core.preconditioner import Curvature, Damping, Preconditioner, Shared, damping_at, every_step
-from ..core.sampled_fisher import divided, root_of, row_length, stored
+from ..core.preconditioner import Curvature, Damping, Preconditioner, Shared, Size, damping_at, every_step
+from ..core.sampled_fisher import divided, root_of, row_length, shared_bytes, stored
 from ..linalg import Sharing, exact, expanded, reduced
 
 
@@ -81,6 +81,11 @@ class Sngd(Preconditioner):
     def apply(self, gradients: Sequence[Tensor], curvature: Curvature, damping: float) -> list[Tensor]:
         """(V - U (K/N + a I)^-1 U'V / N) / a, with the damping of the last inversion."""
         return divided(gradients, curvature)
+
+    def state_bytes(self, sizes: Sequence[Size]) -> int:
+        """All rows, and the root of their kernel."""
+        found = [shared_bytes(size, self.sharing) for size in sizes]
+        return sum(rows * each for rows, each in found) + found[0][0] ** 2 * sizes[0].dtype.itemsize
 
     def cost(self, shapes: Sequence[tuple[int, int]]) -> float:
         """Kernels of equal size, from rows as long as (m, n) say."""
