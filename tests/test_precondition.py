@@ -452,3 +452,42 @@ def test_a_state_is_of_one_form(method: Preconditioner, changed: dict, field: st
     else:
         with pytest.raises(ValueError, match=f"the state is of .* with {field}"):
             second.load_state_dict(state)
+
+
+def test_finite_gradients_whose_squares_are_not_are_finite():
+    """In float32 the norm of numbers of 1e20 is infinite."""
+    layer = nn.Linear(4, 3)
+    handle = rankwise.precondition(layer, Kfac(damping=0.5))
+    layer(torch.randn(5, 4)).sum().backward()
+    assert layer.weight.grad is not None
+    layer.weight.grad.fill_(1e20)
+    assert handle.step()
+    assert 1e18 < float(layer.weight.grad.double().norm()) < 1e21
+
+
+def test_a_layer_that_is_never_used_makes_no_step_a_look():
+    torch.manual_seed(0)
+    model, (x, y) = Named().double(), batch()
+    handle = rankwise.precondition(model, Sngd(damping=0.3, every=3))
+    for step in range(6):
+        functional.cross_entropy(model(x=x), y).backward()
+        handle.step()
+        assert handle.traffic()["exchange"]["times"] == 2 * (1 + step // 3)
+        assert handle.samples() == 0
+
+
+def test_single_numbers_are_on_the_cpu():
+    """Wherever a state comes from."""
+    model, (x, y) = net(), batch()
+    for method in (SNGD, Kfac(), HyLo(window=1), MFac(gradients=2)):
+        handle = rankwise.precondition(model, method)
+        functional.cross_entropy(model(x), y).backward()
+        handle.step()
+        state = handle.state_dict()
+        state["curvature"] = {
+            block: {name: t if t.dim() else t.to("meta") for name, t in tensors.items()}
+            for block, tensors in state["curvature"].items()
+        }
+        with pytest.raises(NotImplementedError):  # which asks for the values, to put them on the CPU
+            handle.load_state_dict(state)
+        handle.remove()

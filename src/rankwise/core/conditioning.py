@@ -214,9 +214,9 @@ class Conditioning:
         if other := sorted(state["curvature"].keys() ^ self.blocks.keys()):
             raise ValueError(f"the state is of other layers: {', '.join(other)}.")
         self.steps, self.skipped, self.inverted = state["steps"], state["skipped"], {*state["inverted"]}
-        self.curvature = {  # what a method keeps on the CPU is single numbers
+        self.curvature = {
             block: {
-                name: tensor.to(self.device if tensor.dim() else tensor.device, copy=True)
+                name: tensor.to(self.device if tensor.dim() else "cpu", copy=True)
                 for name, tensor in tensors.items()
             }
             for block, tensors in state["curvature"].items()
@@ -283,11 +283,14 @@ class Conditioning:
         """Look at the samples, tell the other processes, and invert."""
         due, traffic = self.method.captures(self.steps), self.exchange.traffic
         blocks = [block for block in moving if due or not self.curvature[block]]
+        if not blocks:  # those of which nothing is known wait
+            return self.capture.clear()
         own = self.capture.samples()
         with traffic.phase("factorise"):
             seen = self.capture.take(scale)
         with traffic.phase("exchange"):
             samples = self._count(own, [n for block in blocks for n in self.blocks[block] if n in layers], seen)
+            self._decide(blocks)
         with traffic.phase("factorise"):
             shared = {
                 block: self.method.local(
@@ -309,6 +312,17 @@ class Conditioning:
                 self.curvature[block].update(_dense(self.curvature[block]))
         wanted = self.method.inverts(self.steps)
         self._invert([block for block in blocks if wanted or block not in self.inverted], damping)
+
+    def _decide(self, blocks: Iterable[str]) -> None:
+        """Let what the first process found in gradients hold for all: others may have rounded otherwise."""
+        if self.exchange.size > 1 and self.method.decisions:
+            known = {block: self.curvature[block] for block in blocks}
+            own = {
+                b: {n: tensors[n] for n in self.method.decisions & tensors.keys()} for b, tensors in known.items()
+            }
+            told = self.exchange.spread("exchange", _named(own) if self.exchange.rank == 0 else {}, {0})
+            for block, found in _cut(told, known).items():
+                self.curvature[block].update(found)
 
     def _invert_lacking(self, moving: Iterable[str], damping: float) -> None:
         """Invert what a state lacks that was saved by a process for other layers."""

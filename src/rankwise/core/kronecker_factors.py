@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..linalg import KhatriRao, Sharing, fold_symmetric, unfold_symmetric, with_gradient
+from ..linalg import KhatriRao, Sharing, exact, fold_symmetric, unfold_symmetric, with_gradient
 from .capture import Rows
 from .preconditioner import Curvature, Size, damping_at, every_step
 
@@ -21,6 +21,8 @@ def check_factors(method: Any) -> None:
         ValueError: if one is not.
     """
     damping_at(method.damping, 0)
+    if method.sharing is exact:
+        raise ValueError("factors need one position per row; take sharing=expanded or reduced.")
     every_step(method.factors_every, "factors_every")
     every_step(method.every)
     if method.every % method.factors_every:

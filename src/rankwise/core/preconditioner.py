@@ -1,7 +1,7 @@
 """What turns gradients into natural gradients, one block of layers at a time."""
 
 import abc
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -32,7 +32,7 @@ class Size:
 
 
 Curvature = dict[str, Tensor]
-"""What is remembered about a block: tensors, in float32 or float64."""
+"""What is remembered about a block: tensors, in float32 or float64; single numbers, of no axis, on the CPU."""
 Damping = float | Callable[[int], float]
 """A number > 0, or such a number for each step."""
 
@@ -67,6 +67,9 @@ class Preconditioner(abc.ABC):
     damping: Damping
     forming: ClassVar[Collection[str] | None] = None
     """The fields that decide what the curvature looks like; None means all but ``damping`` and ``every``."""
+
+    decisions: ClassVar[Set[str]] = frozenset()
+    """What ``observe`` puts into the curvature and ``local`` goes by: that of the first process holds for all."""
 
     @abc.abstractmethod
     def captures(self, step: int) -> bool:
@@ -144,7 +147,7 @@ class Preconditioner(abc.ABC):
 
     def form(self) -> dict[str, Any]:
         """Return as plain data what a state must have in common with this method."""
-        every = {each.name for each in fields(self)}
+        every = {each.name for each in fields(self)}  # pyright: ignore[reportArgumentType]
         names = every - {"damping", "every"} if self.forming is None else every.intersection(self.forming)
         return {"kind": type(self).__name__, **{name: described(getattr(self, name)) for name in sorted(names)}}
 

@@ -27,7 +27,7 @@ def root_of(curvature: Curvature, damping: float, shapes: Sequence[tuple[int, in
     if "mix" in curvature:
         kernel = curvature["mix"].mT @ kernel @ curvature["mix"]
     root = damped_root(kernel / curvature["samples"], damping)
-    return {"root": root, "damping": torch.tensor(damping, dtype=torch.float64, device=root.device)}
+    return {"root": root, "damping": torch.tensor(damping, dtype=torch.float64)}
 
 
 def divided(gradients: Sequence[Tensor], curvature: Curvature) -> list[Tensor]:

@@ -73,6 +73,7 @@ class HyLo(Preconditioner):
     """
 
     forming: ClassVar = ()
+    decisions: ClassVar = frozenset({"critical"})
     rank: int | float = 0.1
     damping: Damping = 0.1
     every: int = 10
@@ -138,10 +139,10 @@ class HyLo(Preconditioner):
         sum_ = curvature["accumulated"] + gradient if "accumulated" in curvature else gradient.clone()
         count = int(curvature.get("count", 0)) + 1
         if count >= self.window:  # more where a state is of a longer one
-            norm = torch.linalg.vector_norm(sum_)
+            norm = torch.linalg.vector_norm(sum_).cpu()
             if "norm" in curvature:
                 before = curvature["norm"]
-                curvature["critical"] = (norm - before).abs() >= self.threshold * before
+                curvature["critical"] = ((norm - before).abs() >= self.threshold * before).long()
             curvature["norm"] = norm
             sum_, count = torch.zeros_like(sum_), 0
         curvature |= {"accumulated": sum_, "count": torch.tensor(count)}
