@@ -46,8 +46,7 @@ class Ours(Handle):
 
     The predicted change of a step is kept below CLIP times the square of learning rate / damping, which is how
     far a gradient goes where there is no curvature, so that steps are as long as the rate says whether they are
-    shortened or not. A sample's loss that is a mean over T positions has a Fisher matrix T times smaller than
-    that of the positions, which is made up for here.
+    shortened or not.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, method: Preconditioner) -> None:
@@ -60,7 +59,7 @@ class Ours(Handle):
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "a gradient is not finite")
             try:
-                self.handle.step(scale=positions**-0.5)
+                self.handle.step(positions=positions)
             except RuntimeWarning as warning:
                 raise FloatingPointError(str(warning)) from None
 

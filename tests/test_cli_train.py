@@ -16,8 +16,8 @@ from test_cli import refused, run
 from test_cli import text as text
 
 import rankwise
-from rankwise import preconditioners
-from rankwise.cli.options import command_name
+from rankwise import adapters, compressors, initialisers, optimizers, preconditioners, projectors, rank_rules
+from rankwise.cli.options import build, command_name, pick, registry
 from rankwise.core import running
 from rankwise.core.checkpoint import load_tree
 from rankwise.core.supervision import CHECKPOINT
@@ -308,6 +308,26 @@ def test_every_preconditioner_trains_a_language_model(name: str, text: Path, tmp
     result = train(WORDS, "--data", text, "--rank", 4, "--precondition", name, "--json", figures)
     assert result.exit_code == 0, result.output
     assert json.loads(figures.read_text())["precondition"]["steps"] == 4
+
+
+def test_hyphens_may_be_left_out():
+    """In all registries, and no two names become one so."""
+    for package in (adapters, compressors, initialisers, optimizers, preconditioners, projectors, rank_rules):
+        known = registry(package)
+        assert len({name.replace("-", "") for name in known}) == len(known)
+        for name, method in known.items():
+            assert pick("--method", name.replace("-", ""), known) is method
+    assert pick("--precondition", "hylo", registry(preconditioners)) is preconditioners.HyLo
+    with pytest.raises(ValueError, match=r"unknown 'hylos'; did you mean hy-lo\?"):
+        pick("--precondition", "hylos", registry(preconditioners))
+
+
+def test_types_have_names():
+    found = build(preconditioners.MFac, ["storage=bfloat16", "gradients=2"])
+    assert found == preconditioners.MFac(gradients=2, storage=torch.bfloat16)
+    assert build(preconditioners.MFac, ["storage=none"]).storage is None
+    with pytest.raises(ValueError, match="storage: must be one of bfloat16, float32, got 'short'"):
+        build(preconditioners.MFac, ["storage=short"])
 
 
 def test_natural_gradients_that_are_refused(text: Path):

@@ -14,7 +14,9 @@ from torch.utils.checkpoint import checkpoint
 import rankwise
 from rankwise.core.conditioned import Conditioned
 from rankwise.core.conditioning import Conditioning
-from rankwise.preconditioners import Sngd
+from rankwise.core.preconditioner import Preconditioner
+from rankwise.linalg import Separately, expanded
+from rankwise.preconditioners import Ekfac, HyLo, Kfac, MFac, Sngd
 
 SNGD = Sngd(damping=0.3)
 
@@ -389,3 +391,103 @@ def test_a_handle_says_what_it_is():
 def test_options_that_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         rankwise.precondition(net(), SNGD, **options)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Kfac(damping=0.1, sharing=expanded),
+        Ekfac(damping=0.1, moments=expanded),
+        Sngd(damping=0.1, sharing=expanded),
+        HyLo(damping=0.1, mode="exact", sharing=expanded),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_sequences_whose_losses_are_means_are_as_their_tokens(method: Preconditioner):
+    """(N, T, n) with positions=T is N T flat samples; without it damping acts like T times as much."""
+    rng = torch.Generator().manual_seed(0)
+    x, y = torch.randn(4, 8, 5, generator=rng).double(), torch.randint(0, 3, (4, 8), generator=rng)
+    found = []
+    for inputs, positions in ((x.flatten(0, 1), 1), (x, 8), (x, 1)):
+        torch.manual_seed(0)
+        model = nn.Linear(5, 3).double()
+        handle = rankwise.precondition(model, method)
+        for _ in range(2):  # of Ekfac the first is Kfac's
+            model.zero_grad()
+            functional.cross_entropy(model(inputs).reshape(-1, 3), y.flatten()).backward()
+            handle.step(positions=positions)
+        found.append(gradient(model))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
+    assert (found[2] - found[0]).norm() > 0.1 * found[0].norm()
+    with pytest.raises(ValueError, match="positions must be"):
+        handle.step(positions=0)
+
+
+@pytest.mark.parametrize(
+    ("method", "changed", "field"),
+    [
+        (MFac(gradients=4), {"gradients": 8}, "gradients=4, not of 8"),
+        (MFac(gradients=4), {"storage": torch.bfloat16}, "storage=None, not of torch.bfloat16"),
+        (Kfac(), {"solver": Separately()}, "solver="),
+        (Kfac(), {"largest_side": 2}, "largest_side=8192, not of 2"),
+        (Ekfac(), {"largest_side": 2}, "largest_side=8192, not of 2"),
+        (SNGD, {"together": True}, "together=False, not of True"),
+        (MFac(gradients=4), {"damping": 1.0}, None),
+        (Kfac(), {"damping": 1.0, "every": 4, "decay": 0.5}, None),
+        (HyLo(rank=2), {"damping": lambda step: 1.0, "every": 2, "window": 1, "rank": 3, "mode": "kis"}, None),
+    ],
+)
+def test_a_state_is_of_one_form(method: Preconditioner, changed: dict, field: str | None):
+    model, (x, y) = net(), batch()
+    first = rankwise.precondition(model, method)
+    functional.cross_entropy(model(x), y).backward()
+    first.step()
+    state = first.state_dict()
+    first.remove()
+    second = rankwise.precondition(model, dataclasses.replace(method, **changed))  # pyright: ignore
+    if field is None:
+        second.load_state_dict(state)
+        functional.cross_entropy(model(x), y).backward()
+        assert second.step()
+    else:
+        with pytest.raises(ValueError, match=f"the state is of .* with {field}"):
+            second.load_state_dict(state)
+
+
+def test_finite_gradients_whose_squares_are_not_are_finite():
+    """In float32 the norm of numbers of 1e20 is infinite."""
+    layer = nn.Linear(4, 3)
+    handle = rankwise.precondition(layer, Kfac(damping=0.5))
+    layer(torch.randn(5, 4)).sum().backward()
+    assert layer.weight.grad is not None
+    layer.weight.grad.fill_(1e20)
+    assert handle.step()
+    assert 1e18 < float(layer.weight.grad.double().norm()) < 1e21
+
+
+def test_a_layer_that_is_never_used_makes_no_step_a_look():
+    torch.manual_seed(0)
+    model, (x, y) = Named().double(), batch()
+    handle = rankwise.precondition(model, Sngd(damping=0.3, every=3))
+    for step in range(6):
+        functional.cross_entropy(model(x=x), y).backward()
+        handle.step()
+        assert handle.traffic()["exchange"]["times"] == 2 * (1 + step // 3)
+        assert handle.samples() == 0
+
+
+def test_single_numbers_are_on_the_cpu():
+    """Wherever a state comes from."""
+    model, (x, y) = net(), batch()
+    for method in (SNGD, Kfac(), HyLo(window=1), MFac(gradients=2)):
+        handle = rankwise.precondition(model, method)
+        functional.cross_entropy(model(x), y).backward()
+        handle.step()
+        state = handle.state_dict()
+        state["curvature"] = {
+            block: {name: t if t.dim() else t.to("meta") for name, t in tensors.items()}
+            for block, tensors in state["curvature"].items()
+        }
+        with pytest.raises(NotImplementedError):  # which asks for the values, to put them on the CPU
+            handle.load_state_dict(state)
+        handle.remove()

@@ -22,7 +22,7 @@ from rankwise.core.supervised import Supervised
 from rankwise.core.transforms import Transform
 from rankwise.linalg import expanded
 from rankwise.optimizers import adam, galore, muon
-from rankwise.preconditioners import Sngd
+from rankwise.preconditioners import MFac, Sngd
 
 
 def counting() -> Tensor:
@@ -264,6 +264,35 @@ class TestPrecondition:
         torch.testing.assert_close(clipped, plain, rtol=0.0, atol=0.02 * plain.abs().max().item())
         assert free.norm() > 2 * clipped.norm()
 
+    def test_a_step_is_that_of_a_loop_by_hand(self):
+        """The natural gradient of the mean over tokens, by the curvature of tokens, then clipped."""
+        ends = []
+        for by_hand in (False, True):
+            model = tiny()
+            method = Sngd(damping=1e-3, sharing=expanded)
+            handle = rankwise.precondition(model, method)
+            optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+            data = [counting()[:16].view(2, 8), counting()[3:9].view(1, 6)]
+            if by_hand:
+                labels = [batch[:, 1:].numel() for batch in data]
+                for batch in data:
+                    logits = model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)
+                    targets = batch[:, 1:].flatten()
+                    (nn.functional.cross_entropy(logits, targets, reduction="sum") / sum(labels)).backward()
+                plain = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+                handle.step(positions=sum(labels) / 3)
+                taken = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+                assert nn.functional.cosine_similarity(taken, plain, dim=0) < 0.9
+                nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+                optimizer.step()
+            else:
+                batches = [{"input_ids": batch, "use_cache": False} for batch in data]
+                options: dict[str, Any] = {"steps": 1, "accumulate": 2, "rate": lambda share: 1.0, "clip": 0.1}
+                rankwise.train(model, batches, optimizer, held_out=[*batches], precondition=handle, **options)
+            ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        start = torch.cat([p.detach().flatten() for p in tiny().parameters()])
+        torch.testing.assert_close(ends[0] - start, ends[1] - start, rtol=1e-3, atol=1e-5)
+
     @pytest.mark.parametrize("interrupted", ["_step", "backward"])
     def test_a_killed_run_goes_on_bit_by_bit(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: str
@@ -324,6 +353,21 @@ class TestPrecondition:
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
         with pytest.raises(ValueError, match="a loop of your own, with DistributedDataParallel"):
             rankwise.train(model, counting(), over(model, adam()), steps=1, precondition=handle)
+
+    def test_its_memory_is_predicted(self):
+        told: list[Any] = []
+        _, report, handle = self.run(1, method=MFac(gradients=50, damping=1.0), notify=told.append)
+        kept = sum(t.nbytes for tensors in handle.curvature.values() for t in tensors.values())
+        assert told[0]["precondition"] == kept
+        assert told[0]["predicted"] == sum(size for name, size in told[0].items() if name != "predicted")
+        assert report.totals["memory"]["precondition"] == kept
+
+    def test_types_in_a_report_and_what_none_can_say(self):
+        _, report, _ = self.run(2, method=MFac(gradients=2, damping=1.0, storage=torch.bfloat16))
+        assert report.totals["precondition"]["method"]["storage"] == "torch.bfloat16"
+        around = torch.ones(1)
+        with pytest.raises(ValueError, match="reports and checkpoints can say"):
+            self.run(2, method=Sngd(damping=lambda step: float(around)), observe=lambda *_: pytest.fail("began"))
 
     def test_what_is_refused(self):
         with pytest.raises(ValueError, match="leave out layerwise or precondition"):

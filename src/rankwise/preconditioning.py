@@ -36,6 +36,10 @@ def precondition(
     Where processes have other numbers of samples, each sample counts the same in the curvature, but not in such
     an average of means.
 
+    Where a sample's loss is itself a mean over T terms, as that of a sequence over its tokens, its squared
+    gradients are some T times smaller than those of the terms, and a damping of 0.1 acts like 0.1 T: next to
+    nothing but a division. Say ``handle.step(positions=T)`` then, as :func:`rankwise.train` does.
+
     Call it after what gives layers new parameters, such as ``fully_shard``, and before or after
     ``DistributedDataParallel``; before the first run where ``torch.compile`` is used, which then breaks its graph
     at each layer. Several runs before one backward pass must not recompute with reentrant checkpoints.

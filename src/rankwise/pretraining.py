@@ -138,8 +138,10 @@ def train(
             :class:`rankwise.Layerwise`; with ``clip`` each step takes two passes.
         precondition: a handle from ``rankwise.precondition(model, ...)``, which makes natural gradients before
             they are clipped. A sample is what is on the first axis of a batch: of a language model a sequence,
-            with its tokens as positions. What it holds is not in the predicted memory; what it took is in
-            ``totals["precondition"]`` of the report.
+            with its tokens as positions, and its curvature that of tokens: ``positions`` of each step is the
+            labels of a sample in the mean over the step, so that damping is in units of tokens. The
+            predicted memory includes what it at least holds; what it took is in ``totals["precondition"]`` of the
+            report.
         checkpoint: a folder; the same call, with the model as it was at the start, goes on from what is there,
             bit by bit.
         notify: is called with the predicted memory before the first step.
@@ -281,6 +283,7 @@ def _check_handle(model: nn.Module, handle: Conditioning | None, layerwise: bool
             "precondition in several processes needs a loop of your own, with DistributedDataParallel: "
             "loss.backward(); handle.step(); optimizer.step()."
         )
+    handle.about()  # what it cannot say is to fail here, not after all steps
     if not any(each is handle.model for each in model.modules()):
         raise ValueError("precondition is the handle of another model; give rankwise.precondition(model, ...).")
 

@@ -169,6 +169,20 @@ def test_the_state_fits_into_a_checkpoint_and_figures_into_json(method: Precondi
     assert json.loads(json.dumps(handle.summary()))["phases"] == handle.traffic()
 
 
+def test_the_bytes_of_the_state_are_predicted(method: Preconditioner):
+    """Those of linear layers, but for vectors and single numbers; never more than there are."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 24), nn.Tanh(), nn.Linear(24, 20))
+    handle = rankwise.precondition(model, method)
+    predicted = handle.state_bytes(samples=12, positions=3)
+    for _ in range(2):
+        model.zero_grad()
+        model(torch.randn(12, 3, 20)).square().mean().backward()
+        handle.step()
+    measured = sum(t.nbytes for tensors in handle.curvature.values() for t in tensors.values())
+    assert 0.85 * measured < predicted <= measured
+
+
 def test_batches_in_parts_are_one_batch(method: Preconditioner):
     data = batches(3)
     found = []
@@ -338,7 +352,7 @@ class TestWrongArguments:
         handle = rankwise.precondition(small(), method)
         state = handle.state_dict()
         with pytest.raises(ValueError, match="not of"):
-            handle.load_state_dict({**state, "method": "Other"})
+            handle.load_state_dict({**state, "method": {**state["method"], "kind": "Other"}})
         with pytest.raises(ValueError, match="other layers: elsewhere"):
             handle.load_state_dict({**state, "curvature": {**state["curvature"], "elsewhere": {}}})
 

@@ -1,5 +1,6 @@
 """Few rows for each process: equal to all rows where nothing is left out, and bounded where something is."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import pytest
@@ -33,7 +34,7 @@ def rows(count: int, positions: int = 1, seed: int = 0) -> KhatriRao:
 
 
 def with_fields(method: HyLo, **fields) -> HyLo:
-    return HyLo(**{name: getattr(method, name) for name in method.__dataclass_fields__} | fields)
+    return dataclasses.replace(method, **fields)
 
 
 def learnt(method: Preconditioner, parts: Sequence[KhatriRao], damping: float) -> Curvature:

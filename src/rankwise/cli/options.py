@@ -6,9 +6,10 @@ import difflib
 import inspect
 import re
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import torch
 from torch import nn
 
 from .. import initialisers, optimizers, projectors, rank_rules
@@ -30,10 +31,11 @@ PARTS: dict[type, types.ModuleType] = {
     Transform: optimizers,
 }
 """Kinds of methods that are fields of other methods, and where they are."""
-FUNCTIONS: dict[Any, dict[str, Callable[..., Any]]] = {
+NAMED: dict[Any, dict[str, Any]] = {
     Sharing: {"exact": exact, "expanded": expanded, "reduced": reduced},
+    torch.dtype: {"bfloat16": torch.bfloat16, "float32": torch.float32},
 }
-"""Kinds of functions that have names; others have no form in words."""
+"""Kinds of values that have names; other functions have no form in words."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +68,13 @@ def registry(package: types.ModuleType) -> dict[str, Any]:
 
 
 def pick(flag: str, name: str, known: Mapping[str, Any]) -> Any:
-    """Return an entry by name.
+    """Return an entry by name, of which hyphens may be left out.
 
     Raises:
         ValueError: if there is none; the message names the nearest and all others.
     """
-    if name in known:
-        return known[name]
+    if (full := _full_name(name, known)) is not None:
+        return known[full]
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     raise ValueError(f"{flag}: unknown {name!r}; {hint}known: {', '.join(known)}.")
@@ -187,11 +189,12 @@ def parse(kind: Any, text: str) -> Any:
         if len(words) != len(kinds):
             raise ValueError(f"must be {_type_name(kind)}, got {text!r}")
         return tuple(parse(each, word) for each, word in zip(kinds, words, strict=True))
-    if kind in PARTS or kind in FUNCTIONS:
-        known = FUNCTIONS[kind] if kind in FUNCTIONS else _parts(kind)
-        if text not in known:
+    if kind in PARTS or kind in NAMED:
+        known = NAMED[kind] if kind in NAMED else _parts(kind)
+        full = _full_name(text, known)
+        if full is None:
             raise ValueError(f"must be one of {', '.join(known)}, got {text!r}")
-        return known[text] if kind in FUNCTIONS else known[text]()
+        return known[full] if kind in NAMED else known[full]()
     if kind is bool:
         words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
         if text.lower() not in words:
@@ -243,6 +246,11 @@ def at_least(flag: str, value: int | None, least: int) -> None:
         raise ValueError(f"{flag} must be at least {least}, got {value}.")
 
 
+def _full_name(name: str, known: Collection[str]) -> str | None:
+    """Return the one of the names that a name is, exactly or but for hyphens."""
+    return name if name in known else {each.replace("-", ""): each for each in known}.get(name.replace("-", ""))
+
+
 def _made(field: dataclasses.Field) -> Any:
     """Return the default of a field."""
     if field.default_factory is not dataclasses.MISSING:
@@ -264,7 +272,7 @@ def _has_words(kind: Any) -> bool:
     """Whether values of a type can be written as one word."""
     if get_origin(kind) is tuple:
         return all(each in (bool, int, float) for each in get_args(kind))
-    return kind in FUNCTIONS or get_origin(kind) is not Callable
+    return kind in NAMED or get_origin(kind) is not Callable
 
 
 def _parts(kind: type) -> dict[str, Callable[[], Any]]:
@@ -283,8 +291,8 @@ def _makes(made: Callable[..., Any], kind: type) -> bool:
 def _type_name(kind: Any) -> str:
     if kind in PARTS:
         return " | ".join(_parts(kind))
-    if kind in FUNCTIONS:
-        return " | ".join(FUNCTIONS[kind])
+    if kind in NAMED:
+        return " | ".join(NAMED[kind])
     if get_origin(kind) in (Union, types.UnionType):
         return " | ".join(
             "None" if each is type(None) else _type_name(each) for each in get_args(kind) if _has_words(each)

@@ -96,7 +96,8 @@ def train(
     With --precondition gradients of linear layers become natural gradients, by a method such as sngd, before they
     are clipped and --optimizer sees them. A sample is a window, and its tokens are positions: with sharing=exact
     (--precondition-set) there are as many samples as windows in a step; with expanded each token is one, which
-    costs and knows more. The report says how long each phase took.
+    costs and knows more. Damping (--precondition-set damping=...) is in units of squared gradients of the losses
+    of tokens, whatever the window. The report says how long each phase took.
     """
     for flag, count in (("--steps", steps), ("--batch", batch), ("--accumulate", accumulate), ("--every", every)):
         at_least(flag, count, 1)

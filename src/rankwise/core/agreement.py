@@ -27,7 +27,7 @@ def agreed(
     Raises:
         ValueError: if processes have other gradients, or have taken other numbers of steps.
     """
-    sizes = [torch.linalg.vector_norm(gradient).double() for gradient in gradients.values()]
+    sizes = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients.values()]
     norms = torch.stack(sizes).nan_to_num(torch.inf, torch.inf) if sizes else torch.zeros(0)
     if exchange.size == 1:
         return dict(zip(gradients, norms.tolist(), strict=True))

@@ -12,7 +12,7 @@ from .agreement import agreed
 from .capture import Capture, Rows
 from .conditioned import Conditioned
 from .exchange import Exchange, Traffic, parts_of, place
-from .preconditioner import Curvature, Preconditioner, Shared, damping_at
+from .preconditioner import Curvature, Preconditioner, Shared, Size, damping_at
 from .states import described
 
 SPLIT = "\0"  # between the name of a block and that of a tensor
@@ -72,7 +72,7 @@ class Conditioning:
         return next(iter(self.layers.values())).weight.device
 
     @torch.no_grad()
-    def step(self, *, scale: float = 1.0) -> bool:
+    def step(self, *, scale: float = 1.0, positions: float = 1.0) -> bool:
         """Turn the gradients that the model has into natural gradients; call it before the optimiser's step.
 
         Gradients must be averaged over processes and divided by a gradient scaler's factor already, and not yet
@@ -82,17 +82,23 @@ class Conditioning:
 
         Args:
             scale: what the loss was multiplied by before the backward pass: ``scaler.get_scale()``.
+            positions: how many terms T the loss of one sample is a mean over, such as the labels of a sequence;
+                on average over the samples where they differ. F is then that of the terms, T times that of such
+                means, so that damping means the same for sequences as for their tokens one by one.
 
         Returns:
             whether the step was taken.
 
         Raises:
             ValueError: if a layer has a gradient but was not called as a module, or has another weight than at
-                the beginning; if gradients differ between processes; if the damping or scale is not positive.
+                the beginning; if gradients differ between processes; if the damping, scale or positions are not
+                positive.
             RuntimeError: if other processes do not answer.
         """
         if not 0 < scale < float("inf"):
             raise ValueError(f"scale must be a number > 0, got {scale}.")
+        if not 0 < positions < float("inf"):
+            raise ValueError(f"positions must be a number > 0, got {positions}.")
         damping = damping_at(self.method.damping, self.steps)
         with torch.autocast(self.device.type, enabled=False):
             gradients = self._gradients()
@@ -108,7 +114,7 @@ class Conditioning:
             layers = {name for name, norm in norms.items() if norm}
             moving = [block for block, names in self.blocks.items() if layers.intersection(names)]
             if self.capture.wanted:
-                self._refresh(moving, layers, scale, damping)
+                self._refresh(moving, layers, scale / positions**0.5, damping)  # F by the terms
             self._invert_lacking(moving, damping)
             natural = self._multiply(moving, gradients, damping)
             self._put(natural, self._shortening(gradients, natural))
@@ -126,6 +132,29 @@ class Conditioning:
     def discard(self) -> None:
         """Forget the samples since the last step; for gradients that are dropped, or not those of the loss."""
         self.capture.clear()
+
+    def samples(self) -> int:
+        """Return how many samples this process saw since the last step; none where the step looks at none."""
+        return self.capture.samples()
+
+    def state_bytes(self, samples: int, positions: int = 1) -> int:
+        """Return how many bytes the state will at least take on this process, from shapes alone.
+
+        Args:
+            samples: of a step, of all processes.
+            positions: of a sample, such as the tokens of a sequence.
+        """
+        sizes = {
+            name: Size(
+                layer.shape,
+                layer.tokens,
+                samples,
+                positions,
+                torch.promote_types(layer.weight.dtype, torch.float32),
+            )
+            for name, layer in self.layers.items()
+        }
+        return sum(self.method.state_bytes([sizes[n] for n in names]) for names in self.blocks.values())
 
     def traffic(self) -> dict[str, dict[str, float]]:
         """Return bytes, seconds and times of each phase, summed since the beginning; see :class:`Traffic`.
@@ -158,7 +187,7 @@ class Conditioning:
         ``workers`` is below one, each holds inverses only for the layers whose gradients it multiplies.
         """
         return {
-            "method": type(self.method).__name__,
+            "method": self.method.form(),
             "steps": self.steps,
             "skipped": self.skipped,
             "inverted": sorted(self.inverted),
@@ -173,16 +202,21 @@ class Conditioning:
         from the curvature and the damping of then.
 
         Raises:
-            ValueError: if it is of another method or of other layers.
+            ValueError: if it is of another method, of one with another :meth:`Preconditioner.form`, or of other
+                layers.
         """
-        if state["method"] != type(self.method).__name__:
-            raise ValueError(f"the state is of {state['method']}, not of {type(self.method).__name__}.")
+        kept, own = state["method"], self.method.form()
+        if kept["kind"] != own["kind"]:
+            raise ValueError(f"the state is of {kept['kind']}, not of {own['kind']}.")
+        if others := [name for name in sorted(kept.keys() | own.keys()) if kept.get(name) != own.get(name)]:
+            words = "; ".join(f"{name}={kept.get(name)}, not of {own.get(name)}" for name in others)
+            raise ValueError(f"the state is of {own['kind']} with {words}; make the handle with the same.")
         if other := sorted(state["curvature"].keys() ^ self.blocks.keys()):
             raise ValueError(f"the state is of other layers: {', '.join(other)}.")
         self.steps, self.skipped, self.inverted = state["steps"], state["skipped"], {*state["inverted"]}
-        self.curvature = {  # what a method keeps on the CPU is single numbers
+        self.curvature = {
             block: {
-                name: tensor.to(self.device if tensor.dim() else tensor.device, copy=True)
+                name: tensor.to(self.device if tensor.dim() else "cpu", copy=True)
                 for name, tensor in tensors.items()
             }
             for block, tensors in state["curvature"].items()
@@ -249,11 +283,14 @@ class Conditioning:
         """Look at the samples, tell the other processes, and invert."""
         due, traffic = self.method.captures(self.steps), self.exchange.traffic
         blocks = [block for block in moving if due or not self.curvature[block]]
+        if not blocks:  # those of which nothing is known wait
+            return self.capture.clear()
         own = self.capture.samples()
         with traffic.phase("factorise"):
             seen = self.capture.take(scale)
         with traffic.phase("exchange"):
             samples = self._count(own, [n for block in blocks for n in self.blocks[block] if n in layers], seen)
+            self._decide(blocks)
         with traffic.phase("factorise"):
             shared = {
                 block: self.method.local(
@@ -275,6 +312,17 @@ class Conditioning:
                 self.curvature[block].update(_dense(self.curvature[block]))
         wanted = self.method.inverts(self.steps)
         self._invert([block for block in blocks if wanted or block not in self.inverted], damping)
+
+    def _decide(self, blocks: Iterable[str]) -> None:
+        """Let what the first process found in gradients hold for all: others may have rounded otherwise."""
+        if self.exchange.size > 1 and self.method.decisions:
+            known = {block: self.curvature[block] for block in blocks}
+            own = {
+                b: {n: tensors[n] for n in self.method.decisions & tensors.keys()} for b, tensors in known.items()
+            }
+            told = self.exchange.spread("exchange", _named(own) if self.exchange.rank == 0 else {}, {0})
+            for block, found in _cut(told, known).items():
+                self.curvature[block].update(found)
 
     def _invert_lacking(self, moving: Iterable[str], damping: float) -> None:
         """Invert what a state lacks that was saved by a process for other layers."""

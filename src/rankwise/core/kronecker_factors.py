@@ -1,15 +1,15 @@
 """The two factors of a layer's curvature: second moments of its inputs and of its outputs' gradients."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..linalg import KhatriRao, Sharing, fold_symmetric, unfold_symmetric, with_gradient
+from ..linalg import KhatriRao, Sharing, exact, fold_symmetric, unfold_symmetric, with_gradient
 from .capture import Rows
-from .preconditioner import Curvature, damping_at, every_step
+from .preconditioner import Curvature, Size, damping_at, every_step
 
 NAMES = ("inputs", "outputs")
 
@@ -21,6 +21,8 @@ def check_factors(method: Any) -> None:
         ValueError: if one is not.
     """
     damping_at(method.damping, 0)
+    if method.sharing is exact:
+        raise ValueError("factors need one position per row; take sharing=expanded or reduced.")
     every_step(method.factors_every, "factors_every")
     every_step(method.every)
     if method.every % method.factors_every:
@@ -123,6 +125,16 @@ def found_or_kept(find: Callable[[], Curvature], curvature: Curvature, sign: str
             raise
         warnings.warn(f"{error} The previous one stays in use.", RuntimeWarning, stacklevel=2)
         return {}
+
+
+def factor_bytes(sizes: Sequence[Size], largest_side: int) -> int:
+    """Return the bytes of both factors, and of one square matrix, or diagonal, for each that a solver makes."""
+    numbers = 0
+    for size in sizes:
+        m, n = size.shape
+        for side, whole in ((m, m <= largest_side), (n, n <= largest_side and not size.tokens)):
+            numbers += (side + 1) // 2 * (side + 1 + side % 2) + side**2 if whole else 2 * side
+    return numbers * sizes[0].dtype.itemsize
 
 
 def cubes(m: int, n: int, largest_side: int) -> float:

@@ -1,15 +1,38 @@
 """What turns gradients into natural gradients, one block of layers at a time."""
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
 
+import torch
 from torch import Generator, Tensor
 
 from .capture import Rows
+from .states import described
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is known before training about the curvature of one layer.
+
+    Args:
+        shape: (m, n).
+        tokens: whether the layer sees numbers of tokens.
+        samples: N of a step.
+        positions: of each sample, or as many as are known of.
+        dtype: of samples and curvature.
+    """
+
+    shape: tuple[int, int]
+    tokens: bool
+    samples: int
+    positions: int
+    dtype: torch.dtype
+
 
 Curvature = dict[str, Tensor]
-"""What is remembered about a block: tensors, in float32 or float64."""
+"""What is remembered about a block: tensors, in float32 or float64; single numbers, of no axis, on the CPU."""
 Damping = float | Callable[[int], float]
 """A number > 0, or such a number for each step."""
 
@@ -31,14 +54,22 @@ class Preconditioner(abc.ABC):
     """Turns gradients V into (F + damping I)^-1 V, where F is some approximation of the Fisher matrix.
 
     F is the mean of u_k u_k' over the samples' gradients u_k, each of its own loss with the labels that are
-    given: the empirical Fisher matrix. A method is a frozen dataclass. At some steps each process makes from what
-    its layers saw what it has to share; this is exchanged, and each process brings its curvature up to date; then
-    one process inverts and gives the result to the others; and at every step gradients are multiplied.
+    given: the empirical Fisher matrix. Where that loss is a mean over T positions, u_k is sqrt(T) times as long,
+    which makes F that of the positions; see :meth:`Conditioning.step`.
+
+    A method is a frozen dataclass. At some steps each process makes from what its layers saw what it has to
+    share; this is exchanged, and each process brings its curvature up to date; then one process inverts and gives
+    the result to the others; and at every step gradients are multiplied.
     Samples, sums and curvature are float32 or float64, as the gradients are, and what is stored belongs to the
     method alone. Only ``curvature`` may be written into.
     """
 
     damping: Damping
+    forming: ClassVar[Collection[str] | None] = None
+    """The fields that decide what the curvature looks like; None means all but ``damping`` and ``every``."""
+
+    decisions: ClassVar[Set[str]] = frozenset()
+    """What ``observe`` puts into the curvature and ``local`` goes by: that of the first process holds for all."""
 
     @abc.abstractmethod
     def captures(self, step: int) -> bool:
@@ -109,6 +140,16 @@ class Preconditioner(abc.ABC):
     @abc.abstractmethod
     def apply(self, gradients: Sequence[Tensor], curvature: Curvature, damping: float) -> list[Tensor]:
         """Return the natural gradients (m, n) of a block; the given ones are not written into."""
+
+    def state_bytes(self, sizes: Sequence[Size]) -> int:
+        """Return how many bytes the curvature of a block of layers takes, or at least takes if more decides."""
+        return 0
+
+    def form(self) -> dict[str, Any]:
+        """Return as plain data what a state must have in common with this method."""
+        every = {each.name for each in fields(self)}  # pyright: ignore[reportArgumentType]
+        names = every - {"damping", "every"} if self.forming is None else every.intersection(self.forming)
+        return {"kind": type(self).__name__, **{name: described(getattr(self, name)) for name in sorted(names)}}
 
     def cost(self, shapes: Sequence[tuple[int, int]]) -> float:
         """Return how much work it is to invert for a block of layers (m, n), in any unit."""

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..linalg import KhatriRao, damped_root, solve_root
-from .preconditioner import Curvature
+from ..linalg import KhatriRao, Sharing, damped_root, solve_root
+from .preconditioner import Curvature, Size
 
 
 def stored(each: Iterable[KhatriRao]) -> dict[str, Tensor]:
@@ -27,7 +27,7 @@ def root_of(curvature: Curvature, damping: float, shapes: Sequence[tuple[int, in
     if "mix" in curvature:
         kernel = curvature["mix"].mT @ kernel @ curvature["mix"]
     root = damped_root(kernel / curvature["samples"], damping)
-    return {"root": root, "damping": torch.tensor(damping, dtype=torch.float64, device=root.device)}
+    return {"root": root, "damping": torch.tensor(damping, dtype=torch.float64)}
 
 
 def divided(gradients: Sequence[Tensor], curvature: Curvature) -> list[Tensor]:
@@ -48,6 +48,16 @@ def divided(gradients: Sequence[Tensor], curvature: Curvature) -> list[Tensor]:
 def row_length(shapes: Sequence[tuple[int, int]]) -> float:
     """Return how much work an entry of a kernel is."""
     return float(sum(m + n for m, n in shapes))
+
+
+def shared_bytes(size: Size, sharing: Sharing) -> tuple[int, int]:
+    """Return how many rows the samples of a layer become, and the bytes of each."""
+    (m, n), (rows, positions) = size.shape, (size.samples, size.positions)
+    with torch.device("meta"):
+        gradients = torch.empty(rows, positions, m, dtype=size.dtype)
+        inputs = torch.empty(rows, positions, *(() if size.tokens else (n,)), dtype=size.dtype)
+    each = sharing(KhatriRao(inputs.long() if size.tokens else inputs, gradients, n))
+    return len(each), (each.inputs.nbytes + each.gradients.nbytes) // max(len(each), 1)
 
 
 def _rows(curvature: Curvature, shapes: Sequence[tuple[int, int]]) -> list[KhatriRao]:

@@ -1,7 +1,10 @@
 """States of parameters: tensors with a leading axis of parameters, in mappings of mappings."""
 
 import dataclasses
+import functools
+import hashlib
 import inspect
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -58,6 +61,9 @@ def put(state: State, rows: Tensor, new: State) -> None:
 def described(value: Any) -> Any:
     """Return a transform, or a field of one, as plain data: its name and its fields; of a function its name.
 
+    A function without a name of its own, a lambda or one from within another, is told by what it computes: a
+    digest of its code, in the version of Python at work, and the values that it uses from around it.
+
     >>> from rankwise.optimizers import sgd
     >>> described(sgd())
     {'kind': 'Momentum', 'beta': 0.0, 'nesterov': False, 'average': False}
@@ -70,8 +76,53 @@ def described(value: Any) -> Any:
         return {"kind": type(value).__name__, **fields}
     if isinstance(value, (tuple, list)):
         return [described(each) for each in value]
+    if isinstance(value, torch.dtype):
+        return str(value)
+    if isinstance(value, functools.partial):
+        parts = {"function": value.func, "arguments": value.args, "named": [*value.keywords.items()]}
+        return {"kind": "partial", **{name: described(part) for name, part in parts.items()}}
+    if inspect.ismethod(value):
+        return {"kind": value.__func__.__qualname__, "of": described(value.__self__)}
     if inspect.isfunction(value):
+        return _local(value) if "<" in value.__qualname__ else value.__qualname__
+    if inspect.isbuiltin(value) or isinstance(value, type):
         return value.__qualname__
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise ValueError(f"fields of transforms are plain values or dataclasses, or functions, got {value!r}.")
+    if isinstance(value, Mapping):
+        return [[described(key), described(each)] for key, each in value.items()]
+    if callable(value) and hasattr(value, "__dict__") and not isinstance(value, (Tensor, torch.nn.Module)):
+        return {"kind": type(value).__qualname__, **{name: described(each) for name, each in vars(value).items()}}
+    raise ValueError(
+        "fields of methods are plain values or dataclasses, types, functions, or callable objects of such, "
+        f"so that reports and checkpoints can say what they are; got {value!r}."
+    )
+
+
+def _local(function: Callable[..., Any]) -> dict[str, Any]:
+    """Describe a function that its name does not tell."""
+    around = inspect.getclosurevars(function)
+    used = {**around.globals, **around.nonlocals}
+    return {
+        "kind": function.__qualname__,
+        "code": hashlib.sha256(repr(_instructions(function.__code__)).encode()).hexdigest()[:16],
+        "defaults": described([*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items()]),
+        "around": [[name, _named(each)] for name, each in sorted(used.items())],
+    }
+
+
+def _named(value: Any) -> Any:
+    """Describe what a function uses; of other functions and of modules the name will do."""
+    if inspect.ismodule(value):
+        return value.__name__
+    return value.__qualname__ if inspect.isfunction(value) else described(value)
+
+
+def _instructions(code: types.CodeType) -> Any:
+    return code.co_code.hex(), code.co_names, [_constant(each) for each in code.co_consts]
+
+
+def _constant(value: Any) -> Any:
+    if isinstance(value, types.CodeType):
+        return _instructions(value)
+    return sorted(map(repr, value)) if isinstance(value, frozenset) else value  # of which the order is no other's

@@ -46,11 +46,17 @@ class Whole:
         self, optimizer: torch.optim.Optimizer, clip: float | None, conditioning: Conditioning | None = None
     ) -> None:
         self.optimizer, self.clip, self.conditioning = optimizer, clip, conditioning
+        self.terms = 0
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
+    def note(self, terms: int) -> None:
+        """Be told by a loss, when it is computed, over how many terms it is summed."""
+        self.terms += terms
+
     def take(self, losses: Sequence[Loss]) -> tuple[float, bool]:
-        """Take one step; see :class:`Stepping`."""
+        """Take one step; see :class:`Stepping`. If losses tell their terms, their sum is a mean over them."""
         self.optimizer.zero_grad()
+        self.terms = 0
         if self.conditioning is not None:
             self.conditioning.discard()  # of a step that was interrupted
         total = 0.0
@@ -64,8 +70,11 @@ class Whole:
             if self.conditioning is not None:
                 self.conditioning.skip()
             return total, False
-        if self.conditioning is not None and not self.conditioning.step():
-            return total, False
+        if self.conditioning is not None:
+            samples = self.conditioning.samples()
+            positions = self.terms / samples if self.terms and samples else 1.0
+            if not self.conditioning.step(positions=positions):
+                return total, False
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()

@@ -1,6 +1,6 @@
 """Batches with labels, as pieces of data to train on."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Generator, Tensor, nn
@@ -18,13 +18,20 @@ class Supervised(Piece):
         batch: see :func:`rankwise.finetune`.
         loss: (model output, batch, generator) -> loss, summed over the labels.
         autocast: run the model in this type.
+        note: is told the number of labels whenever the loss is computed.
 
     Raises:
         ValueError: if there is no label.
     """
 
-    def __init__(self, batch: Batch, loss: Labels, autocast: torch.dtype | None) -> None:
-        self.batch, self.compute, self.autocast = batch, loss, autocast
+    def __init__(
+        self,
+        batch: Batch,
+        loss: Labels,
+        autocast: torch.dtype | None,
+        note: Callable[[int], None] = lambda labels: None,
+    ) -> None:
+        self.batch, self.compute, self.autocast, self.note = batch, loss, autocast, note
         self.count = count_given(batch)
         if self.count == 0:
             raise ValueError("a batch has no label that counts; leave it out.")
@@ -40,8 +47,15 @@ class Supervised(Piece):
         values = self.batch.values() if isinstance(self.batch, Mapping) else self.batch
         return max(value.numel() for value in [self.batch, *values] if isinstance(value, Tensor))
 
+    def samples(self, axis: int = 0) -> int:
+        """How many there are on an axis of the first tensor that has it."""
+        values = self.batch.values() if isinstance(self.batch, Mapping) else self.batch
+        tensors = [self.batch] if isinstance(self.batch, Tensor) else [v for v in values if isinstance(v, Tensor)]
+        return max(1, next((each.shape[axis] for each in tensors if each.dim() > axis), 1))
+
     def loss(self, model: nn.Module) -> Tensor:
         """Sum the loss over the labels."""
+        self.note(self.count)
         output = output_of(model, _unlabelled(self.batch), self.autocast)
         return self.compute(output, self.batch, Generator())
 

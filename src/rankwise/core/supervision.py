@@ -72,7 +72,9 @@ def train_supervised(
     Raises:
         ValueError: as :class:`rankwise.core.running.Run`, or if a batch has no label.
     """
-    pieces, held = ([Supervised(batch, loss, plan.autocast) for batch in part] for part in (train, judges))
+    whole = Whole(optimizer, plan.clip, conditioning)
+    pieces = [Supervised(batch, loss, plan.autocast, whole.note) for batch in train]
+    held = [Supervised(batch, loss, plan.autocast) for batch in judges]
     buffers = _buffers(model, trained)
     changes = {f"{name}.change" for name in _integers(model)}  # always zero: what changes are the integers
     trained = {name: parameter for name, parameter in trained.items() if name not in changes}
@@ -82,6 +84,10 @@ def train_supervised(
     largest = max(pieces, key=lambda piece: piece.size)
     with kept(model, buffers), training(model):
         memory = training_bytes(model, optimizer, lambda: largest.loss(model), gradients=gradients)
+    if conditioning is not None:
+        samples = largest.samples(conditioning.capture.axis)
+        more = conditioning.state_bytes(samples * (plan.pieces or 1), max(1, largest.rows // samples))
+        memory = {**memory, "precondition": more, "predicted": (memory.pop("predicted") or 0) + more}
     if notify is not None:
         notify(memory)
     run = Run(
@@ -98,7 +104,7 @@ def train_supervised(
         file=file,
         writes=writes,
         looking=looking,
-        stepping=stepping or Whole(optimizer, plan.clip, conditioning),
+        stepping=stepping or whole,
         observe=observe,
     )
     rising, before = reset_peak_memory(run.device), memory_bytes(run.device)

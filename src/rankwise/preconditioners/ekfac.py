@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -12,12 +13,13 @@ from ..core.kronecker_factors import (
     averaged,
     check_factors,
     cubes,
+    factor_bytes,
     factor_sums,
     factors,
     found_or_kept,
     update_factors,
 )
-from ..core.preconditioner import Curvature, Damping, Preconditioner, Shared
+from ..core.preconditioner import Curvature, Damping, Preconditioner, Shared, Size
 from ..linalg import KroneckerBasis, Sharing, eigen, exact, expanded
 
 
@@ -35,7 +37,8 @@ class Ekfac(Preconditioner):
     samples, are not determined: there several processes may find another basis than one does, which is as good.
 
     Args:
-        damping: in units of squared gradients of single samples; or a function of the step.
+        damping: in units of squared gradients of single samples, or of the positions that their losses are means
+            over where a step is told their number; or a function of the step.
         every: steps between two new bases, a multiple of ``factors_every``.
         factors_every: steps between two looks at the samples.
         early: how many steps at the beginning find a new basis after each look, whatever ``every`` says: averages
@@ -51,6 +54,7 @@ class Ekfac(Preconditioner):
         Kronecker-factored eigenbasis", 2018, arXiv 1806.03884.
     """
 
+    forming: ClassVar = ("largest_side",)
     damping: Damping = 0.1
     every: int = 10
     factors_every: int = 1
@@ -108,6 +112,11 @@ class Ekfac(Preconditioner):
         else:
             moments = torch.outer(curvature["outputs.values"], curvature["inputs.values"])
         return [basis.back(basis.into(gradient) / (moments + damping)) for gradient in gradients]
+
+    def state_bytes(self, sizes: Sequence[Size]) -> int:
+        """Factors, bases and moments; but for vectors."""
+        moments = sum(size.shape[0] * size.shape[1] * size.dtype.itemsize for size in sizes)
+        return factor_bytes(sizes, self.largest_side) + moments
 
     def cost(self, shapes: Sequence[tuple[int, int]]) -> float:
         """n^3 + m^3."""

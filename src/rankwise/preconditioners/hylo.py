@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
 from ..core.capture import Rows
 from ..core.conditioning import Conditioning
-from ..core.preconditioner import Curvature, Damping, Preconditioner, Shared, damping_at, every_step
-from ..core.sampled_fisher import divided, root_of, row_length, stored
+from ..core.preconditioner import Curvature, Damping, Preconditioner, Shared, Size, damping_at, every_step
+from ..core.sampled_fisher import divided, root_of, row_length, shared_bytes, stored
 from ..linalg import (
     KhatriRao,
     Sharing,
@@ -71,6 +72,8 @@ class HyLo(Preconditioner):
         divisions, and the residual as the Schur complement, which is symmetric.
     """
 
+    forming: ClassVar = ()
+    decisions: ClassVar = frozenset({"critical"})
     rank: int | float = 0.1
     damping: Damping = 0.1
     every: int = 10
@@ -135,11 +138,11 @@ class HyLo(Preconditioner):
         (gradient,) = gradients
         sum_ = curvature["accumulated"] + gradient if "accumulated" in curvature else gradient.clone()
         count = int(curvature.get("count", 0)) + 1
-        if count == self.window:
-            norm = torch.linalg.vector_norm(sum_)
+        if count >= self.window:  # more where a state is of a longer one
+            norm = torch.linalg.vector_norm(sum_).cpu()
             if "norm" in curvature:
                 before = curvature["norm"]
-                curvature["critical"] = (norm - before).abs() >= self.threshold * before
+                curvature["critical"] = ((norm - before).abs() >= self.threshold * before).long()
             curvature["norm"] = norm
             sum_, count = torch.zeros_like(sum_), 0
         curvature |= {"accumulated": sum_, "count": torch.tensor(count)}
@@ -147,6 +150,15 @@ class HyLo(Preconditioner):
     def apply(self, gradients: Sequence[Tensor], curvature: Curvature, damping: float) -> list[Tensor]:
         """(U_s S U_s' / N + a I)^-1 V, with the damping of the last look at the samples."""
         return divided(gradients, curvature)
+
+    def state_bytes(self, sizes: Sequence[Size]) -> int:
+        """The rows that one process keeps, and the root of their kernel; with kid their mix, too."""
+        (size,) = sizes
+        rows, each = shared_bytes(size, self.sharing)
+        kept = rows if self.mode == "exact" else self._count(rows)
+        squares = 2 if self.mode in ("auto", "kid") else 1
+        summed = size.shape[0] * size.shape[1] if self.mode == "auto" else 0
+        return kept * each + (squares * kept**2 + summed) * size.dtype.itemsize
 
     def cost(self, shapes: Sequence[tuple[int, int]]) -> float:
         """Kernels of equal size, from rows as long as (m, n) say."""

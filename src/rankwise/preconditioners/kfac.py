@@ -2,12 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Generator, Tensor
 
 from ..core.capture import Rows
-from ..core.kronecker_factors import check_factors, cubes, factor_sums, factors, found_or_kept, update_factors
-from ..core.preconditioner import Curvature, Damping, Preconditioner, Shared
+from ..core.kronecker_factors import (
+    check_factors,
+    cubes,
+    factor_bytes,
+    factor_sums,
+    factors,
+    found_or_kept,
+    update_factors,
+)
+from ..core.preconditioner import Curvature, Damping, Preconditioner, Shared, Size
 from ..linalg import Jointly, KroneckerSolver, Sharing, expanded, reduced
 
 
@@ -25,7 +34,8 @@ class Kfac(Preconditioner):
     convolutions by N^2 T^5, and its damping means as many times more.
 
     Args:
-        damping: in units of squared gradients of single samples; or a function of the step.
+        damping: in units of squared gradients of single samples, or of the positions that their losses are means
+            over where a step is told their number; or a function of the step.
         every: steps between two inversions, a multiple of ``factors_every``.
         factors_every: steps between two looks at the samples.
         early: how many steps at the beginning invert after each look, whatever ``every`` says: averages
@@ -46,6 +56,7 @@ class Kfac(Preconditioner):
         included.
     """
 
+    forming: ClassVar = ("largest_side", "solver")
     damping: Damping = 0.1
     every: int = 10
     factors_every: int = 1
@@ -91,6 +102,10 @@ class Kfac(Preconditioner):
     def apply(self, gradients: Sequence[Tensor], curvature: Curvature, damping: float) -> list[Tensor]:
         """Solve for each gradient."""
         return [self.solver.solve(gradient, curvature, damping) for gradient in gradients]
+
+    def state_bytes(self, sizes: Sequence[Size]) -> int:
+        """Factors, and what makes solving cheap; but for vectors."""
+        return factor_bytes(sizes, self.largest_side)
 
     def cost(self, shapes: Sequence[tuple[int, int]]) -> float:
         """n^3 + m^3."""

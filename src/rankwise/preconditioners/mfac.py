@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..core.preconditioner import Curvature, Damping, Preconditioner, damping_at, every_step
+from ..core.preconditioner import Curvature, Damping, Preconditioner, Size, damping_at, every_step
 from ..linalg import GradientWindow
 
 
@@ -23,7 +24,7 @@ class MFac(Preconditioner):
     Args:
         gradients: k, the length of the window: this many copies of what is preconditioned.
         damping: > 0, in units of squared gradients of batches, which are smaller for large batches; or a function
-            of the step.
+            of the step. The number of positions of a step says nothing here.
         together: one window for all layers, with the terms between them; else one for each layer.
         mean_over_all: divide by k also in the first k - 1 steps, as the released code does, as if the gradients
             before the first were zero. Then the first steps are some k times as long as later ones.
@@ -40,6 +41,7 @@ class MFac(Preconditioner):
     [tensor([[0.3000, 0.0000]])]
     """
 
+    forming: ClassVar = ("gradients", "storage", "together")
     gradients: int = 1024
     damping: Damping = 1e-5
     together: bool = False
@@ -88,6 +90,12 @@ class MFac(Preconditioner):
         )
         parts = window.solve(_flat(gradients)).split([each.numel() for each in gradients])
         return [part.view_as(each) for part, each in zip(parts, gradients, strict=True)]
+
+    def state_bytes(self, sizes: Sequence[Size]) -> int:
+        """The window, its inner products, and a count."""
+        k, kept = self.gradients, self.storage or sizes[0].dtype
+        numbers = sum(size.shape[0] * size.shape[1] for size in sizes)
+        return k * numbers * kept.itemsize + k * k * sizes[0].dtype.itemsize + torch.int64.itemsize
 
     def cost(self, shapes: Sequence[tuple[int, int]]) -> float:
         """As many products as numbers."""

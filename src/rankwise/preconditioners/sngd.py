@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
 from ..core.capture import Rows
-from ..core.preconditioner import Curvature, Damping, Preconditioner, Shared, damping_at, every_step
-from ..core.sampled_fisher import divided, root_of, row_length, stored
+from ..core.preconditioner import Curvature, Damping, Preconditioner, Shared, Size, damping_at, every_step
+from ..core.sampled_fisher import divided, root_of, row_length, shared_bytes, stored
 from ..linalg import Sharing, exact, expanded, reduced
 
 
@@ -21,8 +22,9 @@ class Sngd(Preconditioner):
     are gathered.
 
     Args:
-        damping: a > 0, in units of squared gradients of single samples; or a function of the step. F shrinks
-            like the squared loss, and a should with it.
+        damping: a > 0, in units of squared gradients of single samples, or of the positions that their losses are
+            means over where a step is told their number; or a function of the step. F shrinks like the squared
+            loss, and a should with it.
         every: steps between two looks at the samples; in between the old ones are used.
         together: one kernel for all layers, with the terms between them; else one for each layer.
         sharing: of samples with several positions, :func:`rankwise.linalg.exact`, ``expanded`` or ``reduced``.
@@ -33,6 +35,7 @@ class Sngd(Preconditioner):
         2106.03947.
     """
 
+    forming: ClassVar = ("together",)
     damping: Damping = 0.1
     every: int = 1
     together: bool = False
@@ -78,6 +81,11 @@ class Sngd(Preconditioner):
     def apply(self, gradients: Sequence[Tensor], curvature: Curvature, damping: float) -> list[Tensor]:
         """(V - U (K/N + a I)^-1 U'V / N) / a, with the damping of the last inversion."""
         return divided(gradients, curvature)
+
+    def state_bytes(self, sizes: Sequence[Size]) -> int:
+        """All rows, and the root of their kernel."""
+        found = [shared_bytes(size, self.sharing) for size in sizes]
+        return sum(rows * each for rows, each in found) + found[0][0] ** 2 * sizes[0].dtype.itemsize
 
     def cost(self, shapes: Sequence[tuple[int, int]]) -> float:
         """Kernels of equal size, from rows as long as (m, n) say."""
