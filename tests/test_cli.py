@@ -212,7 +212,7 @@ def test_bad_keep(folder, text, keep):
         (["--method", "gptq+mixed"], ["measure errors by the loss"]),
         (["--method", "gptq+mixed", "--set", "methods=gptq"], ["none of gptq+mixed has a field 'methods'"]),
         (["--method", "mixed", "--set", "methods=gptq"], ["no field 'methods'"]),
-        (["--allocate", "waterfilling"], ["water-filling", "greedy"]),
+        (["--allocate", "water-filing"], ["water-filling", "greedy"]),
         (["--of", "latency", "--latency-rows", 0], ["--latency-rows must be at least 1"]),
         (["--of", "flops"], ["params, bytes, macs"]),
         (["--set", "damping=1"], ["no field 'damping'", "input_damping: float", "gauge: pivot | factors"]),

@@ -3,6 +3,7 @@
 import abc
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median_low
 from typing import Any, ClassVar
 
 import torch
@@ -60,6 +61,24 @@ class Statistic(abc.ABC):
 
 
 Stats = Mapping[type[Statistic], Statistic]
+
+
+def of_gradients(stats: Stats) -> list[Statistic]:
+    """Return the statistics that gradients are part of."""
+    return [statistic for need, statistic in stats.items() if need.side != "input"]
+
+
+def divide_alike(layers: Iterable[Stats], rows: int | None = None) -> None:
+    """Let the statistics of gradients be divided by one number in all layers.
+
+    Args:
+        layers: the statistics of each.
+        rows: that number; None means the rows of the median layer.
+    """
+    found = [statistic for stats in layers for statistic in of_gradients(stats)]
+    rows = rows or (median_low(statistic.count for statistic in found) if found else 0)
+    for statistic in found:
+        statistic.count = rows
 
 
 class _Gram(Statistic):

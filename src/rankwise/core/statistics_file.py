@@ -82,6 +82,12 @@ def pack(layers: Mapping[str, Stats]) -> tuple[dict[str, Tensor], dict[str, Any]
     }
 
 
+def gradient_counts(listing: Mapping[str, Any]) -> list[int]:
+    """Return the rows of each statistic of gradients that :func:`pack` lists."""
+    kinds = [each for layer in listing["layers"].values() for each in layer.items()]
+    return [listing["counts"][int(key)] for kind, key in kinds if _kind(kind).side != "input"]
+
+
 def unpack(tensors: Mapping[str, Tensor], listing: Mapping[str, Any]) -> dict[str, Stats]:
     """Return the statistics that :func:`pack` took apart; layers that shared one share it again."""
     sums: dict[tuple[str, str], Statistic] = {}

@@ -1,10 +1,9 @@
 """One pass over the data that fills the statistics of all layers."""
 
 import contextlib
-import statistics
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from .labels import Labels
 from .memory import peak_memory_bytes
 from .progress import track
 from .stacks import Stack, stacks
-from .statistics import Batch, Statistic, Statistics, Stats
+from .statistics import Batch, Statistic, Statistics, Stats, divide_alike, of_gradients
 from .surgery import Site, unstacked
 from .views import View
 
@@ -77,8 +76,12 @@ class Watch:
             for statistic in stats.values():
                 statistic.begin(self.batch)
 
-    def result(self) -> dict[str, dict[type[Statistic], Statistic]]:
+    def result(self, *, alike: bool = True) -> dict[str, dict[type[Statistic], Statistic]]:
         """Return the statistics of each site; a matrix of a stack that no row reached has none.
+
+        Args:
+            alike: divide those of gradients by one number; else by the rows of each layer, as long as others are
+                still to come. :func:`divide_alike` does it then.
 
         Raises:
             CalibrationError: if no batch reached a layer, or any matrix of a stack.
@@ -92,22 +95,13 @@ class Watch:
                 raise CalibrationError(f"the loss does not depend on layer {name}; leave it out with 'where'.")
         for path in sorted(set(paths.values()) - {paths[name] for name in reached}):
             raise CalibrationError(f"no matrix of {path} was reached by the data; leave it out with 'where'.")
-        self._divide_alike(paths, reached)
-        return {name: {} if name in paths and name not in reached else self.layers[name] for name in self.sites}
-
-    def _divide_alike(self, paths: Mapping[str, str], reached: Collection[str]) -> None:
-        """Have statistics of gradients divided by the same number in all layers."""
-        found = [
-            (statistic, self.entered[paths[name]] if name in paths else statistic.count)
-            for name in self.sites
-            if name not in paths or name in reached
-            for need, statistic in self.layers[name].items()
-            if need.side != "input"
-        ]
-        if found:
-            rows = statistics.median_low(count for _, count in found)
-            for statistic, _ in found:
-                statistic.count = rows
+        for name in reached:
+            for statistic in of_gradients(self.layers[name]):
+                statistic.count = self.entered[paths[name]]
+        found = {name: {} if name in paths and name not in reached else self.layers[name] for name in self.sites}
+        if alike:
+            divide_alike(found.values())
+        return found
 
     def rows(self, x: Tensor) -> Tensor:
         """Flatten (..., k) to (t, k) without padding; the rows of all sequences may be together already."""

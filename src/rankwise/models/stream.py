@@ -3,7 +3,9 @@
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 import torch
@@ -12,8 +14,8 @@ from torch import Generator, Tensor
 from ..core.errors import CalibrationError
 from ..core.labels import Labels
 from ..core.progress import track
-from ..core.statistics import Batch, Statistic, Stats
-from ..core.statistics_file import pack, unpack
+from ..core.statistics import Batch, Statistic, Stats, divide_alike
+from ..core.statistics_file import gradient_counts, pack, unpack
 from ..core.steps import Steps, write_tensors
 from ..core.surgery import Site
 from ..core.watch import Watch
@@ -121,9 +123,20 @@ class Sweeps:
     def statistics(self, part: str) -> dict[str, Stats]:
         """Return the statistics of the layers of a part."""
         if part == OUTSIDE:
-            return self._sums("after") | self._sums("before")
-        i = self.chain.names.index(part)
-        return self._sums(f"gradient-{i}" if self.gradients else f"hidden-{i + 1}")
+            found = self._sums("after") | self._sums("before")
+        else:
+            i = self.chain.names.index(part)
+            found = self._sums(f"gradient-{i}" if self.gradients else f"hidden-{i + 1}")
+        if self.gradients:
+            divide_alike(found.values(), self._rows)
+        return found
+
+    @cached_property
+    def _rows(self) -> int:
+        """The rows of the median layer of all parts, once all are known."""
+        steps = ["after", "before", *(f"gradient-{i}" for i in range(self.count))]
+        listings = [self.steps.figures(step)["statistics"] for step in steps if self.steps.has(step)]
+        return median_low(count for listing in listings for count in gradient_counts(listing))
 
     def _forward(self, i: int) -> None:
         part = self.chain.names[i]
@@ -207,7 +220,7 @@ class Sweeps:
                     write_tensors(folder / _file(b), each(b, batch, watch))
             if some:
                 watch.sites = {name: site for name, site in sites.items() if name in watch.layers}
-            tensors, listing = pack(watch.result())
+            tensors, listing = pack(watch.result(alike=False))
             write_tensors(folder / SUMS, tensors)
             return {"statistics": listing}
 
