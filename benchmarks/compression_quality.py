@@ -138,6 +138,7 @@ class Bench:
                 "left_dense": kinds.count("Dense"),
                 "kinds": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
                 "predicted_error": sum(row["predicted_error"] for row in report.rows),
+                "threads": torch.get_num_threads(),
             }
             if heal:
                 healed = rankwise.heal(
@@ -222,6 +223,7 @@ def main():
     )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--part", action="append", choices=list(PARTS), help="default: all")
+    parser.add_argument("--method", action="append", help="only rows of these methods; default: all")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6, 0.5], help="of the grid")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 24576, 65536])
     parser.add_argument("--eval-tokens", type=int, default=16384, help="of each text, scored by the bars")
@@ -233,6 +235,7 @@ def main():
     for part in chosen:
         bench.score(part, method="dense")
     jobs = [(part, job) for part in chosen for job in PARTS[part](options)]
+    jobs = [(part, job) for part, job in jobs if not options.method or job["method"] in options.method]
     sets = list(dict.fromkeys((job["calibration"], job["tokens"]) for _, job in jobs))
     for part, job in sorted(jobs, key=lambda each: sets.index((each[1]["calibration"], each[1]["tokens"]))):
         bench.compressed(part, **job)

@@ -185,12 +185,13 @@ def joint_batch_with_all_reduce_and_any_share_of_workers(place: Place) -> None:
             found.append(train(model, handle, range(4), place.own, place.world, average=place.average))
             everywhere(place, found[-1])
             width = max(1, round(workers * place.world))
-            mine = {block for block in handle.blocks if handle._mine(block)}
-            assert handle.inverted == mine
+            known = handle.curvatures
+            mine = {block for block in known.blocks if known.multiplies(block)}
+            assert known.inverted == mine
             if width == place.world:
-                assert len(mine) == len(handle.blocks)
+                assert len(mine) == len(known.blocks)
             elif not method.whole:  # the dearest blocks are not all in one place
-                assert len(mine) < len(handle.blocks)
+                assert len(mine) < len(known.blocks)
         assert all(torch.equal(each, found[0]) for each in found)
         close(found[0], joint(place, method, range(4)))
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rankwise
 from rankwise.core.conditioned import Conditioned
-from rankwise.core.conditioning import Conditioning
+from rankwise.core.curvatures import Curvatures
 from rankwise.core.preconditioner import Preconditioner
 from rankwise.linalg import Separately, expanded
 from rankwise.preconditioners import Ekfac, HyLo, Kfac, MFac, Sngd
@@ -362,11 +362,11 @@ def test_an_interrupt_leaves_plain_gradients_or_none(at: int, monkeypatch: pytes
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    for name in ("_refresh", "_multiply"):
+    for name in ("refresh", "multiply"):
         model.zero_grad()
         functional.cross_entropy(model(x), y).backward()
         with monkeypatch.context() as patch:
-            patch.setattr(Conditioning, name, stopped)
+            patch.setattr(Curvatures, name, stopped)
             with pytest.raises(KeyboardInterrupt):
                 handle.step()
         assert torch.equal(gradient(model), before)

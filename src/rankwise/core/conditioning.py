@@ -1,21 +1,19 @@
 """Preconditioning the gradients of a model at work."""
 
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
-from ..linalg import KhatriRao, seeded
 from .agreement import agreed
-from .capture import Capture, Rows
+from .capture import Capture
 from .conditioned import Conditioned
-from .exchange import Exchange, Traffic, parts_of, place
-from .preconditioner import Curvature, Preconditioner, Shared, Size, damping_at
+from .curvatures import Curvatures
+from .exchange import Exchange, Traffic
+from .preconditioner import Curvature, Preconditioner, damping_at
 from .states import described
-
-SPLIT = "\0"  # between the name of a block and that of a tensor
 
 
 class Conditioning:
@@ -52,17 +50,10 @@ class Conditioning:
         seed: int = 0,
     ) -> None:
         self.model, self.method, self.layers = model, method, dict(layers)
-        self.kl_clip, self.optimizer, self.seed = kl_clip, optimizer, seed
+        self.kl_clip, self.optimizer = kl_clip, optimizer
         self.steps, self.skipped = 0, 0
-        self.blocks = {"all": [*layers]} if method.whole else {name: [name] for name in layers}
-        self.curvature: dict[str, Curvature] = {block: {} for block in self.blocks}
-        self.inverted: set[str] = set()
         self.exchange = Exchange(traffic or Traffic(), group, self.device)
-        self.parts = parts_of(self.exchange.size, workers)
-        if method.projects and self.parts > 1:
-            raise ValueError(f"{type(method).__name__} needs all inverses on all processes; take workers=1.")
-        self.within = self.exchange.divided(self.parts)  # the processes that multiply the same gradients
-        self.part_of, self.owner_of = self._places()
+        self.curvatures = Curvatures(method, self.layers, self.exchange, workers, seed)
         self.capture = Capture(model, layers, axis, reduces=method.reduces)
         self._look()
 
@@ -70,6 +61,11 @@ class Conditioning:
     def device(self) -> torch.device:
         """Where the layers are."""
         return next(iter(self.layers.values())).weight.device
+
+    @property
+    def curvature(self) -> dict[str, Curvature]:
+        """What is known of the curvature of each block of layers."""
+        return self.curvatures.known
 
     @torch.no_grad()
     def step(self, *, scale: float = 1.0, positions: float = 1.0) -> bool:
@@ -112,11 +108,13 @@ class Conditioning:
                 )
                 return False
             layers = {name for name, norm in norms.items() if norm}
-            moving = [block for block, names in self.blocks.items() if layers.intersection(names)]
             if self.capture.wanted:
-                self._refresh(moving, layers, scale / positions**0.5, damping)  # F by the terms
-            self._invert_lacking(moving, damping)
-            natural = self._multiply(moving, gradients, damping)
+                own = self.capture.samples()
+                with self.exchange.traffic.phase("factorise"):
+                    seen = self.capture.take(scale / positions**0.5)  # F by the terms
+                self.curvatures.refresh(self.steps, layers, seen, own, damping)
+            self.curvatures.invert_lacking(layers, damping)
+            natural = self.curvatures.multiply(gradients, layers, damping)
             self._put(natural, self._shortening(gradients, natural))
         self.steps += 1
         self._look()
@@ -144,25 +142,15 @@ class Conditioning:
             samples: of a step, of all processes.
             positions: of a sample, such as the tokens of a sequence.
         """
-        sizes = {
-            name: Size(
-                layer.shape,
-                layer.tokens,
-                samples,
-                positions,
-                torch.promote_types(layer.weight.dtype, torch.float32),
-            )
-            for name, layer in self.layers.items()
-        }
-        return sum(self.method.state_bytes([sizes[n] for n in names]) for names in self.blocks.values())
+        return self.curvatures.state_bytes(samples, positions)
 
     def traffic(self) -> dict[str, dict[str, float]]:
         """Return bytes, seconds and times of each phase, summed since the beginning; see :class:`Traffic`.
 
         ``agree`` is asking whether all have the same gradients, ``factorise`` what each process makes of its
-        samples and of what it was told, ``exchange`` is telling,
-        ``invert`` the work of this process for all, ``broadcast`` the giving of inverses, ``apply`` the
-        multiplication at each step, and ``gradients`` their giving to processes that do not multiply.
+        samples and of what it was told, ``exchange`` is telling, ``invert`` the work of this process for all,
+        ``broadcast`` the giving of inverses, ``apply`` the multiplication at each step, and ``gradients`` their
+        giving to processes that do not multiply.
         """
         return self.exchange.traffic.table()
 
@@ -172,7 +160,7 @@ class Conditioning:
             "method": described(self.method),
             "layers": [*self.layers],
             "kl_clip": self.kl_clip,
-            "seed": self.seed,
+            "seed": self.curvatures.seed,
         }
 
     def summary(self) -> dict[str, Any]:
@@ -190,7 +178,7 @@ class Conditioning:
             "method": self.method.form(),
             "steps": self.steps,
             "skipped": self.skipped,
-            "inverted": sorted(self.inverted),
+            "inverted": sorted(self.curvatures.inverted),
             "curvature": {block: dict(tensors) for block, tensors in self.curvature.items()},
         }
 
@@ -211,16 +199,8 @@ class Conditioning:
         if others := [name for name in sorted(kept.keys() | own.keys()) if kept.get(name) != own.get(name)]:
             words = "; ".join(f"{name}={kept.get(name)}, not of {own.get(name)}" for name in others)
             raise ValueError(f"the state is of {own['kind']} with {words}; make the handle with the same.")
-        if other := sorted(state["curvature"].keys() ^ self.blocks.keys()):
-            raise ValueError(f"the state is of other layers: {', '.join(other)}.")
-        self.steps, self.skipped, self.inverted = state["steps"], state["skipped"], {*state["inverted"]}
-        self.curvature = {
-            block: {
-                name: tensor.to(self.device if tensor.dim() else "cpu", copy=True)
-                for name, tensor in tensors.items()
-            }
-            for block, tensors in state["curvature"].items()
-        }
+        self.curvatures.load(state["curvature"], state["inverted"])
+        self.steps, self.skipped = state["steps"], state["skipped"]
         self.discard()
         self._look()
 
@@ -232,28 +212,9 @@ class Conditioning:
         """Name the method and count the layers."""
         return f"Conditioning({type(self.method).__name__}, {len(self.layers)} layers, {self.steps} steps)"
 
-    def _places(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Say which part of the processes multiplies the gradients of a block, and which of them inverts."""
-        costs = {block: self.method.cost(self._shapes(block)) for block in self.blocks}
-        part_of = place(costs, self.parts)
-        owners: dict[str, int] = {}
-        for part in range(self.parts):
-            owners |= place({b: cost for b, cost in costs.items() if part_of[b] == part}, self.within.size)
-        return part_of, owners
-
-    def _shapes(self, block: str) -> list[tuple[int, int]]:
-        return [self.layers[name].shape for name in self.blocks[block]]
-
-    def _mine(self, block: str) -> bool:
-        """Whether this process multiplies the gradients of a block."""
-        return self.part_of[block] == self.exchange.rank // self.within.size
-
     def _look(self) -> None:
-        """Say what the next step will look at: all layers, or those of which nothing is known."""
-        due = self.method.captures(self.steps)
-        blocks = [block for block, known in self.curvature.items() if due or not known]
-        names = {name for block in blocks for name in self.blocks[block]}
-        self.capture.wanted = names if self.method.sees_rows else ()
+        """Let the next step see what it needs."""
+        self.capture.wanted = self.curvatures.wanted(self.steps)
 
     def _gradients(self) -> dict[str, Tensor]:
         """Return the gradients that layers have."""
@@ -279,103 +240,6 @@ class Conditioning:
                 parameter.grad = None
             raise
 
-    def _refresh(self, moving: Iterable[str], layers: Collection[str], scale: float, damping: float) -> None:
-        """Look at the samples, tell the other processes, and invert."""
-        due, traffic = self.method.captures(self.steps), self.exchange.traffic
-        blocks = [block for block in moving if due or not self.curvature[block]]
-        if not blocks:  # those of which nothing is known wait
-            return self.capture.clear()
-        own = self.capture.samples()
-        with traffic.phase("factorise"):
-            seen = self.capture.take(scale)
-        with traffic.phase("exchange"):
-            samples = self._count(own, [n for block in blocks for n in self.blocks[block] if n in layers], seen)
-            self._decide(blocks)
-        with traffic.phase("factorise"):
-            shared = {
-                block: self.method.local(
-                    [seen.get(name) or self._nothing(name, own) for name in self.blocks[block]],
-                    self.curvature[block],
-                    self._generator(i),
-                    samples,
-                    damping,
-                )
-                for i, block in enumerate(self.blocks)
-                if block in blocks
-            }
-        with traffic.phase("exchange"):
-            sums = _cut(self.exchange.add("exchange", _named({b: s.sums for b, s in shared.items()})), blocks)
-            rows = _cut(self.exchange.gather("exchange", _named({b: s.rows for b, s in shared.items()})), blocks)
-        with traffic.phase("factorise"):
-            for block in blocks:
-                self.method.update(Shared(sums[block], rows[block]), samples, self.curvature[block])
-                self.curvature[block].update(_dense(self.curvature[block]))
-        wanted = self.method.inverts(self.steps)
-        self._invert([block for block in blocks if wanted or block not in self.inverted], damping)
-
-    def _decide(self, blocks: Iterable[str]) -> None:
-        """Let what the first process found in gradients hold for all: others may have rounded otherwise."""
-        if self.exchange.size > 1 and self.method.decisions:
-            known = {block: self.curvature[block] for block in blocks}
-            own = {
-                b: {n: tensors[n] for n in self.method.decisions & tensors.keys()} for b, tensors in known.items()
-            }
-            told = self.exchange.spread("exchange", _named(own) if self.exchange.rank == 0 else {}, {0})
-            for block, found in _cut(told, known).items():
-                self.curvature[block].update(found)
-
-    def _invert_lacking(self, moving: Iterable[str], damping: float) -> None:
-        """Invert what a state lacks that was saved by a process for other layers."""
-        lacking = [b for b in moving if self._mine(b) and self.curvature[b] and b not in self.inverted]
-        if self.method.sees_rows and lacking:
-            with self.exchange.traffic.phase("invert"):
-                for block in lacking:
-                    inverse = self.method.invert(self.curvature[block], damping, self._shapes(block))
-                    self.curvature[block].update(_dense(inverse))
-            self.inverted.update(lacking)
-
-    def _invert(self, blocks: Iterable[str], damping: float) -> None:
-        """Invert for the blocks that this process owns, and share with those that multiply the same gradients."""
-        owners = {block: self.owner_of[block] for block in blocks if self._mine(block)}
-        with self.exchange.traffic.phase("invert"):
-            own = {
-                block: _dense(self.method.invert(self.curvature[block], damping, self._shapes(block)))
-                for block, owner in owners.items()
-                if owner == self.within.rank
-            }
-        with self.exchange.traffic.phase("broadcast"):
-            every = _cut(self.within.spread("broadcast", _named(own), {*owners.values()}), owners)
-        for block, inverse in every.items():
-            self.curvature[block].update(inverse)
-        self.inverted.update(owners)
-
-    def _multiply(
-        self, moving: Iterable[str], gradients: Mapping[str, Tensor], damping: float
-    ) -> dict[str, Tensor]:
-        """Return the natural gradients of all layers that have gradients."""
-        natural: dict[str, Tensor] = {}
-        with self.exchange.traffic.phase("apply"):
-            for block in moving:
-                names, curvature = self.blocks[block], self.curvature[block]
-                given = [gradients[n] if n in gradients else self._zeros(n) for n in names]
-                self.method.observe(given, curvature, damping)
-                if self._mine(block):
-                    found = self.method.apply(given, curvature, damping)
-                    natural |= {n: g for n, g in zip(names, found, strict=True) if n in gradients}
-        if self.parts == 1:
-            return natural
-        with self.exchange.traffic.phase("gradients"):
-            width = self.within.size
-            owners = {block: self.part_of[block] * width + self.owner_of[block] for block in moving}
-            own = {
-                n: natural[n]
-                for block, owner in owners.items()
-                if owner == self.exchange.rank
-                for n in self.blocks[block]
-                if n in natural
-            }
-            return self.exchange.spread("gradients", own, {*owners.values()})
-
     def _shortening(self, gradients: Mapping[str, Tensor], natural: Mapping[str, Tensor]) -> float:
         """Return what keeps the predicted change of the model's outputs below ``kl_clip``."""
         if self.kl_clip is None or not natural:
@@ -384,59 +248,3 @@ class Conditioning:
         rate = float(self.optimizer.param_groups[0]["lr"])
         change = float(torch.stack([(natural[name] * gradients[name]).sum() for name in natural]).sum())
         return min(1.0, (self.kl_clip / max(abs(rate**2 * change), 1e-30)) ** 0.5)
-
-    def _count(self, own: int, names: Sequence[str], seen: Mapping[str, Rows]) -> int:
-        """Return the samples of all processes, of which ``own`` are here.
-
-        Raises:
-            ValueError: if no process saw any for a layer that has a gradient.
-        """
-        mine = [own, *(len(seen[name].each) if name in seen else 0 for name in names)]
-        counts = self.exchange.add("exchange", {"counts": torch.tensor(mine, device=self.device)})[
-            "counts"
-        ].tolist()
-        for name, count in zip(names, counts[1:], strict=True):
-            if not count:
-                raise ValueError(
-                    f"layer {name} has a gradient, but was not called as a module in a forward pass that the "
-                    "loss depends on; leave it out with 'where'. Code that torch.compile made "
-                    "before the handle passes over it until torch.compiler.reset()."
-                )
-        return counts[0]
-
-    def _nothing(self, name: str, own: int) -> Rows:
-        """What a process knows of a layer that it did not call: nothing, or, beside other layers, only zeros."""
-        layer = self.layers[name]
-        samples = own if self.method.whole else 0
-        (m, n), zeros = layer.shape, self._zeros(name)
-        inputs = zeros.new_zeros(samples, 1, *(() if layer.tokens else (n,)))
-        each = KhatriRao(inputs.long() if layer.tokens else inputs, zeros.new_zeros(samples, 1, m), n)
-        return Rows(each, own)
-
-    def _zeros(self, name: str) -> Tensor:
-        weight = self.layers[name].weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        return torch.zeros(self.layers[name].shape, dtype=dtype, device=weight.device)
-
-    def _generator(self, block: int) -> Generator:
-        """Return random numbers that depend on the step, the process and the block alone."""
-        return seeded(self.seed, self.steps, self.exchange.rank, block, device=self.device)
-
-
-def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Let numbers lie in memory as they do after a broadcast or in a file, on which rounding depends."""
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-
-def _named(nested: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Put the tensors of all blocks into one mapping."""
-    return {f"{block}{SPLIT}{name}": t for block, tensors in nested.items() for name, t in tensors.items()}
-
-
-def _cut(tensors: Mapping[str, Tensor], blocks: Iterable[str]) -> dict[str, dict[str, Tensor]]:
-    """Undo :func:`_named`."""
-    found: dict[str, dict[str, Tensor]] = {block: {} for block in blocks}
-    for name, tensor in tensors.items():
-        block, _, own = name.partition(SPLIT)
-        found[block][own] = tensor
-    return found

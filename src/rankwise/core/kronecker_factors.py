@@ -2,39 +2,15 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..linalg import KhatriRao, Sharing, exact, fold_symmetric, unfold_symmetric, with_gradient
+from ..linalg import KhatriRao, Sharing, fold_symmetric, unfold_symmetric, with_gradient
 from .capture import Rows
-from .preconditioner import Curvature, Size, damping_at, every_step
+from .preconditioner import Curvature, Size
 
 NAMES = ("inputs", "outputs")
-
-
-def check_factors(method: Any) -> None:
-    """Raise unless the fields that methods with factors have in common are in range.
-
-    Raises:
-        ValueError: if one is not.
-    """
-    damping_at(method.damping, 0)
-    if method.sharing is exact:
-        raise ValueError("factors need one position per row; take sharing=expanded or reduced.")
-    every_step(method.factors_every, "factors_every")
-    every_step(method.every)
-    if method.every % method.factors_every:
-        raise ValueError(
-            f"every must be a multiple of factors_every, {method.factors_every}, as inversions follow looks at "
-            f"the samples; got {method.every}."
-        )
-    if method.early < 0:
-        raise ValueError(f"early must be >= 0, got {method.early}.")
-    if not 0 <= method.decay < 1:
-        raise ValueError(f"decay must be >= 0 and < 1, got {method.decay}.")
-    every_step(method.largest_side, "largest_side")
 
 
 def factor_sums(rows: Rows, sharing: Sharing, largest_side: int) -> dict[str, Tensor]:
@@ -135,11 +111,6 @@ def factor_bytes(sizes: Sequence[Size], largest_side: int) -> int:
         for side, whole in ((m, m <= largest_side), (n, n <= largest_side and not size.tokens)):
             numbers += (side + 1) // 2 * (side + 1 + side % 2) + side**2 if whole else 2 * side
     return numbers * sizes[0].dtype.itemsize
-
-
-def cubes(m: int, n: int, largest_side: int) -> float:
-    """Return the work of decomposing both factors, in multiplications."""
-    return float(sum(side**3 if side <= largest_side else side for side in (m, n)))
 
 
 def _input_sum(each: KhatriRao, counted: Tensor, largest_side: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import abc
 import math
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -31,6 +32,20 @@ class Constraint(Transform):
     @abc.abstractmethod
     def constrain(self, param: Tensor, state: State, lr: float, weight_decay: float) -> Tensor:
         """(k, m, n) -> (k, m, n)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limited(Constraint):
+    """A bound on the norms of matrices.
+
+    Args:
+        limit: of the norm from root mean square to root mean square.
+    """
+
+    limit: float
+
+    def __post_init__(self) -> None:
+        check_limit(self.limit)
 
 
 def unit(param: Tensor) -> float:

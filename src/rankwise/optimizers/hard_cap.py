@@ -7,7 +7,7 @@ from torch import Tensor
 from ..core.states import State
 from ..core.transforms import Transform
 from ..linalg import odd_polynomials, odd_range, spectral_bound
-from .constraint import Constraint, check_limit, of_matrices, unit
+from .constraint import Limited, of_matrices, unit
 
 CLIP = (
     (0.805032, 0.206361, -0.019763),
@@ -20,17 +20,8 @@ REACH = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class HardCap(Constraint):
-    """Take singular values s to nearly min(limit, s), and never above the limit.
-
-    Args:
-        limit: of the norm from root mean square to root mean square.
-    """
-
-    limit: float
-
-    def __post_init__(self) -> None:
-        check_limit(self.limit)
+class HardCap(Limited):
+    """Take singular values s to nearly min(limit, s), and never above the limit."""
 
     def constrain(self, param: Tensor, state: State, lr: float, weight_decay: float) -> Tensor:
         """(k, m, n) -> (k, m, n), with norms up to ``limit``."""

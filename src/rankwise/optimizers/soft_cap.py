@@ -8,14 +8,14 @@ from torch import Tensor
 from ..core.states import State, counter, per_parameter
 from ..core.transforms import Transform
 from ..linalg import odd_polynomials, spectral_bound
-from .constraint import Constraint, check_limit, of_matrices, unit
+from .constraint import Limited, of_matrices, unit
 
 REACH = 81 / 62
 """How far above the limit values may be: 1 / h(1 / 3), see cap_strength."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SoftCap(Constraint):
+class SoftCap(Limited):
     """Take singular values s to p(s) + a p(s)^3, p(s) = s - a s^3, with a so that the largest goes to ``limit``.
 
     Args:
@@ -25,11 +25,10 @@ class SoftCap(Constraint):
             measures the norm from above at each step instead.
     """
 
-    limit: float
     step: float | None = None
 
     def __post_init__(self) -> None:
-        check_limit(self.limit)
+        super().__post_init__()
         if self.step is not None and not self.step > 0:
             raise ValueError(f"step must be > 0, or None, got {self.step}.")
 

@@ -7,21 +7,12 @@ from torch import Tensor
 from ..core.states import State
 from ..core.transforms import Transform
 from ..linalg import spectral_bound
-from .constraint import Constraint, check_limit, of_matrices, unit
+from .constraint import Limited, of_matrices, unit
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpectralNormalize(Constraint):
-    """Divide matrices by max(1, norm / limit).
-
-    Args:
-        limit: of the norm from root mean square to root mean square.
-    """
-
-    limit: float
-
-    def __post_init__(self) -> None:
-        check_limit(self.limit)
+class SpectralNormalize(Limited):
+    """Divide matrices by max(1, norm / limit)."""
 
     def constrain(self, param: Tensor, state: State, lr: float, weight_decay: float) -> Tensor:
         """(k, m, n) -> (k, m, n), with norms up to ``limit``."""

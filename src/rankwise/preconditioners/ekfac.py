@@ -11,20 +11,19 @@ from ..core.capture import Rows
 from ..core.kronecker_factors import (
     average,
     averaged,
-    check_factors,
-    cubes,
     factor_bytes,
     factor_sums,
     factors,
     found_or_kept,
     update_factors,
 )
-from ..core.preconditioner import Curvature, Damping, Preconditioner, Shared, Size
-from ..linalg import KroneckerBasis, Sharing, eigen, exact, expanded
+from ..core.preconditioner import Curvature, Shared, Size
+from ..linalg import KroneckerBasis, Sharing, eigen, exact, reduced
+from .factored import Factored
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ekfac(Preconditioner):
+class Ekfac(Factored):
     """Divide by second moments of samples' gradients in the eigenbasis of K-FAC's factors, plus damping.
 
     With eigenvectors Q_G and Q_A of the factors of :class:`Kfac`, the diagonal of F in the basis Q_G kron Q_A is
@@ -55,31 +54,17 @@ class Ekfac(Preconditioner):
     """
 
     forming: ClassVar = ("largest_side",)
-    damping: Damping = 0.1
-    every: int = 10
-    factors_every: int = 1
-    early: int = 10
-    decay: float = 0.95
-    sharing: Sharing = expanded
     moments: Sharing = exact
-    largest_side: int = 8192
-    identity_start: bool = False
-
-    def __post_init__(self) -> None:
-        check_factors(self)
 
     @property
     def projects(self) -> bool:
         """Samples are measured in the basis that was found last."""
         return True
 
-    def captures(self, step: int) -> bool:
-        """At the first of every few steps."""
-        return step % self.factors_every == 0
-
-    def inverts(self, step: int) -> bool:
-        """At the first of every few steps, and as long as it is early."""
-        return step < self.early or step % self.every == 0
+    @property
+    def reduces(self) -> bool:
+        """Where factors and moments are content with that."""
+        return super().reduces and self.moments is reduced
 
     def local(
         self, rows: Sequence[Rows], curvature: Curvature, generator: Generator, samples: int, damping: float
@@ -117,7 +102,3 @@ class Ekfac(Preconditioner):
         """Factors, bases and moments; but for vectors."""
         moments = sum(size.shape[0] * size.shape[1] * size.dtype.itemsize for size in sizes)
         return factor_bytes(sizes, self.largest_side) + moments
-
-    def cost(self, shapes: Sequence[tuple[int, int]]) -> float:
-        """n^3 + m^3."""
-        return sum(cubes(m, n, self.largest_side) for m, n in shapes)

@@ -8,20 +8,19 @@ from torch import Generator, Tensor
 
 from ..core.capture import Rows
 from ..core.kronecker_factors import (
-    check_factors,
-    cubes,
     factor_bytes,
     factor_sums,
     factors,
     found_or_kept,
     update_factors,
 )
-from ..core.preconditioner import Curvature, Damping, Preconditioner, Shared, Size
-from ..linalg import Jointly, KroneckerSolver, Sharing, expanded, reduced
+from ..core.preconditioner import Curvature, Shared, Size
+from ..linalg import Jointly, KroneckerSolver
+from .factored import Factored
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kfac(Preconditioner):
+class Kfac(Factored):
     """Divide by G kron A + damping I, from second moments A of a layer's inputs and G of its output gradients.
 
     F is the mean of (g kron a)(g kron a)' over samples, and E[g g'] kron E[a a'] is near where inputs say little
@@ -57,31 +56,7 @@ class Kfac(Preconditioner):
     """
 
     forming: ClassVar = ("largest_side", "solver")
-    damping: Damping = 0.1
-    every: int = 10
-    factors_every: int = 1
-    early: int = 10
-    decay: float = 0.95
-    sharing: Sharing = expanded
     solver: KroneckerSolver = Jointly()  # noqa: RUF009 (frozen)
-    largest_side: int = 8192
-    identity_start: bool = False
-
-    def __post_init__(self) -> None:
-        check_factors(self)
-
-    def captures(self, step: int) -> bool:
-        """At the first of every few steps."""
-        return step % self.factors_every == 0
-
-    def inverts(self, step: int) -> bool:
-        """At the first of every few steps, and as long as it is early."""
-        return step < self.early or step % self.every == 0
-
-    @property
-    def reduces(self) -> bool:
-        """Where samples are shared so."""
-        return self.sharing is reduced
 
     def local(
         self, rows: Sequence[Rows], curvature: Curvature, generator: Generator, samples: int, damping: float
@@ -106,7 +81,3 @@ class Kfac(Preconditioner):
     def state_bytes(self, sizes: Sequence[Size]) -> int:
         """Factors, and what makes solving cheap; but for vectors."""
         return factor_bytes(sizes, self.largest_side)
-
-    def cost(self, shapes: Sequence[tuple[int, int]]) -> float:
-        """n^3 + m^3."""
-        return sum(cubes(m, n, self.largest_side) for m, n in shapes)
