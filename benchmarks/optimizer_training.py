@@ -2,7 +2,7 @@
 
 Usage: python benchmarks/optimizer_training.py --data DATA [--size 10M] [--steps 300] [--method NAME]...
 Writes results/optimizer_training.json, a row for each training; a second run goes on where the first stopped.
-``--table`` prints what is there; ``--smoke`` gives every method some steps on a tiny model and a text of Python.
+``--smoke`` gives every method some steps on a tiny model and a text of Python.
 
 A byte-level Llama learns Wikipedia articles, no byte twice while they last. A method steps the matrices of the
 blocks, with rank a quarter of the side; embeddings, head and norms get AdamW at the rate that is best for AdamW
@@ -14,7 +14,7 @@ wins, as the blocks do not matter yet): three half decades around what is usual 
 half decade where the best one is at an end, else a quarter decade beside it. The loss on articles kept aside
 chooses. The rate is then trained with two more seeds, of the model and the batches, and judged by other articles
 and by another text (wikitext-2), in nats a byte. ``step_ms`` is the median time of the optimiser's own step,
-``most_ms`` its longest after the first; ``state`` its bytes. The table is of the chosen rates.
+``most_ms`` its longest after the first; ``state`` its bytes.
 """
 
 import argparse
@@ -280,32 +280,6 @@ class Bench:
                 self.run(method, place, rest, seed)
 
 
-def table(rows: list[dict[str, Any]], size: str, steps: int) -> str:
-    """Return the trainings at the chosen rates as text, the mean and the standard deviation over seeds."""
-    lines = [
-        f"{'method':24}{'lr':>10}{'held out':>18}{'to AdamW':>10}"
-        f"{'wikitext2':>11}{'state MB':>10}{'step ms':>9}{'most':>8}"
-    ]
-    known: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        if (row["size"], row["steps"]) == (size, steps) and None not in (row["choose"], row.get("held_out")):
-            known.setdefault(row["method"], []).append(row)
-    for method, each in known.items():
-        best = min((row for row in each if row["seed"] == 0), key=lambda row: row["choose"])
-        known[method] = [row for row in each if (row["lr"], row["rest_lr"]) == (best["lr"], best["rest_lr"])]
-    first = statistics.fmean(row["held_out"] for row in known["AdamW"]) if "AdamW" in known else math.nan
-    for method, each in known.items():
-        losses = [row["held_out"] for row in each]
-        mean, spread = statistics.fmean(losses), statistics.stdev(losses) if len(losses) > 1 else math.nan
-        other = statistics.fmean(row.get("wikitext2", math.nan) for row in each)
-        middle, most = (statistics.median(row[name] for row in each) for name in ("step_ms", "most_ms"))
-        lines.append(
-            f"{method:24}{each[0]['lr']:10.2g}{mean:10.4f} ± {spread:5.4f}{mean / first - 1:+10.1%}{other:11.4f}"
-            f"{each[0]['state'] / 1e6:10.2f}{middle:9.1f}{most:8.1f}"
-        )
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
@@ -313,7 +287,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--method", action="append", choices=list(METHODS))
     parser.add_argument("--out", type=Path, default=RESULTS / "optimizer_training.json")
-    parser.add_argument("--table", action="store_true")
     parser.add_argument("--smoke", action="store_true")
     options = parser.parse_args()
     methods = options.method or list(METHODS)
@@ -321,14 +294,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             bench = Bench(Rows(Path(folder) / "smoke.json"), load_texts(None), "smoke", 2, seeds=(0,))
             bench.compare(methods)
-            print(table(bench.rows.rows, "smoke", 2))
         return
-    rows = Rows(options.out)
-    if not options.table:
-        if options.data is None:
-            parser.error("--data is needed.")
-        Bench(rows, load_texts(options.data), options.size, options.steps).compare(methods)
-    print(table(rows.rows, options.size, options.steps))
+    if options.data is None:
+        parser.error("--data is needed.")
+    Bench(Rows(options.out), load_texts(options.data), options.size, options.steps).compare(methods)
 
 
 if __name__ == "__main__":

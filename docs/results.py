@@ -20,7 +20,14 @@ from sections.compression import (  # noqa: E402
     streaming,
     summary,
 )
-from sections.optimizers import exchange_bytes, optimizer_speed, orthogonal, state_bytes, target_projection  # noqa: E402
+from sections.optimizers import (  # noqa: E402
+    exchange_bytes,
+    optimizer_speed,
+    optimizer_training,
+    orthogonal,
+    state_bytes,
+    target_projection,
+)
 from sections.second_order import curvature_cost, gradient_error, second_order  # noqa: E402
 
 
@@ -29,7 +36,7 @@ def page() -> str:
     lines = ["# Results", "", "Generated from `benchmarks/results/*.json` by `python docs/results.py`.", ""]
     parts = (quality, narrow, low_bit, damping, prediction, speed, cost, streaming, mfac_pruning)
     parts += (adapter_quality, adapter_cost, heal_adapter, merge_memory, peft_interop)
-    parts += (optimizer_speed, exchange_bytes, state_bytes, orthogonal, target_projection)
+    parts += (optimizer_training, optimizer_speed, exchange_bytes, state_bytes, orthogonal, target_projection)
     parts += (second_order, curvature_cost, gradient_error)
     return "\n".join([*lines, *(line for part in parts for line in part())]).rstrip() + "\n"
 

@@ -227,7 +227,7 @@ def owners_are_chosen_by_cost(place: Place) -> None:
     handle = rankwise.precondition(Net(), Moments())
     loads = [0] * place.world
     for name in sorted(costs, key=lambda name: -costs[name]):
-        assert handle.owner_of[name] == loads.index(min(loads))
+        assert handle.curvatures.owner_of[name] == loads.index(min(loads))
         loads[loads.index(min(loads))] += costs[name]
     with pytest.raises(ValueError, match=f"workers must be a share that divides {place.world} processes"):
         rankwise.precondition(Net(), Moments(), workers=1 - 0.25 / place.world)

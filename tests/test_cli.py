@@ -331,6 +331,7 @@ def test_debug_shows_the_error(folder, text):
     assert isinstance(result.exception, ValueError)
 
 
+@pytest.mark.slow
 def test_quickstart_goes_on_where_it_stopped(folder, tmp_path):
     told: list[str] = []
     out = tmp_path / "quick"

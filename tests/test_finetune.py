@@ -263,7 +263,7 @@ def test_an_interrupted_run_goes_on_bit_by_bit(tmp_path, monkeypatch, stop):
 
 
 @pytest.mark.parametrize("stop", [2, 8])
-@pytest.mark.parametrize("name", [None, "snella"])
+@pytest.mark.parametrize("name", [None, pytest.param("snella", marks=pytest.mark.slow)])
 def test_a_schedule_that_was_interrupted_goes_on_bit_by_bit(tmp_path, monkeypatch, stop, name):
     fresh = llama(initializer_range=0.1)
     rankwise.adapt(fresh, Snella(rank=2, density=0.9, target=0.2), name=name)

@@ -1,5 +1,7 @@
 """What is shown of optimisers and of gradients from elsewhere."""
 
+import statistics
+
 from .common import find, head_of, load, table
 
 
@@ -41,6 +43,55 @@ def optimizer_speed() -> list[str]:
         "max / median",
     ]
     return lines + table(head, cells)
+
+
+def optimizer_training() -> list[str]:
+    """Losses with equal tokens."""
+    found = load("optimizer_training")
+    if found is None:
+        return []
+    lines = head_of("Optimisers beside each other: loss after equal tokens", found)
+    lines += [
+        "Llamas of bytes on articles of Wikipedia; hidden matrices get the method, with rank a quarter of the",
+        "side, all else AdamW. Five trials of the rate, chosen on other articles; nats a byte on yet others,",
+        "mean and standard deviation over seeds, and the mean's distance to AdamW's. State is of all parameters;",
+        "milliseconds are those of the optimiser's own step, the median and the longest, on a busy machine.",
+        "",
+    ]
+    for size, steps in dict.fromkeys((row["size"], row["steps"]) for row in found["rows"]):
+        rows = [row for row in found["rows"] if (row["size"], row["steps"]) == (size, steps)]
+        chosen = {method: _chosen(rows, method) for method in dict.fromkeys(row["method"] for row in rows)}
+        chosen = {method: each for method, each in chosen.items() if each}
+        first = statistics.fmean(row["held_out"] for row in chosen["AdamW"])
+        cells = []
+        for method, each in chosen.items():
+            losses = [row["held_out"] for row in each]
+            mean, spread = statistics.fmean(losses), statistics.stdev(losses)
+            other = statistics.fmean(row["wikitext2"] for row in each)
+            times = (f"{statistics.median(row[key] for row in each):.1f}" for key in ("step_ms", "most_ms"))
+            cells.append(
+                [
+                    method,
+                    f"{each[0]['lr']:.2g}",
+                    f"{mean:.4f} ± {spread:.4f}",
+                    f"{mean / first - 1:+.1%}",
+                    f"{other:.4f}",
+                    f"{each[0]['state'] / 1e6:.2f}",
+                    *times,
+                ]
+            )
+        numbers = f"{rows[0]['parameters']:,} numbers, {steps} steps of 1024 bytes, {len(chosen['AdamW'])} seeds."
+        head = ["method", "learning rate", "loss", "to AdamW", "wikitext2", "state (MB)", "step (ms)", "longest"]
+        lines += [numbers, "", *table(head, cells)]
+    return lines
+
+
+def _chosen(rows: list[dict], method: str) -> list[dict]:
+    """Return a method's trainings at the rate that its trials chose; none while seeds are missing."""
+    own = [row for row in rows if row["method"] == method and row["choose"] is not None]
+    best = min((row for row in own if row["seed"] == 0), key=lambda row: row["choose"], default=None)
+    each = [row for row in own if best and (row["lr"], row["rest_lr"]) == (best["lr"], best["rest_lr"])]
+    return each if len(each) == 3 else []
 
 
 def exchange_bytes() -> list[str]:

@@ -15,6 +15,7 @@ import rankwise
 from rankwise.exporters import Dense
 
 
+@pytest.mark.slow
 def test_a_dense_export_loads_without_rankwise(tmp_path):
     model = filled(llama(), *STRUCTURES)
     rankwise.save(model, tmp_path / "small")
@@ -113,6 +114,7 @@ def test_a_damaged_folder_is_refused(damage, tmp_path):
     assert left_behind(tmp_path) == ["small"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing_behind(tmp_path):
     """In a process of its own whose files may not grow beyond a limit, as on a disk that is full."""
     rankwise.save(filled(llama(hidden_size=128), low_rank), tmp_path / "small")

@@ -246,7 +246,8 @@ def names_in(folder: Path) -> set[str]:
         return set(opened.keys())
 
 
-@pytest.mark.parametrize("family", ["gpt-oss", pytest.param("mixtral", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt-oss", "mixtral"])
 def test_without_rankwise_loading_fails(family, tmp_path):
     model = MIXTURES[family]()
     rankwise.compress(model, PlainSvd(), keep=0.5, where=only_experts)

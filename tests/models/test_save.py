@@ -179,6 +179,7 @@ def test_a_model_of_experts_keeps_the_names_that_other_tools_read(tmp_path):
     same(output(other), output(model))
 
 
+@pytest.mark.slow
 def test_a_new_process_needs_the_import_and_nothing_else(tmp_path):
     model = compress(llama(tie_word_embeddings=True))
     save(model, tmp_path / "out")

@@ -75,9 +75,8 @@ class SparseDictionary(LossMetric):
             fitted = self._fit(weight, metrics, *size)
             errors.append(metric_norm(weight - fitted.dense().detach(), *metrics))
             only = fitted.to(weight.dtype) if len(sizes) == 1 else None  # what is offered alone is wanted
-        length = self._written(weight)[1]
-        floats = torch.tensor([atoms * length + kept for atoms, kept in sizes], dtype=torch.int64)
-        places = torch.tensor([self._place_bytes(weight, *size) for size in sizes], dtype=torch.int64)
+        stored = [self._stored(weight, *size) for size in sizes]
+        floats, places = torch.tensor(stored, dtype=torch.int64).view(-1, 2).T
 
         def build(i: int, weight: Tensor, stats: Stats) -> StructuredMatrix:
             return self._fit(weight, self.metrics(stats), *sizes[i]).to(weight.dtype)
@@ -106,21 +105,25 @@ class SparseDictionary(LossMetric):
     def _sizes(self, weight: Tensor, share: float) -> list[tuple[int, int]]:
         """How many atoms, and entries of all rows, take this share of the dense size; nothing where none do."""
         rows, length = self._written(weight)
-        atoms = int(share * rows * length / (length + rows * (1 / self.atoms_per_entry + 1 / 16)))
-        atoms = min(max(atoms, 1), length)
-        if self.groups is None:
-            return [(atoms, self.entries(rows, atoms))]
-        kept, group = self.groups
-        atoms = atoms // group * group
-        return [(atoms, rows * atoms // group * kept)] if atoms else []
+        most = int(share * rows * length / (length + rows * (1 / self.atoms_per_entry + 1 / 16)))
+        kept, group = self.groups or (1, 1)
+        atoms = min(max(most, 1), length) // group * group
+        while atoms:
+            size = atoms, self.entries(rows, atoms) if self.groups is None else rows * atoms // group * kept
+            floats, places = self._stored(weight, *size)
+            if floats + (places + 1) // 2 <= share * weight.numel() or atoms == 1:
+                return [size]
+            atoms -= group  # rows of the bitmap end in whole bytes
+        return []
 
-    def _place_bytes(self, weight: Tensor, atoms: int, kept: int) -> int:
-        """How many bytes the places of the entries take."""
-        rows, _ = self._written(weight)
+    def _stored(self, weight: Tensor, atoms: int, kept: int) -> tuple[int, int]:
+        """How many numbers are stored, and how many bytes for the places of the entries."""
+        rows, length = self._written(weight)
+        floats = atoms * length + kept
         if self.groups is not None:
-            return SemiSparse.stored(rows, atoms, *self.groups)[1]
+            return floats, SemiSparse.stored(rows, atoms, *self.groups)[1]
         shape = (atoms, rows) if self._transposed(weight) else (rows, atoms)
-        return int(Sparse.stored(*shape, torch.tensor(kept))[1])
+        return floats, int(Sparse.stored(*shape, torch.tensor(kept))[1])
 
     def _fit(self, weight: Tensor, metrics: tuple[Metric, Metric], atoms: int, kept: int) -> StructuredMatrix:
         """Return the matrix in float64."""
