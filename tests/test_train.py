@@ -347,11 +347,12 @@ class TestPrecondition:
         assert (handle.steps, handle.skipped) == (8, 1)
         assert report.totals["precondition"]["skipped"] == 1
 
-    def test_several_processes_need_a_loop_of_their_own(self, monkeypatch: pytest.MonkeyPatch):
-        model, handle = tiny(), rankwise.precondition(tiny(), Sngd())
+    def test_the_handle_must_know_all_processes(self, monkeypatch: pytest.MonkeyPatch):
+        model = tiny()
+        handle = rankwise.precondition(model, Sngd())
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-        with pytest.raises(ValueError, match="a loop of your own, with DistributedDataParallel"):
+        with pytest.raises(ValueError, match="knows 1 of 2 processes; make it after"):
             rankwise.train(model, counting(), over(model, adam()), steps=1, precondition=handle)
 
     def test_its_memory_is_predicted(self):

@@ -21,7 +21,7 @@ from .core.modes import recomputing
 from .core.optimizer import Optimizer
 from .core.parts import is_sharded
 from .core.plan import Plan
-from .core.processes import leads, several
+from .core.processes import compare, leads, several
 from .core.rates import Cosine
 from .core.replicated import Shared
 from .core.report import Report
@@ -111,7 +111,7 @@ def train(
 
     Where there are several processes (``torch.distributed``), each calls this with the same arguments and
     computes a share of the ``accumulate`` batches of each step, of which there must be one for each process. They
-    exchange projected gradients in place of whole ones, unless there is a ``clip``; see
+    exchange projected gradients in place of whole ones, unless there is a ``clip`` or ``precondition``; see
     :class:`rankwise.Replicated`. The steps are those of one process. The first writes checkpoints, which any such
     number of processes may take up, but with dropout not bit by bit.
 
@@ -204,9 +204,12 @@ def train(
         spare=False,
     )
     layers = _layers(optimizer, accumulate, clip) if layerwise else None
-    shared = (
-        _shared(optimizer, accumulate, clip, model, batches, judges) if several() and layers is None else None
-    )
+    together = several() and layers is None
+    if together:
+        _check_shares(accumulate)
+        compare([digest_of_batches(part) for part in (batches, judges)], "data")
+        compare(fingerprint(model), "models")
+    shared = _shared(optimizer, clip) if together and precondition is None else None
     try:
         with recomputing(model, gradient_checkpointing):
             run, reason, memory = train_supervised(
@@ -218,12 +221,13 @@ def train(
                 judges,
                 loss=loss,
                 checkpoint=checkpoint,
-                writes=shared is None or leads(),
+                writes=leads() or not together,
                 notify=notify,
                 observe=observe,
-                looking=_wait if shared else None,
+                looking=_wait if together else None,
                 stepping=layers or shared,
                 conditioning=precondition,
+                together=together and shared is None,
                 gradients=layerwise_gradient_bytes(model) if layerwise and accumulate == 1 else None,
             )
     finally:
@@ -244,24 +248,19 @@ def train(
     )
 
 
-def _shared(
-    optimizer: torch.optim.Optimizer,
-    accumulate: int,
-    clip: float | None,
-    model: nn.Module,
-    *data: Sequence[Batch],
-) -> Shared:
+def _shared(optimizer: torch.optim.Optimizer, clip: float | None) -> Shared:
     if not isinstance(optimizer, Optimizer):
         raise ValueError(f"several processes need a rankwise.Optimizer, got a {type(optimizer).__name__}.")
+    return Shared(optimizer, clip)
+
+
+def _check_shares(accumulate: int) -> None:
+    """Raise unless each of several processes has something to do."""
     if accumulate < dist.get_world_size():
         raise ValueError(
             f"{dist.get_world_size()} processes share the batches of a step, but there are {accumulate}, so that "
             "some would do nothing; for accumulate take a multiple of the processes, perhaps of smaller batches."
         )
-    shared = Shared(optimizer, clip)
-    shared.replicas.compare([digest_of_batches(part) for part in data], "data")
-    shared.replicas.compare(fingerprint(model), "models")
-    return shared
 
 
 def _wait() -> None:
@@ -278,10 +277,10 @@ def _check_handle(model: nn.Module, handle: Conditioning | None, layerwise: bool
             "layer by layer each gradient is used up and freed before natural gradients can be made of all; "
             "leave out layerwise or precondition."
         )
-    if several():
+    if several() and handle.exchange.size != dist.get_world_size():
         raise ValueError(
-            "precondition in several processes needs a loop of your own, with DistributedDataParallel: "
-            "loss.backward(); handle.step(); optimizer.step()."
+            f"the handle of precondition knows {handle.exchange.size} of {dist.get_world_size()} processes; make "
+            "it after torch.distributed.init_process_group, for all of them."
         )
     handle.about()  # what it cannot say is to fail here, not after all steps
     if not any(each is handle.model for each in model.modules()):

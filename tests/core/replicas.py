@@ -16,9 +16,12 @@ import rankwise
 from rankwise import IntegerWeights, Optimizer, Replicated, StochasticRounding
 from rankwise.adapters import Lora
 from rankwise.core.fingerprint import digest_of
+from rankwise.core.preconditioner import Preconditioner
 from rankwise.core.states import leaves
 from rankwise.core.transforms import Transform, chain
+from rankwise.linalg import expanded
 from rankwise.optimizers import adam, dct_adamw, frugal, galore, hard_cap, muon, project, quantised
+from rankwise.preconditioners import Kfac, Sngd
 from rankwise.projectors import EnergyDrop, Every, LargestRows
 
 QUICK: dict[str, Transform] = {
@@ -57,8 +60,16 @@ def every() -> Mapping[str, Callable[[], None]]:
     }
 
 
+RUNS: dict[str, tuple[float | None, Preconditioner | None]] = {
+    "plain": (None, None),
+    "clipped": (0.05, None),
+    "natural": (None, Kfac(damping=0.1, every=2, early=2)),
+    "natural, clipped": (0.05, Sngd(damping=0.1, every=2, sharing=expanded)),
+}
+
+
 def training(folder: Path) -> Mapping[str, Callable[[], None]]:
-    return {f"clip {clip}": functools.partial(stopped, folder, clip) for clip in (None, 0.05)}
+    return {name: functools.partial(stopped, folder, name) for name in RUNS}
 
 
 def runs(folder: Path) -> Mapping[str, Callable[[], None]]:
@@ -79,7 +90,7 @@ def alone(folder: Path) -> None:
 def idle() -> None:
     """A process would have nothing to do."""
     with pytest.raises(ValueError, match="2 processes share the batches of a step, but there are 1"):
-        task(None, None, accumulate=1)
+        task("plain", None, accumulate=1)
 
 
 def sharded() -> None:
@@ -90,18 +101,19 @@ def sharded() -> None:
         rankwise.train(net, torch.arange(4000) % 16, optimizer, window=20, accumulate=2)
 
 
-def task(clip: float | None, folder: Path | None, **more: Any) -> nn.Module:
+def task(name: str, folder: Path | None, **more: Any) -> nn.Module:
     """A small run, the same in any number of processes."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 16)).double()
     optimizer = Optimizer(rankwise.parameter_groups(net, galore(rank=2, every=4)), lr=0.05)
     sizes: dict[str, Any] = {"window": 20, "rows": 2, "steps": 9, "accumulate": 3, "every": 3, **more}
-    data = torch.arange(4000).square() % 16
-    rankwise.train(net, data, optimizer, clip=clip, checkpoint=folder, **sizes)
+    data, (clip, method) = torch.arange(4000).square() % 16, RUNS[name]
+    handle = None if method is None else rankwise.precondition(net, method)
+    rankwise.train(net, data, optimizer, clip=clip, precondition=handle, checkpoint=folder, **sizes)
     return net
 
 
-def stopped(folder: Path, clip: float | None) -> None:
+def stopped(folder: Path, name: str) -> None:
     """Stops after the checkpoint at step 6; one process computes more of each step than the other."""
 
     def observe(step: int, _: Any) -> None:
@@ -109,7 +121,7 @@ def stopped(folder: Path, clip: float | None) -> None:
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        task(clip, folder / str(clip), observe=observe)
+        task(name, folder / name, observe=observe)
 
 
 def gradients(params: list[nn.Parameter], step: int) -> list[list[torch.Tensor]]:

@@ -51,8 +51,8 @@ def test_one_process_goes_on_where_two_stopped(tmp_path: Path):
 def test_a_run_of_two_processes_is_one_run(tmp_path: Path):
     """Stopped in two, it goes on in one, and ends where one alone does."""
     no_failure(together(functools.partial(replicas.training, tmp_path), 2, tmp_path))
-    for clip in (None, 0.05):
-        ends = [replicas.task(clip, folder) for folder in (None, tmp_path / str(clip))]
+    for name in replicas.RUNS:
+        ends = [replicas.task(name, folder) for folder in (None, tmp_path / name)]
         for p, q in zip(*(end.parameters() for end in ends), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-9)
 

@@ -91,7 +91,8 @@ def train(
     after the other and cut into windows. Checkpoints lie in the folder OUT.partial until OUT is complete.
 
     Started by torchrun or accelerate, each process computes a share of the --accumulate batches of a step, and
-    they exchange projected gradients, or whole ones with --clip. The steps are those of one process.
+    they exchange projected gradients, or whole ones with --clip or --precondition. The steps are those of one
+    process.
 
     With --precondition gradients of linear layers become natural gradients, by a method such as sngd, before they
     are clipped and --optimizer sees them. A sample is a window, and its tokens are positions: with sharing=exact

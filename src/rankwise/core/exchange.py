@@ -60,14 +60,17 @@ class Exchange:
         traffic: counts.
         group: of processes; None means all, or this one alone where torch.distributed is not at work.
         device: where tensors of others are put; small ones that their owner keeps on the CPU get there.
+        alone: whether this process has nothing to tell, though there may be others.
 
     Raises:
         ValueError: if this process is not one of the group.
     """
 
-    def __init__(self, traffic: Traffic, group: Any = None, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, traffic: Traffic, group: Any = None, device: torch.device | str = "cpu", *, alone: bool = False
+    ) -> None:
         self.traffic, self.group, self.device = traffic, group, torch.device(device)
-        at_work = dist.is_available() and dist.is_initialized()
+        at_work = dist.is_available() and dist.is_initialized() and not alone
         self.size = dist.get_world_size(group) if at_work else 1
         self.rank = dist.get_rank(group) if at_work else 0
         if self.rank < 0:

@@ -1,4 +1,6 @@
-"""Which of several processes this one is."""
+"""Which of several processes this one is, and whether all have the same."""
+
+from typing import Any
 
 import torch.distributed as dist
 
@@ -11,3 +13,20 @@ def several() -> bool:
 def leads() -> bool:
     """Whether this process is the only one, or the first of several."""
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def compare(mine: Any, what: str, group: Any = None) -> None:
+    """Raise in all processes unless all have the same.
+
+    Args:
+        mine: what this one has; can be pickled.
+        what: to call it by.
+        group: of processes; None is all.
+
+    Raises:
+        ValueError: if there is another one.
+    """
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, mine, group=group)
+    if any(each != found[0] for each in found):
+        raise ValueError(f"processes have different {what}; build and load the same in all of them.")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .fingerprint import digest_of
 from .optimizer import Optimizer
 from .parts import is_sharded
+from .processes import compare
 from .states import State
 from .stepping import Loss
 from .transforms import working_type
@@ -125,10 +126,10 @@ class Replicated:
     def _begin(self) -> None:
         """Have all processes begin with the parameters of the first."""
         parameters = [p for p in self._all() if p.requires_grad]
-        self.compare([(tuple(p.shape), str(p.dtype)) for p in parameters], "parameters")
+        compare([(tuple(p.shape), str(p.dtype)) for p in parameters], "parameters", self.group)
         read = self.optimizer.write.read
         elsewhere = {p: digest_of({"": value}) for p in parameters if (value := read([p])[0]) is not p}
-        self.compare(list(elsewhere.values()), "integers for weights")
+        compare(list(elsewhere.values()), "integers for weights", self.group)
         first = 0 if self.group is None else dist.get_global_rank(self.group, 0)
         for p in parameters:
             if p not in elsewhere:
@@ -136,21 +137,6 @@ class Replicated:
                 dist.broadcast(sent, first, group=self.group)
                 p.detach().copy_(sent)
         self._parameters, self._alike = parameters, False
-
-    def compare(self, mine: Any, what: str) -> None:
-        """Raise in all processes unless all have the same.
-
-        Args:
-            mine: what this one has; can be pickled.
-            what: to call it by.
-
-        Raises:
-            ValueError: if there is another one.
-        """
-        found: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(found, mine, group=self.group)
-        if any(each != found[0] for each in found):
-            raise ValueError(f"processes have different {what}; build and load the same in all of them.")
 
     def _before_step(self, args: Any, kwargs: dict[str, Any]) -> None:
         if any(each is not None for each in (*args, *kwargs.values())):
@@ -161,7 +147,7 @@ class Replicated:
             if [*map(id, present)] != [*map(id, self._parameters)]:
                 self._begin()
             if not self._alike:
-                self.compare(_description(self.optimizer), "optimisers or states")
+                compare(_description(self.optimizer), "optimisers or states", self.group)
                 self._alike = True
             self._exchange()
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .conditioning import Conditioning
+from .exchange import Exchange, Traffic
 from .optimizer import Optimizer
 from .processes import several
 
@@ -40,14 +41,21 @@ class Whole:
         optimizer: over the parameters.
         clip: largest 2-norm of the gradient of all parameters, or None.
         conditioning: makes natural gradients of them first, which are then clipped.
+        together: whether each process computes a share of the losses; their gradients are added up.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, clip: float | None, conditioning: Conditioning | None = None
+        self,
+        optimizer: torch.optim.Optimizer,
+        clip: float | None,
+        conditioning: Conditioning | None = None,
+        *,
+        together: bool = False,
     ) -> None:
         self.optimizer, self.clip, self.conditioning = optimizer, clip, conditioning
         self.terms = 0
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.exchange = Exchange(Traffic(), device=self.parameters[0].device, alone=not together)
 
     def note(self, terms: int) -> None:
         """Be told by a loss, when it is computed, over how many terms it is summed."""
@@ -60,25 +68,39 @@ class Whole:
         if self.conditioning is not None:
             self.conditioning.discard()  # of a step that was interrupted
         total = 0.0
-        for compute in losses:
+        for compute in losses[self.exchange.rank :: self.exchange.size]:
             with torch.enable_grad():  # callers may have turned gradients off
                 loss = compute()
             loss.backward()
             total += float(loss.detach())
+        own = 0 if self.conditioning is None else self.conditioning.samples()
+        total, terms, samples = self._together(total, own)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if not all(bool(g.isfinite().all()) for g in gradients) or not torch.tensor(total).isfinite():
             if self.conditioning is not None:
                 self.conditioning.skip()
             return total, False
         if self.conditioning is not None:
-            samples = self.conditioning.samples()
-            positions = self.terms / samples if self.terms and samples else 1.0
-            if not self.conditioning.step(positions=positions):
+            positions = terms / samples if terms and samples else 1.0
+            if not self.conditioning.step(scale=own / samples if own else 1.0, positions=positions):
                 return total, False
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()
         return total, True
+
+    def _together(self, total: float, samples: int) -> tuple[float, float, float]:
+        """Add up gradients, and return the sum of losses, terms and samples, of all processes."""
+        if self.exchange.size == 1:
+            return total, self.terms, samples
+        numbers = [total, self.terms, samples, *(p.grad is not None for p in self.parameters)]
+        told = self.exchange.add("numbers", {"": torch.tensor(numbers, dtype=torch.float64)})[""].tolist()
+        for p, there in zip(self.parameters, told[3:], strict=True):
+            if there:
+                p.grad = self.exchange.add("gradients", {"": torch.zeros_like(p) if p.grad is None else p.grad})[
+                    ""
+                ]
+        return told[0], told[1], told[2]
 
 
 class Layerwise:

@@ -44,6 +44,7 @@ def train_supervised(
     observe: Observe | None = None,
     stepping: Stepping | None = None,
     conditioning: Conditioning | None = None,
+    together: bool = False,
     gradients: int | None = None,
 ) -> tuple[Run, str, Memory]:
     """Train parameters on batches, judged by others, with memory predicted before and measured after.
@@ -64,6 +65,7 @@ def train_supervised(
         observe: see :class:`rankwise.core.running.Run`.
         stepping: takes the steps; None collects all gradients first.
         conditioning: makes natural gradients of them; only without ``stepping``. Its state is in the checkpoint.
+        together: whether several processes share the losses of a step; only without ``stepping``.
         gradients: bytes of gradients at a time; None means all.
 
     Returns:
@@ -72,7 +74,7 @@ def train_supervised(
     Raises:
         ValueError: as :class:`rankwise.core.running.Run`, or if a batch has no label.
     """
-    whole = Whole(optimizer, plan.clip, conditioning)
+    whole = Whole(optimizer, plan.clip, conditioning, together=together)
     pieces = [Supervised(batch, loss, plan.autocast, whole.note) for batch in train]
     held = [Supervised(batch, loss, plan.autocast) for batch in judges]
     buffers = _buffers(model, trained)
