@@ -275,11 +275,11 @@ def _check_arguments(model: nn.Module, keep: float, multiple_of: int) -> None:
 
 def _probe(model: Any, data: str | Tensor | Sequence[Batch] | Statistics) -> Batch:
     """Return what changes of the model are tried on: a few tokens, or the first batch."""
+    if not isinstance(data, (str, Tensor, Statistics)):
+        return data[0]
     if model.main_input_name == "input_ids" and not model.config.is_encoder_decoder:
         return torch.arange(32)[None] % model.get_input_embeddings().num_embeddings
-    if isinstance(data, (str, Tensor, Statistics)):
-        raise ValueError(f"{type(model).__name__} takes more than token ids; give data as a list of batches.")
-    return data[0]
+    raise ValueError(f"{type(model).__name__} takes more than token ids; give data as a list of batches.")
 
 
 def _needs(site: Site) -> tuple[type[Statistic], ...]:

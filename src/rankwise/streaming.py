@@ -258,11 +258,7 @@ class _Run:
                     if matrix is not None:
                         replace(self.model, site, matrix)
                         groups.append({"names": list(site.names), "spec": matrix.spec()})
-                tensors = {
-                    name: tensor
-                    for name, tensor in tensors_of(self.model).items()
-                    if not tensor.is_meta and (part == OUTSIDE or name not in self.resident)
-                }
+                tensors = self._values(part)
                 write_tensors(folder / SHARD, tensors)
                 verify(tensors, folder)
                 if after:
@@ -303,6 +299,21 @@ class _Run:
         config.architectures, config.dtype = [type(self.model).__name__], self.checkpoint.dtype
         assemble(config, shards, self.checkpoint.folder, self.steps.folder, self.out)
         self.steps.remove()
+
+    def _values(self, part: str) -> dict[str, Tensor]:
+        """Return the tensors that the shard of a part holds.
+
+        Raises:
+            RuntimeError: if one has no values.
+        """
+        every = tensors_of(self.model)
+        inside = {} if part == OUTSIDE else self.model.get_submodule(part).state_dict()
+        names = sorted(self.resident) if part == OUTSIDE else []
+        if lost := [n for n in names if every[n].is_meta] + [n for n, tensor in inside.items() if tensor.is_meta]:
+            raise RuntimeError(
+                f"{lost[0]} of {part} has no values: a fault of rankwise; compress in memory instead."
+            )
+        return {n: t for n, t in every.items() if not t.is_meta and (part == OUTSIDE or n not in self.resident)}
 
     def _seconds(self) -> dict[str, float]:
         """How long the finished steps took, as in the report of a compression in memory."""

@@ -55,18 +55,22 @@ class KroneckerFactoredPruning(LossMetric):
         m, n = weight.shape
         bitmap = int(Sparse.stored(m, n, torch.zeros(1))[1])
 
-        def entries(share: float) -> int:
-            return max(int(share * (m * n)) - (bitmap + 1) // 2, 1)
+        def entries(share: float, of: int) -> int:
+            return max(int(share * of) - (bitmap + 1) // 2, 1)
 
-        kept = sorted({entries(share) for share in (SHARES if self.share is None else (self.share,))})
-        exact = kept if len(kept) == 1 or m * n < LARGE else [entries(share) for share in FITTED]
-        fits = [splitting.error(self._fit(splitting, count)[0]) for count in exact]
-        fitted = torch.tensor(fits, dtype=torch.float64)
-        numbers = torch.tensor(kept)
-        errors = fitted
-        if exact is not kept:  # the logarithm of the error is near a parabola over the logit of what is removed
-            x, at = ((1 - each.double() / (m * n)).logit() for each in (torch.tensor(exact), numbers))
-            errors = log_parabola(x, fitted, at)
+        kept = sorted({entries(share, m * n) for share in (SHARES if self.share is None else (self.share,))})
+        numbers, there = torch.tensor(kept), int(weight.count_nonzero())
+        errors = torch.zeros(len(kept), dtype=torch.float64)  # of as many entries as there are
+        less = numbers < there
+        some = numbers[less].tolist()
+        exact = [entries(share, there) for share in FITTED]
+        if len(some) > len(exact) and there >= LARGE and exact[0] > 1:
+            fitted = torch.tensor([self._error(splitting, count) for count in exact], dtype=torch.float64)
+            # the logarithm of the error is near a parabola over the logit of what is removed
+            x, at = ((1 - each.double() / there).logit() for each in (torch.tensor(exact), numbers[less]))
+            errors[less] = log_parabola(x, fitted, at)
+        else:
+            errors[less] = torch.tensor([self._error(splitting, count) for count in some], dtype=torch.float64)
         return Choices(
             costs={
                 "params": numbers + (bitmap + 1) // 2,
@@ -79,6 +83,9 @@ class KroneckerFactoredPruning(LossMetric):
             refit=lambda i, weight, stats: self._build(weight, stats, kept[i]),
             error_of=self.error_of(stats),
         )
+
+    def _error(self, splitting: Splitting, kept: int) -> float:
+        return splitting.error(self._fit(splitting, kept)[0])
 
     def _fit(self, splitting: Splitting, kept: int) -> tuple[Tensor, Tensor]:
         """Return the values, scaled, and the mask of their places."""

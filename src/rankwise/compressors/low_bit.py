@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.choices import Choices
 from ..core.statistics import Stats
-from ..linalg import Metric, Rounded, log_parabola, metric_norm, round_to_grid
+from ..linalg import Metric, Rounded, falling, log_parabola, metric_norm, round_to_grid
 from ..matrices import Quantized, StructuredMatrix
 from .loss_metric import LARGE, LossMetric
 
@@ -21,7 +21,7 @@ FITTED = (2, 4, 6)
 class LowBit(LossMetric):
     """What methods share that store a weight in integers of few bits, some columns of a row to a group.
 
-    The errors of large weights are predicted from those of three widths.
+    The errors of large weights are predicted from those of three widths, unless they were rounded before.
 
     Args:
         bits: 1 ... 8; None offers 2, 3, 4, 5, 6 and 8.
@@ -54,13 +54,17 @@ class LowBit(LossMetric):
         rounded = self.rounder(weight, metrics)
         widths = WIDTHS if self.bits is None else (self.bits,)
         exact = widths if len(widths) == 1 or weight.numel() < LARGE else FITTED
-        fitted = torch.tensor(
-            [metric_norm(weight.double() - rounded(bits).dense().double(), *metrics) for bits in exact],
-            dtype=torch.float64,
-        )
-        errors = fitted
-        if exact is not widths:  # each further bit halves the rounding, as far as the grid fits the numbers
+
+        def measured(bits: int) -> float:
+            return metric_norm(weight.double() - rounded(bits).dense().double(), *metrics)
+
+        known = {bits: measured(bits) for bits in exact}
+        fitted = torch.tensor([*known.values()], dtype=torch.float64)
+        if exact is not widths and falling(fitted):  # each further bit halves the rounding
             errors = log_parabola(torch.tensor(exact), fitted, torch.tensor(widths))
+        else:
+            each = [known[bits] if bits in known else measured(bits) for bits in widths]
+            errors = torch.tensor(each, dtype=torch.float64)
         floats, codes = torch.tensor([Quantized.stored(m, n, bits, self.group) for bits in widths]).unbind(1)
 
         def build(i: int, weight: Tensor, stats: Stats) -> StructuredMatrix:

@@ -72,6 +72,8 @@ class Steps:
                 sync(file)
                 files[file.name] = [file.stat().st_size, _digest(file)]
             sync(temporary)
+            if self.known.pop(name, None) is not None:
+                self._write()  # else a kill before the end would leave new files under an old hash
             shutil.rmtree(self.folder / name, ignore_errors=True)
             temporary.rename(self.folder / name)
             sync(self.folder)

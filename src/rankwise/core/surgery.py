@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..matrices import Base, Dense, Scheduled, Several, StructuredMatrix
 from .extended import Extended, refuse_extended
 from .stacks import ChoosesExperts, Stack, one_by_one, stack_at, stacks, stacks_of
+from .standing import Standing
 from .views import VIEWS, EmbeddingView, LinearView, SliceView, View, parameter_of, view_of
 
 Where = Callable[[str, nn.Module], bool]
@@ -25,7 +26,8 @@ class StructuredLinear(nn.Module):
         view: how the layer's inputs and outputs are seen as rows.
 
     An empty buffer stands under the name ``weight``: a checkpoint of this layer cannot be loaded
-    into an ordinary layer by mistake, since the sizes differ.
+    into an ordinary layer by mistake, since the sizes differ. Modules that read it in place of calling the layer
+    get products with the matrix, see :class:`rankwise.core.standing.Standing`.
 
     >>> import torch
     >>> from rankwise.matrices import LowRank
@@ -43,7 +45,16 @@ class StructuredLinear(nn.Module):
         self.bias = None if bias is None else parameter_of(bias)
         self.view = view or LinearView()
         like = next((t for t in matrix.state_dict().values() if t.is_floating_point()), None)
-        self.register_buffer("weight", torch.empty(0) if like is None else like.new_empty(0))
+        self._buffers["weight"] = torch.empty(0) if like is None else like.new_empty(0)  # behind the property
+
+    @property
+    def weight(self) -> Tensor:
+        """An empty tensor that stands for the weight where it is a matrix; see :class:`Standing`."""
+        empty = self._buffers["weight"]
+        assert empty is not None
+        rows = isinstance(self.view, LinearView)
+        transposed = rows and self.view.stored(empty.new_empty(0, 1)).shape == (1, 0)
+        return Standing.of(empty, self.matrix, transposed) if rows else empty
 
     @property
     def in_features(self) -> int:

@@ -2,10 +2,11 @@
 
 import abc
 import dataclasses
+import functools
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,8 +64,9 @@ class LinearView(View):
 
     @classmethod
     def of(cls, layer: nn.Module) -> Self | None:
-        """Fit ``nn.Linear`` itself; subclasses may compute something else."""
-        return cls() if kind_of(layer) is nn.Linear else None
+        """Fit ``nn.Linear``, and subclasses that hold nothing else and compute the same."""
+        kind = kind_of(layer)
+        return cls() if kind is nn.Linear or (_bare(layer) and computes_linear(kind)) else None
 
     def matrix(self, weight: Tensor) -> Tensor:
         """(m, n) as it is."""
@@ -134,7 +136,7 @@ class Conv2dView(View):
 
     @classmethod
     def of(cls, layer: nn.Module) -> Self | None:
-        """Fit ``nn.Conv2d`` with one group and zero padding given in numbers."""
+        """Fit ``nn.Conv2d`` with one group and as many zeros on both sides."""
         if (
             not isinstance(layer, nn.Conv2d)
             or kind_of(layer) is not nn.Conv2d
@@ -142,9 +144,13 @@ class Conv2dView(View):
             or layer.padding_mode != "zeros"
         ):
             return None
-        if isinstance(layer.padding, str):
-            return None
-        pairs = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        padding = layer.padding
+        if isinstance(padding, str):
+            left, right, top, bottom = layer._reversed_padding_repeated_twice
+            if (left, top) != (right, bottom):
+                return None
+            padding = (top, left)
+        pairs = (layer.kernel_size, layer.stride, padding, layer.dilation)
         kernel, stride, padding, dilation = ((int(p[0]), int(p[1])) for p in pairs)
         return cls(layer.in_channels, kernel, stride, padding, dilation)
 
@@ -298,6 +304,29 @@ VIEWS: tuple[type[View], ...] = (LinearView, TransposedView, Conv2dView, SliceVi
 def view_of(layer: nn.Module) -> View | None:
     """Return how a layer is seen as a matrix, or None if it is not one."""
     return next((view for kind in VIEWS if (view := kind.of(layer)) is not None), None)
+
+
+def _bare(layer: nn.Module) -> bool:
+    """Whether a module is a linear layer with a weight and a bias alone."""
+    inside = {*layer._parameters, *layer._buffers, *layer._modules}
+    return isinstance(layer, nn.Linear) and inside == {"weight", "bias"} and layer.weight.dim() == 2
+
+
+@functools.cache
+def computes_linear(kind: type[nn.Module]) -> bool:
+    """Whether a subclass of ``nn.Linear``, made anew, computes what that does, when it is called.
+
+    That of ``nn.MultiheadAttention`` is not called: its owner reads the weight.
+    """
+    if kind is nn.modules.linear.NonDynamicallyQuantizableLinear:
+        return False
+    x = torch.linspace(-3, 4, 12).view(4, 3)
+    try:
+        with torch.no_grad(), torch.device("cpu"):
+            made: list[Any] = [cast(Any, kind)(3, 2, bias=bias) for bias in (False, True)]
+            return all(torch.allclose(each(x), functional.linear(x, each.weight, each.bias)) for each in made)
+    except Exception:  # whatever others' classes raise
+        return False
 
 
 def kind_of(layer: nn.Module) -> type[nn.Module]:

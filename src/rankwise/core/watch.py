@@ -3,7 +3,7 @@
 import contextlib
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,13 +88,11 @@ class Watch:
         """
         paths = {name: self.stacks[name] for name in self.sites if name in self.stacks}
         reached = {name for name in paths if _reached(self.layers.get(name, {}))}
-        for name in self.sites:
-            if name not in paths and name not in self.layers:
-                raise CalibrationError(f"layer {name} was never reached by the data; leave it out with 'where'.")
-            if name not in paths and not all(statistic.count for statistic in self.layers[name].values()):
-                raise CalibrationError(f"the loss does not depend on layer {name}; leave it out with 'where'.")
-        for path in sorted(set(paths.values()) - {paths[name] for name in reached}):
-            raise CalibrationError(f"no matrix of {path} was reached by the data; leave it out with 'where'.")
+        alone = [name for name in self.sites if name not in paths]
+        _refuse([name for name in alone if name not in self.layers], "was never reached by the data")
+        useless = [name for name in alone if not all(each.count for each in self.layers[name].values())]
+        _refuse(useless, "has no part in the loss, as far as it was followed")
+        _refuse(sorted({*paths.values()} - {paths[name] for name in reached}), "was not reached in any matrix")
         for name in reached:
             for statistic in of_gradients(self.layers[name]):
                 statistic.count = self.entered[paths[name]]
@@ -181,6 +179,14 @@ class Watch:
         if self.leader.setdefault(name, found) != found:
             raise CalibrationError(f"layers {name} and {self.leader[name]} share inputs in some batches only.")
         return found
+
+
+def _refuse(names: Sequence[str], why: str) -> None:
+    """Raise CalibrationError about layers, if there are any."""
+    if names:
+        others = f", and {len(names) - 1} others: {', '.join(names[1:4])}" if len(names) > 1 else ""
+        more = " ..." if len(names) > 4 else ""
+        raise CalibrationError(f"layer {names[0]} {why}{others}{more}; leave them out with 'where'.")
 
 
 def _reached(stats: Stats) -> bool:

@@ -11,7 +11,7 @@ import torch
 from ..core.progress import track
 from ..matrices import LowRank, Quantized, StructuredMatrix, Sum
 from ..models.folded import Folded
-from ..models.load import tokenizer_of
+from ..models.load import config_from, tokenizer_of
 from .base import Exporter, Source
 from .ggml_architecture import add_sizes, architecture_of, frequency_divisors, row_order
 from .ggml_blocks import FLOATS, Stored, low_bit, plain
@@ -50,11 +50,10 @@ class Gguf(Exporter):
             ValueError: if llama.cpp has no such architecture or tokenizer, or there is nothing for an adapter.
         """
         import gguf
-        from transformers import AutoConfig
 
         folder = source.folder()
         weights = Folded(folder)
-        config = AutoConfig.for_model(**weights.config)
+        config = config_from(weights.config)
         architecture = architecture_of(config).name
         tensors, low_rank = self._tensors(weights, config, architecture)
         if self.adapter and not low_rank:

@@ -23,7 +23,7 @@ from .metric import Metric, metric_norm, metric_svd, truncated_factors
 from .newton_schulz import MUON, POLAR_EXPRESS, newton_schulz, odd_polynomials, odd_range
 from .orthonormal import draw_normal, orthonormal, power_steps, product, seeded
 from .packing import pack, pack_fitting, packed_bytes, unpack
-from .parabola import log_parabola
+from .parabola import falling, log_parabola
 from .pivoted_cholesky import Interpolation, pivoted_cholesky
 from .principal import principal_components
 from .random_matrices import gaussian, orthogonal
@@ -77,6 +77,7 @@ __all__ = [
     "encode",
     "exact",
     "expanded",
+    "falling",
     "feedback_factors",
     "feedback_range",
     "fit_entries",

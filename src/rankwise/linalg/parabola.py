@@ -3,9 +3,19 @@
 import torch
 from torch import Tensor
 
+NOISE = 1e-6  # share of the largest error below which a small one may be rounding
+
+
+def falling(errors: Tensor) -> bool:
+    """Whether (k,) errors fall from each to the next, and none of them to rounding noise.
+
+    Else they say nothing about errors in between: numbers that lie on a grid already are lost by a finer one.
+    """
+    return bool((errors.diff() < 0).all() and errors[-1] > NOISE * errors[0])
+
 
 def log_parabola(x: Tensor, errors: Tensor, at: Tensor) -> Tensor:
-    """Predict errors at (k,) places: their logarithm follows the parabola through three points.
+    """Predict errors at (k,) places: their logarithm follows the parabola through three, which should be falling.
 
     Args:
         x: (3,).

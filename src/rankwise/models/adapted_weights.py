@@ -15,7 +15,7 @@ from .classifier import NO_HEAD, load_classifier, new_head
 from .classifier_weights import ClassifierWeights
 from .folded import Folded, file_names
 from .lines import lines_of, lines_of_change, takes_any_type
-from .load import kind_of, load, quiet
+from .load import config_from, kind_of, load, quiet
 
 Source = Folded | ClassifierWeights
 BLOCK = 2**18  # numbers of a matrix that are made at a time
@@ -246,9 +246,7 @@ def open_weights(base: str | Path, adapter: AdapterFolder, memory: int | None) -
 
 
 def _without_values(config: Mapping[str, Any]) -> Any:
-    from transformers import AutoConfig
-
-    made = AutoConfig.for_model(**config)
+    made = config_from(config)
     with quiet(), torch.device("meta"):
         kind = kind_of(made)
         model: nn.Module = kind._from_config(made) if hasattr(kind, "_from_config") else kind.from_config(made)

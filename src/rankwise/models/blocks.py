@@ -166,7 +166,13 @@ class Chain:
             passed.append(change(call.x))
             return self.form(passed[-1])
 
-        self._run(batch, stand_in)
+        try:
+            self._run(batch, stand_in)
+        except RuntimeError as error:  # of shapes that do not fit
+            raise ValueError(
+                f"the blocks at {self.path} do not all keep the shape of the hidden state ({error}); compress in "
+                "memory, all at once."
+            ) from error
         if len(passed) != len(self.blocks):
             raise ValueError(f"only {len(passed)} of the {len(self.blocks)} blocks at {self.path} were run.")
         return found

@@ -45,6 +45,7 @@ class Checkpoint:
             kind: Any = kind_of(self.config)
             build = kind._from_config if hasattr(kind, "_from_config") else kind.from_config
             self.model: Any = build(copy.deepcopy(self.config), dtype=self.dtype)
+        empty(self.model)  # some modules give their parameters values in spite of the device
         self.model.eval().requires_grad_(False)
         self.loading: Any = self._loading()
         self.places = self._places()
@@ -184,6 +185,8 @@ class Checkpoint:
 def empty(module: nn.Module) -> None:
     """Let go of the values that a checkpoint would fill; shapes and types stay."""
     for path, tensor in module.state_dict(keep_vars=True).items():
+        if tensor.is_meta:
+            continue
         parent, _, name = path.rpartition(".")
         owner, bare = module.get_submodule(parent), tensor.detach().to("meta")
         if isinstance(getattr(owner, name), nn.Module):

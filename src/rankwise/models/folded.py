@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.stacks import Stack, stacks
 from ..core.surgery import StructuredLinear, structured
 from ..matrices import StructuredMatrix, from_spec
-from .load import check_files, kind_of
+from .load import check_files, config_from, kind_of
 from .quantizer import FORMAT, METHOD, install
 
 
@@ -36,7 +36,6 @@ class Folded(Mapping[str, Tensor]):
     """
 
     def __init__(self, folder: str | Path) -> None:
-        from transformers import AutoConfig
         from transformers.core_model_loading import revert_weight_conversion
 
         self.folder = Path(folder)
@@ -49,7 +48,7 @@ class Folded(Mapping[str, Tensor]):
         self._cut: dict[str, str] = {}  # tensor of an ordinary file -> path of the stack that it is cut from
         self._whole: tuple[str, Mapping[str, Tensor]] = "", {}
         if groups:
-            config = AutoConfig.for_model(**self.config)
+            config = config_from(self.config)
             with torch.device("meta"):
                 kind = kind_of(config)
                 model = kind._from_config(config) if hasattr(kind, "_from_config") else kind.from_config(config)

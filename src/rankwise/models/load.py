@@ -3,7 +3,7 @@
 import contextlib
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,20 @@ def _model(folder: Path, dtype: torch.dtype | None, trust: bool) -> Any:
             f"{len(unread)} tensors of {folder} are not used: {', '.join(unread[:3])} ...", stacklevel=3
         )
     return model.eval()
+
+
+def config_from(data: Mapping[str, Any]) -> Any:
+    """Make a config from what ``config.json`` holds, where infinities are written as words."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**{name: _with_infinities(value) for name, value in data.items()})
+
+
+def _with_infinities(value: Any) -> Any:
+    if isinstance(value, dict):
+        word = value.get("__float__")
+        return {k: _with_infinities(v) for k, v in value.items()} if word is None else float(word)
+    return [_with_infinities(each) for each in value] if isinstance(value, list) else value
 
 
 def kind_of(config: Any) -> Any:

@@ -181,7 +181,7 @@ class Sweeps:
 
     def _before(self) -> None:
         """Run what comes before the blocks, and back to it if gradients are needed."""
-        if not self.parts[OUTSIDE]:
+        if not self.parts[OUTSIDE] or not self.needs:
             return
 
         def each(b: int, batch: Batch, watch: Watch) -> Mapping[str, Tensor]:
@@ -212,7 +212,7 @@ class Sweeps:
         """
 
         def make(folder: Path) -> dict[str, Any]:
-            watch = Watch(sites, self.needs)
+            watch = Watch(sites if self.needs else {}, self.needs)
             filled = contextlib.nullcontext() if part is None else self.checkpoint.filled(part)
             with filled, torch.no_grad():
                 for b, batch in enumerate(self.batches):

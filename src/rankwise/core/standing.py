@@ -1,0 +1,57 @@
+"""What a module gets that reads the weight of a structured layer instead of calling the layer."""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..matrices import StructuredMatrix
+
+_PRODUCTS = (torch.matmul, torch.mm, Tensor.__matmul__, Tensor.matmul, Tensor.mm)
+_FLIPPED: Any = (Tensor.T, Tensor.mT)
+_TRANSPOSES = (torch.t, Tensor.t, *(each.__get__ for each in _FLIPPED))
+
+
+class Standing(Tensor):
+    """An empty tensor with the type and place of a weight, whose products with others are those of the matrix.
+
+    So ``linear(x, weight)``, ``x @ weight.T`` and ``weight @ x`` compute what they did. Whatever else is done
+    with it is done with an empty tensor.
+    """
+
+    matrix: StructuredMatrix
+    transposed: bool
+
+    @classmethod
+    def of(cls, empty: Tensor, matrix: StructuredMatrix, transposed: bool = False) -> Self:
+        """Stand for an (m, n) matrix, or its transpose."""
+        found = empty.as_subclass(cls)
+        found.matrix, found.transposed = matrix, transposed
+        return found
+
+    def rows(self, x: Tensor, adjoint: bool) -> Tensor:
+        """Apply the matrix, (..., n) -> (..., m), or its adjoint."""
+        return self.matrix.adjoint(x) if adjoint else self.matrix(x)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Compute products; say what to do where something else does not work with an empty tensor."""
+        match args:
+            case (Standing() as w,) if func in _TRANSPOSES:
+                return cls.of(w.as_subclass(Tensor), w.matrix, not w.transposed)
+            case (Tensor() as x, Standing() as w, *more) if func is functional.linear:
+                y, bias = w.rows(x, w.transposed), more[0] if more else (kwargs or {}).get("bias")
+                return y if bias is None else y + bias
+            case (Standing() as w, Tensor() as x) if func in _PRODUCTS:
+                return w.rows(x, w.transposed) if x.dim() == 1 else w.rows(x.mT, w.transposed).mT
+            case (Tensor() as x, Standing() as w) if func in _PRODUCTS:
+                return w.rows(x, not w.transposed)
+        try:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        except RuntimeError as error:
+            raise ValueError(
+                f"the weight of a structured layer is used by {getattr(func, '__name__', func)} ({error}), where "
+                "only products with it are known; fold the layer, or leave it out with 'where'."
+            ) from error

@@ -1,0 +1,75 @@
+"""Modules that read the weight of a structured layer compute what they did."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import rankwise
+from rankwise.adapters import Lora
+from rankwise.compressors import PlainSvd
+from rankwise.core.surgery import StructuredLinear
+from rankwise.matrices import LowRank
+
+
+def test_products_are_those_of_the_matrix():
+    generator = torch.Generator().manual_seed(0)
+    left, right, x, z = (torch.randn(*s, generator=generator).double() for s in ((5, 2), (2, 7), (3, 7), (4, 7, 6)))
+    layer, dense = StructuredLinear(LowRank(left, right)), left @ right
+    weight = layer.weight
+    for found, wanted in (
+        (functional.linear(x, weight), x @ dense.mT),
+        (functional.linear(x, weight, torch.ones(5).double()), x @ dense.mT + 1),
+        (x @ weight.T, x @ dense.mT),
+        (torch.matmul(x, weight.t()), x @ dense.mT),
+        (weight @ z, dense @ z),
+        (weight @ x[0], dense @ x[0]),
+        (z.mT[..., :5] @ weight, z.mT[..., :5] @ dense),
+        (weight.mT @ z[0, :5], dense.mT @ z[0, :5]),
+    ):
+        torch.testing.assert_close(found, wanted)
+        assert type(found) is torch.Tensor
+
+
+def test_it_is_an_empty_tensor_else():
+    layer = StructuredLinear(LowRank(torch.ones(5, 2), torch.ones(2, 7)))
+    assert (layer.weight.numel(), layer.weight.dtype) == (0, torch.float32)
+    assert layer.to(torch.float64).weight.dtype == torch.float64
+    for each in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert {*each.state_dict()} == {"weight", "matrix.left", "matrix.right"}
+        assert type(each.state_dict()["weight"]) is torch.Tensor
+    with pytest.raises(ValueError, match=r"used by view .*fold the layer, or leave it out"):
+        layer.weight.view(7, 5)
+
+
+def test_fast_paths_of_torch_step_aside():
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model, x = nn.TransformerEncoder(block, 2, enable_nested_tensor=False).eval(), torch.randn(2, 6, 16)
+    with torch.no_grad():
+        before = model(x)
+        rankwise.adapt(model, Lora(rank=2))
+        torch.testing.assert_close(model(x), before)
+
+
+def test_a_weight_that_multiplies_from_the_left():
+    class Steps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dt_proj = nn.Linear(4, 12)
+
+        def forward(self, x):
+            return (self.dt_proj.weight @ x.mT).mT + self.dt_proj.bias
+
+    torch.manual_seed(0)
+    model, x = Steps(), torch.randn(2, 5, 4)
+    before = model(x)
+    rankwise.adapt(model, Lora(rank=2))
+    torch.testing.assert_close(model(x), before)
+    rankwise.fold(model)
+    rankwise.compress(model, PlainSvd(), keep=0.9)
+    found = model(x)
+    torch.testing.assert_close(found, rankwise.fold(model)(x))
