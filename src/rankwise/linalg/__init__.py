@@ -23,7 +23,7 @@ from .metric import Metric, metric_norm, metric_svd, truncated_factors
 from .newton_schulz import MUON, POLAR_EXPRESS, newton_schulz, odd_polynomials, odd_range
 from .orthonormal import draw_normal, orthonormal, power_steps, product, seeded
 from .packing import pack, pack_fitting, packed_bytes, unpack
-from .parabola import falling, log_parabola
+from .parabola import falling, log_linear, log_parabola
 from .pivoted_cholesky import Interpolation, pivoted_cholesky
 from .principal import principal_components
 from .random_matrices import gaussian, orthogonal
@@ -99,6 +99,7 @@ __all__ = [
     "largest_in_groups",
     "leading_pair",
     "learned_dictionary",
+    "log_linear",
     "log_parabola",
     "magnitude",
     "matching_pursuit",

@@ -62,7 +62,11 @@ def load_classifier(
     drawn = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
     inside = [name for name in found["missing_keys"] if not is_head(model, name)]
     if inside:
-        raise ValueError(f"{sorted(inside)[0]} is not in the checkpoint, as {len(inside)} tensors in all.")
+        raise ValueError(
+            f"{sorted(inside)[0]} is not in the checkpoint, as {len(inside)} tensors in all. Where it is new as "
+            "the head is, such as a pooler, let transformers make the classifier "
+            "(AutoModelForSequenceClassification.from_pretrained), save it, and give that folder."
+        )
     setattr(model, NEW, frozenset(drawn))
     return model.eval(), tokenizer
 
