@@ -61,6 +61,8 @@ def compress_folder(
 ) -> Report:
     """Compress a checkpoint that does not fit in memory; the result is what :func:`compress` and ``save`` make.
 
+    Of mixtures of experts in half precision it is so up to rounding, as gradients are added up in another order.
+
     In memory are the embeddings, the head, one block, the statistics of one block and the activations of one
     batch. All else is on disk, in the folder ``<out>.partial`` beside ``out``: hidden states and their gradients
     for each block, statistics (for each layer a square of its inputs and one of its outputs in float32, more
