@@ -95,6 +95,8 @@ def assemble(config: Any, shards: Sequence[Path], source: Path, work: Path, fold
         for file in sorted(file for pattern in SMALL for file in source.glob(pattern)):
             if file.name not in ("config.json", INDEX):
                 shutil.copyfile(file, temporary / file.name)
+        for file in temporary.iterdir():
+            sync(file)
         sync(temporary)
         if folder.exists():
             folder.rmdir()
