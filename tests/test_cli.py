@@ -1,18 +1,21 @@
 """The command line on a tiny random language model: results, files, and one-line errors."""
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import WORDS, saved
+from tiny import WORDS, gpt2, saved, worded
 from typer.testing import CliRunner, Result
 
 from rankwise import Report, __version__, compressors
 from rankwise.cli import app
 from rankwise.cli.files import Text
 from rankwise.cli.work import cut
+from rankwise.core import running
 from rankwise.quickstart import quickstart
 
 
@@ -44,8 +47,9 @@ def run(*words: object) -> Result:
 
 def small(folder: Path, text: Path, *more: object) -> list[object]:
     """The words of a quick ``compress``; later ones win."""
-    sizes = ["--calibration-tokens", 512, "--window", 64, "--max-tokens", 512, "--eval-window", 64]
-    return ["compress", folder, "--keep", 0.8, "--data", text, *sizes, *more]
+    sizes = ["--calibration-tokens", 512, "--window", 64]
+    judged = ["--max-tokens", 512, "--eval-window", 64] if "--eval" in more else []
+    return ["compress", folder, "--keep", 0.8, "--data", text, *sizes, *judged, *more]
 
 
 def refused(result: Result, *expected: str) -> None:
@@ -224,7 +228,8 @@ def test_bad_keep(folder, text, keep):
         (["--labels", "mine"], ["sampled, data"]),
         (["--dtype", "int8"], ["bfloat16"]),
         (["--where", "("], ["regular expression"]),
-        (["--where", "nothing_like_it"], ["no layer was selected"]),
+        (["--where", "nothing_like_it"], ["--where 'nothing_like_it' fits no name"]),
+        (["--where", "norm"], ["no layer was selected"]),
         (["--window", "1"], ["--window must be at least 2"]),
         (["--calibration-tokens", "0"], ["--calibration-tokens must be at least 1"]),
         (["--data", "self"], ["cannot be combined"]),
@@ -419,6 +424,93 @@ def test_compress_a_stream(folder, text, tmp_path):
     without = ["compress", folder, "--keep", 0.8, "--stream", "--out", tmp_path / "x"]
     refused(run(*without), "--data")
     assert run(*without, "--method", "plain-svd").exit_code == 0
+
+
+@pytest.mark.parametrize("more", [[], ["--sequential"], ["--stream", "--out", "out"]])
+def test_tokens_and_windows_must_fit_the_model(text, tmp_path, monkeypatch, more):
+    monkeypatch.chdir(tmp_path)
+    for name, size in (("short", len(WORDS) + 3), ("few", 64)):
+        gpt2(vocab_size=size).save_pretrained(name)
+        worded().save_pretrained(name)
+    refused(run(*small(Path("short"), text, *more)), "window 64 is longer than the 32 positions")
+    refused(run(*small(Path("few"), text, "--window", 16, *more)), "vocabulary has 64 entries", "own tokenizer")
+    assert run(*small(Path("short"), text, "--window", 32, *more)).exit_code == 0
+
+
+def test_a_model_without_a_tokenizer_is_named(text, tmp_path):
+    gpt2().save_pretrained(tmp_path / "bare")
+    refused(run(*small(tmp_path / "bare", text)), "the model has no tokenizer")
+    refused(run("evaluate", tmp_path / "bare", "--text", f"words={text}", "--window", 16), "has no tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--stream", "--out", "out", "--heal", "10s"], ["--stream does not heal"]),
+        (["--heal", "10s", "--heal-also", "zzz"], ["--heal-also 'zzz' fits no name"]),
+        (["--heal-lr", 1e-4], ["--heal-lr needs --heal"]),
+        (["--heal", "10s", "--heal-lr", "inf"], ["--heal-lr must be a number > 0, got inf"]),
+        (["--latency-rows", 8], ["--latency-rows needs --of latency"]),
+        (["--max-tokens", 64], ["--max-tokens needs --eval"]),
+        (["--eval-window", 64], ["--eval-window needs --eval"]),
+        (["--method", "plain-svd"], ["--data needs a method that reads data, unlike plain-svd"]),
+        (["--method", "plain-svd", "--sequential", "--labels", "data"], ["--labels needs a method"]),
+        (["--json", "a/../x", "--html", "x"], ["--json and --html are both"]),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(folder, text, tmp_path, monkeypatch, words, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    refused(run(*small(folder, text, *words)), *expected)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_figures_go_through_links_and_into_pipes(folder, tmp_path):
+    target, link, pipe = tmp_path / "target.json", tmp_path / "link.json", tmp_path / "pipe"
+    target.write_text("old")
+    link.symlink_to(target)
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(pipe.read_text)
+        assert run("inspect", folder, "--json", link, "--html", pipe).exit_code == 0
+        assert "<svg" in read.result(timeout=20)
+    assert link.is_symlink()
+    assert len(json.loads(target.read_text())["layers"]) == 14
+    assert pipe.is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.json", "pipe", "target.json"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only some systems have a device that is always full")
+def test_a_full_disk_is_named(folder):
+    refused(run("inspect", folder, "--json", "/dev/full"), "/dev/full could not be written: No space left")
+
+
+def test_an_unexpected_error_is_one_line(folder, text, monkeypatch):
+    def broken(*_: object) -> None:
+        raise IndexError("out of range")
+
+    monkeypatch.setattr(compressors.KroneckerFactoredSvd, "choices", broken)
+    result = run(*small(folder, text))
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == "error: IndexError: out of range (rankwise --debug ... shows where)"
+    assert isinstance(run("--debug", *small(folder, text)).exception, IndexError)
+
+
+def test_a_stopped_healing_says_how_to_go_on(folder, text, tmp_path, monkeypatch):
+    def stopped(self: running.Run) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running.Run, "_step", stopped)
+    result = run(*small(folder, text, "--heal", "20s", "--heal-checkpoint", tmp_path / "state"))
+    assert result.exit_code == 130
+    assert "the same command goes on from it" in result.stderr
+    assert "goes on" not in run(*small(folder, text, "--heal", "20s")).stderr
+
+
+def test_all_may_read_a_saved_model(folder, tmp_path):
+    run("compress", folder, "--keep", 0.5, "--method", "plain-svd", "--out", tmp_path / "out")
+    wanted = (tmp_path / "out").stat().st_mode & 0o666
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {wanted}
 
 
 def test_export_writes_a_folder_and_lists_its_files(folder, tmp_path):

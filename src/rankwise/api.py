@@ -44,6 +44,7 @@ from .matrices.several import is_weights
 from .measures.spectral import SpectralMeasure, singular_values
 from .models import forget, sample
 from .models.blocks import Chain, find_blocks
+from .models.causal import check_tokens
 
 Data = Literal["self"] | Tensor | Iterable[Batch] | Statistics
 
@@ -353,9 +354,10 @@ def _statistics(
 def _batches(
     model: nn.Module, data: Literal["self"] | Tensor | Iterable[Batch], tokens: int, window: int, seed: int
 ) -> Sequence[Batch]:
-    return batches_of(
-        sampled(model, data, tokens, window, seed) if isinstance(data, str) else data, window=window
-    )
+    data = sampled(model, data, tokens, window, seed) if isinstance(data, str) else data
+    batches = batches_of(data, window=window)
+    check_tokens(model, batches)
+    return batches
 
 
 def sampled(model: nn.Module, data: str, tokens: int, window: int, seed: int) -> Tensor:

@@ -35,6 +35,7 @@ from .core.steps import Steps, write_tensors
 from .core.surgery import Where, replace, select
 from .matrices import StructuredMatrix
 from .models.blocks import Chain, find_blocks
+from .models.causal import check_tokens
 from .models.checkpoint import Checkpoint
 from .models.model_files import assemble, tensors_of, verify, with_specs
 from .models.sequential import Sequential, without_cache
@@ -144,6 +145,7 @@ class _Run:
         self.chain = Chain(self.model, find_blocks(self.model))
         self.parts = parts_of(self.chain, self.sites)
         loss, batches = labels or label_kinds.automatic, [] if data is None else batches_of(data, window=window)
+        check_tokens(self.model, batches)
         about = {
             "checkpoint": self.checkpoint.identity(),
             "dtype": str(self.checkpoint.dtype),

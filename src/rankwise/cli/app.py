@@ -18,11 +18,18 @@ class _Group(TyperGroup):
         except (ValueError, TypeError, OSError) as error:
             if ctx.params.get("debug"):
                 raise
-            say(f"error: {' '.join(str(error).split()) or type(error).__name__}")
+            say(f"error: {_one_line(error) or type(error).__name__}")
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
             say("interrupted; no output was left half-written.")
             raise typer.Exit(130) from error
+        except (typer.Exit, typer.Abort):  # which are errors at run time, too
+            raise
+        except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError) as error:
+            if ctx.params.get("debug"):
+                raise
+            say(f"error: {type(error).__name__}: {_one_line(error)} (rankwise --debug ... shows where)")
+            raise typer.Exit(1) from error
 
 
 app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -36,6 +43,10 @@ def main() -> None:
 def say(text: str) -> None:
     """Write one line for people on standard error."""
     typer.echo(text, err=True)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _version(wanted: bool) -> None:

@@ -63,12 +63,23 @@ def data_texts(words: Sequence[str]) -> list[Text]:
 
 
 def check_file(flag: str, path: Path | None) -> None:
-    """Raise unless a file can be written at a path."""
+    """Raise unless a file can be written at a path, or into what is there and is no ordinary file."""
     if path is None:
         return
     if path.is_dir():
         raise ValueError(f"{flag} {path} is a folder; give the path of a file.")
-    _check_parent(flag, path)
+    if not path.exists() or path.is_file():
+        _check_parent(flag, path.resolve())
+    elif not os.access(path, os.W_OK):
+        raise ValueError(f"{flag} {path} cannot be written; give another path.")
+
+
+def check_files(json: Path | None, html: Path | None) -> None:
+    """Raise unless both files of a report can be written."""
+    check_file("--json", json)
+    check_file("--html", html)
+    if json is not None and html is not None and json.resolve() == html.resolve():
+        raise ValueError(f"--json and --html are both {json}; give each a path of its own.")
 
 
 def check_folder(flag: str, path: Path | None) -> None:

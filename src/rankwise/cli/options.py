@@ -227,6 +227,13 @@ def where_option(pattern: str | None, flag: str = "--where") -> Where | None:
     return where
 
 
+def check_matches(flag: str, pattern: str | None, names: Collection[str]) -> None:
+    """Raise if a regular expression is given that fits none of the names."""
+    if pattern is not None and not any(re.search(pattern, name) for name in names):
+        close = difflib.get_close_matches(pattern, names, n=1, cutoff=0)
+        raise ValueError(f"{flag} {pattern!r} fits no name in the model, where names are such as {close[0]}.")
+
+
 def duration(flag: str, text: str) -> float:
     """Read a time such as 90s, 10m or 1.5h, in seconds.
 
@@ -238,6 +245,13 @@ def duration(flag: str, text: str) -> float:
     if found is None or not float(found[1]) > 0:
         raise ValueError(f"{flag} takes a time such as 90s, 10m or 1h, got {text!r}.")
     return float(found[1]) * units[found[2]]
+
+
+def only_with(needed: str, there: bool, given: Mapping[str, Any]) -> None:
+    """Raise if flags are given that do nothing without another one."""
+    for flag, value in given.items():
+        if value is not None and not there:
+            raise ValueError(f"{flag} needs {needed}.")
 
 
 def at_least(flag: str, value: int | None, least: int) -> None:

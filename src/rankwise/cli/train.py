@@ -22,12 +22,11 @@ from ..core.supervision import CHECKPOINT
 from ..core.tensorboard import tensorboard
 from .app import app, say
 from .arguments import Json, Settings
-from .files import check_file, check_folder, data_texts, write_report
+from .files import check_files, check_folder, data_texts, write_report
 from .options import at_least, build, pick, registry
 from .several import first_first, launched
-from .work import DTYPES, in_words, partial_folder
+from .work import DTYPES, TOKENIZER, in_words, partial_folder, stopped
 
-TOKENIZER = "tokenizer"
 Files = Annotated[list[str], typer.Option("--data", help="Texts, also .gz, .xz and .jsonl; topics or python.")]
 Judges = Annotated[list[str] | None, typer.Option("--eval", help="Judge by these, not by a part of --data.")]
 
@@ -122,9 +121,8 @@ def train(
         json = html = logs = None
     with first_first():
         check_folder("--out", out)
-        check_file("--json", json)
-        check_file("--html", html)
-        state = partial_folder(out, resume or not leads())
+        check_files(json, html)
+        state = partial_folder(out, resume or (out is not None and not leads()))
         say(f"loading {model}")
         network, words_of = _model(model, tokenizer, data, precision, seed, state)
     from .. import models, pretraining
@@ -170,7 +168,7 @@ def train(
                 seed=seed,
             )
         except KeyboardInterrupt:
-            if state is not None and state.exists():
+            if stopped(state):
                 say(f"stopped; the checkpoint is in {state}, and the same command with --resume goes on from it")
             raise
     if not leads():
@@ -259,7 +257,7 @@ def _tokenizer(words: str, data: Sequence[str], size: int, state: Path | None) -
         return models.byte_tokenizer()
     if words != "pairs":
         return models.load_tokenizer(words)
-    if state is not None and (state / TOKENIZER).is_dir():
+    if state is not None and (state / TOKENIZER).is_dir() and (stopped(state) or not leads()):
         return models.load_tokenizer(state / TOKENIZER)
     say("training a tokenizer")
     made = models.trained_tokenizer([text for _, text in _texts(data)], size)
