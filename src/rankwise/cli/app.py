@@ -5,6 +5,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from ..core.progress import listening
+
 
 class _Group(TyperGroup):
     """Turns errors about input into one line on standard error and exit code 2."""
@@ -12,7 +14,8 @@ class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
         try:
-            return super().invoke(ctx)
+            with listening(say):
+                return super().invoke(ctx)
         except BrokenPipeError:
             raise
         except (ValueError, TypeError, OSError) as error:

@@ -20,6 +20,7 @@ from .app import say
 from .files import Text, write_report
 from .options import at_least, only_with
 
+ENOUGH = 0.5  # share of the calibration tokens, below which there is a word of warning
 TOKENIZER = "tokenizer"  # beside a checkpoint
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 LABELS = {"sampled": kinds.sampled, "data": kinds.given}
@@ -158,6 +159,9 @@ def cut(
                 "lower --calibration-tokens or --max-tokens."
             )
     heads = [ids[:limit] for ids in whole.values()]
+    found, wanted = sum(map(len, heads)), limit * len(heads)
+    if found < ENOUGH * wanted:
+        say(f"--data has only {found:,} of the {wanted:,} tokens that calibration would read; more is better")
     return heads, [ids[: len(ids) - scored.get(origin, 0)] for origin, ids in whole.items()], tails
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..core.spelling import meant
 from .embedded import EMBEDDED, embedded_folder
 from .gguf import from_gguf
 from .quantizer import register_when_ready
@@ -75,7 +77,7 @@ def find(source: str | Path, trust: bool = False) -> Path:
     if path.is_file():
         raise ValueError(f"{name} is a file that cannot be read as a model; {accepted}.")
     if not is_hub_id(name):
-        raise ValueError(f"{name} does not exist; {accepted}.")
+        raise ValueError(f"{name} does not exist; {meant(name, EMBEDDED)}{accepted}.")
     return _from_hub(name, trust)
 
 
@@ -169,15 +171,19 @@ def tokenizer_of(folder: Path, trust: bool = False) -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers from printing what becomes an error or a warning here."""
+    """Keep transformers from printing what becomes an error or a warning here, and bars where no terminal is."""
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled() and not sys.stderr.isatty()
     logging.set_verbosity_error()
+    if bars:
+        logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _one_line(error: Exception) -> str:
