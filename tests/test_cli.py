@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from tiny import WORDS, gpt2, saved, worded
 from typer.testing import CliRunner, Result
 
 from rankwise import Report, __version__, compressors
-from rankwise.cli import app
-from rankwise.cli.files import Text
+from rankwise.cli import app, main
+from rankwise.cli.files import Text, data_texts, named_texts
 from rankwise.cli.work import cut
 from rankwise.core import running
 from rankwise.quickstart import quickstart
@@ -536,3 +537,45 @@ def test_export_refuses_in_one_line(folder, tmp_path):
     refused(run("export", tmp_path / "nowhere", "--to", "dense", *out), "nowhere", "does not exist")
     refused(run("export", folder, "--to", "dense", "--out", folder), "exists already")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_lines_are_read_as_texts_everywhere(folder, text, tmp_path):
+    lines, plain = tmp_path / "lines.jsonl", tmp_path / "plain.txt"
+    halves = text.read_text()[:4000], text.read_text()[4000:]
+    lines.write_text("".join(json.dumps({"text": half}) + "\n" for half in halves))
+    plain.write_text("\n".join(halves))
+    (first,), (second,) = data_texts([str(lines)]), data_texts([str(plain)])
+    assert first.content == second.content
+    (judge,) = named_texts("--eval", [f"mine={lines}"])
+    assert judge.content == second.content
+    assert judge.origin == first.origin  # so that an overlap is seen
+    figures = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path, file in zip((lines, plain), figures, strict=True):
+        assert run("evaluate", folder, "--text", f"w={path}", "--window", 64, "--json", file).exit_code == 0
+    one, two = (json.loads(file.read_text())["texts"][0]["perplexity"] for file in figures)
+    assert one == two
+
+
+def test_little_data_is_told(folder, text, tmp_path):
+    (tmp_path / "few.txt").write_text(" ".join(WORDS[:21]))
+    assert "only 21 of the 512 tokens" in run(*small(folder, tmp_path / "few.txt", "--keep", 0.5)).stderr
+    assert "only" not in run(*small(folder, text, "--method", "whitened-svd")).stderr
+
+
+def test_the_list_is_plain_text():
+    assert ":class:" not in run("list").stdout
+    assert "`" not in run("list").stdout.replace("`rankwise", "")
+
+
+def test_weights_of_adapters_name_the_formats(folder, tmp_path):
+    words = ["--to", "dense", "--out", tmp_path / "out", "--weights", "0.5"]
+    refused(run("export", folder, *words), "--weights, are for --to", "merged", "not for --to dense")
+
+
+def test_warnings_are_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(warnings, "showwarning", None)
+    monkeypatch.setattr("sys.argv", ["rankwise", "--version"])
+    with pytest.raises(SystemExit):
+        main()
+    warnings.showwarning(RuntimeWarning("step 3\nis skipped"), RuntimeWarning, "file.py", 7)
+    assert capsys.readouterr().err == "warning: step 3 is skipped\n"

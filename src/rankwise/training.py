@@ -16,7 +16,7 @@ from .core.data import batches_of, digest_of_batches, parted
 from .core.fingerprint import fingerprint
 from .core.healing import Likeness, still
 from .core.memory import peak_memory_bytes
-from .core.methods import Start
+from .core.methods import Start, check_function
 from .core.modes import in_float32
 from .core.plan import Plan
 from .core.progress import track
@@ -97,6 +97,7 @@ def heal(
     if not 0 < held_out < 1:
         raise ValueError(f"held_out must be > 0 and < 1, got {held_out}.")
     check_rate(lr)
+    check_function("also", also, "a function of the name of a parameter")
     matrices = _to_heal(model)
     if also is not None and not any(also(name) for name, _ in model.named_parameters()):
         raise ValueError("'also' accepts no parameter of the model.")

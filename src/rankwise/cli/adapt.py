@@ -15,7 +15,7 @@ from ..core.report import Report
 from .app import app, say
 from .arguments import Dtype, Json, Model, Settings, WherePattern
 from .files import check_files, check_folder, write_report
-from .options import at_least, build, check_matches, pick, registry, where_option
+from .options import at_least, build, check_matches, check_seed, pick, registry, where_option
 from .work import DTYPES, in_words, partial_folder, stopped
 
 ASIDE = 0.1  # share of the examples that judges where there is no --eval
@@ -68,6 +68,7 @@ def adapt(
     at_least("--window", window, 2)
     at_least("--patience", patience, 1)
     at_least("--calibration-tokens", calibration_tokens, 1)
+    check_seed(seed)
     for flag, value in (("--lr", lr), ("--clip", clip), ("--epochs", epochs)):
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{flag} must be a positive number, got {value}.")

@@ -1,5 +1,6 @@
 """The application, and how errors reach the user: one line, and an exit code."""
 
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -40,6 +41,7 @@ app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, pretty
 
 def main() -> None:
     """Run the command line; the entry point of the console script."""
+    warnings.showwarning = _show
     app(prog_name="rankwise")
 
 
@@ -48,7 +50,12 @@ def say(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def _one_line(error: Exception) -> str:
+def _show(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Show a warning without the place in the code, which says nothing to who uses commands."""
+    say(f"warning: {_one_line(message)}")
+
+
+def _one_line(error: Exception | str) -> str:
     return " ".join(str(error).split())
 
 

@@ -32,7 +32,17 @@ from .arguments import (
     Window,
 )
 from .files import check_files, check_folder, data_texts, named_texts
-from .options import at_least, build_mix, check_matches, duration, only_with, pick, registry, where_option
+from .options import (
+    at_least,
+    build_mix,
+    check_matches,
+    check_seed,
+    duration,
+    only_with,
+    pick,
+    registry,
+    where_option,
+)
 from .work import DTYPES, LABELS, Work, check_sizes, cut, file_bytes, judging, show
 
 
@@ -87,6 +97,7 @@ def compress(
     same command is given again; what it needs for that lies in the folder OUT.partial until OUT is complete.
     """
     check_sizes(keep, calibration_tokens, window)
+    check_seed(seed)
     sizes = judging(bool(eval_), max_tokens, eval_window)
     at_least("--latency-rows", latency_rows, 1)
     from .. import allocators, compressors

@@ -24,7 +24,7 @@ from .arguments import (
     Window,
 )
 from .files import check_files, check_folder, data_texts, named_texts
-from .options import at_least, build, check_matches, pick, where_option
+from .options import at_least, build, check_matches, check_seed, pick, where_option
 from .work import DTYPES, LABELS, Work, check_sizes, judging
 
 
@@ -53,6 +53,7 @@ def narrow(
     Fields for --set are input_shrinkage, input_damping and output_damping.
     """
     check_sizes(keep, calibration_tokens, window)
+    check_seed(seed)
     sizes = judging(bool(eval_), max_tokens, eval_window)
     at_least("--multiple-of", multiple_of, 1)
     from ..compressors.loss_metric import Regularisers

@@ -80,8 +80,9 @@ def _ids_of(batch: Batch) -> Tensor | None:
         ids = batch.get("input_ids")
     else:
         ids = batch if isinstance(batch, Tensor) else batch[0]
-    known = isinstance(ids, Tensor) and ids.dim() == 2 and ids.dtype in (torch.int64, torch.int32)
-    return ids if known and ids.numel() else None
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
+        return None
+    return ids if ids.numel() else None
 
 
 @contextlib.contextmanager
