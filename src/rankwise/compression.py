@@ -30,7 +30,7 @@ def check_arguments(method: Compressor, keep: float, of: Unit) -> None:
 def check_keep(keep: float) -> None:
     """Raise unless a number is a share to keep."""
     if isinstance(keep, (bool, str)) or not 0 < keep <= 1:
-        raise ValueError(f"keep must be a number > 0 and <= 1, got {keep!r}.")
+        raise ValueError(f"keep must be > 0 and <= 1, got {keep!r}.")
 
 
 def check_weights(sites: Mapping[str, Site]) -> None:
