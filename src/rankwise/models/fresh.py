@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ..core.spelling import meant
-from .load import find, is_hub_id, quiet
+from .load import find, is_hub_id
+from .quiet import quiet
 
 SHORT = {
     "hidden": "hidden_size",

@@ -1,10 +1,7 @@
 """Load a model by folder, hub id, GGUF file or embedded name."""
 
-import contextlib
 import re
-import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from ..core.spelling import meant
 from .embedded import EMBEDDED, embedded_folder
 from .gguf import from_gguf
 from .quantizer import register_when_ready
+from .quiet import quiet
 
 BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")  # what stands beside the weights
 _TOKENIZERS = ("tokenizer*", "vocab.*", "spiece.model", "sentencepiece*", "*.tiktoken")
@@ -167,23 +165,6 @@ def tokenizer_of(folder: Path, trust: bool = False) -> Any:
     if not any(next(folder.glob(pattern), None) for pattern in _TOKENIZERS):
         return None
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers from printing what becomes an error or a warning here, and bars where no terminal is."""
-    from transformers.utils import logging
-
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled() and not sys.stderr.isatty()
-    logging.set_verbosity_error()
-    if bars:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _one_line(error: Exception) -> str:

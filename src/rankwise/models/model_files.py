@@ -16,8 +16,8 @@ from ..core.adapted import adapted
 from ..core.files import new_folder, sync, write_text
 from ..core.stacks import stacks
 from ..core.surgery import StructuredLinear, structured
-from .load import quiet
 from .quantizer import FORMAT, METHOD, describe
+from .quiet import quiet
 
 INDEX = "model.safetensors.index.json"
 SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")  # files beside the weights
