@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny import llama
+from tiny import gpt2, llama
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -202,6 +202,14 @@ def broken() -> LlamaForCausalLM:
     [
         (llama, {"keep": 0.0}, ValueError, "keep must be > 0"),
         (llama, {"keep": 1.5}, ValueError, "keep must be > 0 and <= 1, got 1.5"),
+        (llama, {"keep": "0.5"}, ValueError, "keep must be > 0 and <= 1, got '0.5'"),
+        (llama, {"keep": True}, ValueError, "keep must be > 0 and <= 1, got True"),
+        (llama, {"where": "mlp"}, TypeError, "where must be a function of .name, module., or None, got 'mlp'"),
+        (llama, {"allocate": "uniform"}, TypeError, "allocate must be a function from rankwise.allocators"),
+        (llama, {"labels": "data"}, TypeError, "labels must be a function from rankwise.core.labels"),
+        (llama, {"data": ids() + 64}, ValueError, "the data has token 127, but the vocabulary has 64 entries"),
+        (llama, {"data": -ids()}, ValueError, "the data has token -63, but the vocabulary has 64"),
+        (gpt2, {"window": 33}, ValueError, "window 33 is longer than the 32 positions of GPT2LMHeadModel"),
         (llama, {"of": "watts"}, ValueError, "of must be one of params, bytes, macs"),
         (llama, {"method": "svd"}, TypeError, r"rankwise\.compressors"),
         (llama, {"data": "text"}, ValueError, "tokenize a text first"),
@@ -219,6 +227,43 @@ def test_bad_input_is_named_and_changes_nothing(model, options, error, message):
     with pytest.raises(error, match=message):
         rankwise.compress(model, call.pop("method"), **call)
     assert not structured(model)
+
+
+def test_other_verbs_name_what_is_no_function_or_object():
+    with pytest.raises(TypeError, match=r"measures are objects from rankwise.measures, got 'rank'"):
+        rankwise.inspect(llama(), ["rank"])
+    with pytest.raises(TypeError, match="also must be a function of the name of a parameter"):
+        rankwise.adapt(llama(), rankwise.adapters.Lora(), also="bias")
+    with pytest.raises(TypeError, match=r"estimator must be an object from rankwise.estimators"):
+        rankwise.estimate(llama(), "target")
+    with pytest.raises(CalibrationError, match="reads statistics"):
+        rankwise.adapt(llama(), rankwise.adapters.Eva())
+
+
+def test_positions_that_begin_anew_may_be_more_than_the_model_has():
+    places = torch.arange(32).repeat(1, 2)
+    batch = {"input_ids": ids()[None, :64], "position_ids": places}
+    rankwise.calibrate(gpt2(), KroneckerFactoredSvd.needs, data=[batch])
+    with pytest.raises(ValueError, match="window 33 is longer"):
+        rankwise.calibrate(gpt2(), KroneckerFactoredSvd.needs, data=[{**batch, "position_ids": places + 1}])
+
+
+@pytest.mark.parametrize("verb", ["heal", "finetune", "train", "compress_folder"])
+def test_every_verb_checks_the_tokens(verb, tmp_path):
+    model, data = gpt2(), torch.full((300, 8), 64)
+    calls = {
+        "heal": lambda: rankwise.heal(model, gpt2(), data=data, steps=1),
+        "finetune": lambda: rankwise.finetune(model, data, steps=1),
+        "train": lambda: rankwise.train(model, data, torch.optim.SGD(model.parameters(), lr=0.1), steps=1),
+        "compress_folder": lambda: rankwise.compress_folder(
+            tmp_path / "dense", tmp_path / "out", KroneckerFactoredSvd(), keep=0.5, data=data
+        ),
+    }
+    if verb == "heal":
+        rankwise.compress(model, PlainSvd(), keep=0.5)
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match="the data has token 64, but the vocabulary has 64 entries"):
+        calls[verb]()
 
 
 def test_fold_needs_something_to_fold():

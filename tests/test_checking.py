@@ -63,6 +63,18 @@ def test_what_never_moved_is_named(method: Lora):
     assert report.title.startswith("2 of 2 adapted layers have a problem: 0: a gradient")
 
 
+def test_a_gradient_that_a_far_too_large_rate_made_zero_names_the_rate():
+    """Factors so large that all outputs of the layer saturate."""
+    model = adapted_net(Lora(rank=2))
+    optimizer = torch.optim.SGD(trained(model), lr=1e15)
+    follower = rankwise.follow(model, optimizer, steps=3)
+    for _ in range(2):
+        step(model, optimizer)
+    problem = rankwise.check_adapters(model, optimizer, follower=follower).totals["problems"]["0"]
+    assert problem.startswith("the gradient was always zero: matrix.members.1.matrix.right (the weight grew")
+    assert problem.endswith("times: lower the learning rate)")
+
+
 def test_an_always_zero_gradient_is_named():
     """A layer whose outputs nobody reads, and a factor behind one that stays zero."""
     model = adapted_net(Lora(rank=2))

@@ -1,18 +1,21 @@
 """The command line on a tiny random language model: results, files, and one-line errors."""
 
 import json
+import os
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import WORDS, saved
+from tiny import WORDS, gpt2, saved, worded
 from typer.testing import CliRunner, Result
 
 from rankwise import Report, __version__, compressors
-from rankwise.cli import app
-from rankwise.cli.files import Text
+from rankwise.cli import app, main
+from rankwise.cli.files import Text, data_texts, named_texts
 from rankwise.cli.work import cut
+from rankwise.core import running
 from rankwise.quickstart import quickstart
 
 
@@ -44,8 +47,9 @@ def run(*words: object) -> Result:
 
 def small(folder: Path, text: Path, *more: object) -> list[object]:
     """The words of a quick ``compress``; later ones win."""
-    sizes = ["--calibration-tokens", 512, "--window", 64, "--max-tokens", 512, "--eval-window", 64]
-    return ["compress", folder, "--keep", 0.8, "--data", text, *sizes, *more]
+    sizes = ["--calibration-tokens", 512, "--window", 64]
+    judged = ["--max-tokens", 512, "--eval-window", 64] if "--eval" in more else []
+    return ["compress", folder, "--keep", 0.8, "--data", text, *sizes, *judged, *more]
 
 
 def refused(result: Result, *expected: str) -> None:
@@ -224,7 +228,8 @@ def test_bad_keep(folder, text, keep):
         (["--labels", "mine"], ["sampled, data"]),
         (["--dtype", "int8"], ["bfloat16"]),
         (["--where", "("], ["regular expression"]),
-        (["--where", "nothing_like_it"], ["no layer was selected"]),
+        (["--where", "nothing_like_it"], ["--where 'nothing_like_it' fits no name"]),
+        (["--where", "norm"], ["no layer was selected"]),
         (["--window", "1"], ["--window must be at least 2"]),
         (["--calibration-tokens", "0"], ["--calibration-tokens must be at least 1"]),
         (["--data", "self"], ["cannot be combined"]),
@@ -421,6 +426,95 @@ def test_compress_a_stream(folder, text, tmp_path):
     assert run(*without, "--method", "plain-svd").exit_code == 0
 
 
+@pytest.mark.parametrize("more", [[], ["--sequential"], ["--stream", "--out", "out"]])
+def test_tokens_and_windows_must_fit_the_model(text, tmp_path, monkeypatch, more):
+    monkeypatch.chdir(tmp_path)
+    for name, size in (("short", len(WORDS) + 3), ("few", 64)):
+        gpt2(vocab_size=size).save_pretrained(name)
+        worded().save_pretrained(name)
+    refused(run(*small(Path("short"), text, *more)), "window 64 is longer than the 32 positions")
+    refused(run(*small(Path("few"), text, "--window", 16, *more)), "vocabulary has 64 entries", "own tokenizer")
+    assert run(*small(Path("short"), text, "--window", 32, *more)).exit_code == 0
+
+
+def test_a_model_without_a_tokenizer_is_named(text, tmp_path):
+    gpt2().save_pretrained(tmp_path / "bare")
+    refused(run(*small(tmp_path / "bare", text)), "the model has no tokenizer")
+    refused(run("evaluate", tmp_path / "bare", "--text", f"words={text}", "--window", 16), "has no tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--stream", "--out", "out", "--heal", "10s"], ["--stream does not heal"]),
+        (["--heal", "10s", "--heal-also", "zzz"], ["--heal-also 'zzz' fits no name"]),
+        (["--heal-lr", 1e-4], ["--heal-lr needs --heal"]),
+        (["--heal", "10s", "--heal-lr", "inf"], ["--heal-lr must be a number > 0, got inf"]),
+        (["--latency-rows", 8], ["--latency-rows needs --of latency"]),
+        (["--max-tokens", 64], ["--max-tokens needs --eval"]),
+        (["--eval-window", 64], ["--eval-window needs --eval"]),
+        (["--method", "plain-svd"], ["--data needs a method that reads data, unlike plain-svd"]),
+        (["--method", "plain-svd", "--sequential", "--labels", "data"], ["--labels needs a method"]),
+        (["--json", "a/../x", "--html", "x"], ["--json and --html are both"]),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(folder, text, tmp_path, monkeypatch, words, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    refused(run(*small(folder, text, *words)), *expected)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_figures_go_through_links_and_into_pipes(folder, tmp_path):
+    target, link, pipe = tmp_path / "target.html", tmp_path / "link.html", tmp_path / "pipe"
+    target.write_text("old")
+    link.symlink_to(target)
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert run("inspect", folder, "--json", pipe, "--html", link).exit_code == 0
+        assert len(json.loads(os.read(reader, 2**20))["layers"]) == 14
+    finally:
+        os.close(reader)
+    assert link.is_symlink()
+    assert "<svg" in target.read_text()
+    assert pipe.is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.html", "pipe", "target.html"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only some systems have a device that is always full")
+def test_a_full_disk_is_named(folder):
+    refused(run("inspect", folder, "--json", "/dev/full"), "/dev/full could not be written: No space left")
+
+
+def test_an_unexpected_error_is_one_line(folder, text, monkeypatch):
+    def broken(*_: object) -> None:
+        raise IndexError("out of range")
+
+    monkeypatch.setattr(compressors.KroneckerFactoredSvd, "choices", broken)
+    result = run(*small(folder, text))
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == "error: IndexError: out of range (rankwise --debug ... shows where)"
+    assert isinstance(run("--debug", *small(folder, text)).exception, IndexError)
+
+
+def test_a_stopped_healing_says_how_to_go_on(folder, text, tmp_path, monkeypatch):
+    def stopped(self: running.Run) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running.Run, "_step", stopped)
+    result = run(*small(folder, text, "--heal", "20s", "--heal-checkpoint", tmp_path / "state"))
+    assert result.exit_code == 130
+    assert "the same command goes on from it" in result.stderr
+    assert "goes on" not in run(*small(folder, text, "--heal", "20s")).stderr
+
+
+def test_all_may_read_a_saved_model(folder, tmp_path):
+    run("compress", folder, "--keep", 0.5, "--method", "plain-svd", "--out", tmp_path / "out")
+    wanted = (tmp_path / "out").stat().st_mode & 0o666
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {wanted}
+
+
 def test_export_writes_a_folder_and_lists_its_files(folder, tmp_path):
     assert (
         run("compress", folder, "--keep", 0.5, "--method", "plain-svd", "--out", tmp_path / "small").exit_code
@@ -444,3 +538,45 @@ def test_export_refuses_in_one_line(folder, tmp_path):
     refused(run("export", tmp_path / "nowhere", "--to", "dense", *out), "nowhere", "does not exist")
     refused(run("export", folder, "--to", "dense", "--out", folder), "exists already")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_lines_are_read_as_texts_everywhere(folder, text, tmp_path):
+    lines, plain = tmp_path / "lines.jsonl", tmp_path / "plain.txt"
+    halves = text.read_text()[:4000], text.read_text()[4000:]
+    lines.write_text("".join(json.dumps({"text": half}) + "\n" for half in halves))
+    plain.write_text("\n".join(halves))
+    (first,), (second,) = data_texts([str(lines)]), data_texts([str(plain)])
+    assert first.content == second.content
+    (judge,) = named_texts("--eval", [f"mine={lines}"])
+    assert judge.content == second.content
+    assert judge.origin == first.origin  # so that an overlap is seen
+    figures = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path, file in zip((lines, plain), figures, strict=True):
+        assert run("evaluate", folder, "--text", f"w={path}", "--window", 64, "--json", file).exit_code == 0
+    one, two = (json.loads(file.read_text())["texts"][0]["perplexity"] for file in figures)
+    assert one == two
+
+
+def test_little_data_is_told(folder, text, tmp_path):
+    (tmp_path / "few.txt").write_text(" ".join(WORDS[:21]))
+    assert "only 21 of the 512 tokens" in run(*small(folder, tmp_path / "few.txt", "--keep", 0.5)).stderr
+    assert "only" not in run(*small(folder, text, "--method", "whitened-svd")).stderr
+
+
+def test_the_list_is_plain_text():
+    assert ":class:" not in run("list").stdout
+    assert "`" not in run("list").stdout.replace("`rankwise", "")
+
+
+def test_weights_of_adapters_name_the_formats(folder, tmp_path):
+    words = ["--to", "dense", "--out", tmp_path / "out", "--weights", "0.5"]
+    refused(run("export", folder, *words), "--weights, are for --to", "merged", "not for --to dense")
+
+
+def test_warnings_are_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(warnings, "showwarning", None)
+    monkeypatch.setattr("sys.argv", ["rankwise", "--version"])
+    with pytest.raises(SystemExit):
+        main()
+    warnings.showwarning(RuntimeWarning("step 3\nis skipped"), RuntimeWarning, "file.py", 7)
+    assert capsys.readouterr().err == "warning: step 3 is skipped\n"

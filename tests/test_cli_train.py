@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from test_cli import text as text
 import rankwise
 from rankwise import adapters, compressors, initialisers, optimizers, preconditioners, projectors, rank_rules
 from rankwise.cli.options import build, command_name, pick, registry
-from rankwise.core import running
+from rankwise.core import checkpoint, running
 from rankwise.core.checkpoint import load_tree
 from rankwise.core.supervision import CHECKPOINT
 from rankwise.models import byte_tokenizer, fresh, read_config, trained_tokenizer
@@ -177,7 +178,9 @@ def test_figures_go_to_tensorboard(text: Path, tmp_path: Path, monkeypatch: pyte
     ("words", "expected"),
     [
         (["--optimizer", "galor"], ["did you mean galore?"]),
-        ([], ["--set rank=... is needed"]),
+        (["--optimizer", "project"], ["--set projector=... is needed"]),
+        (["--optimizer", "galore", "--set", "projector=svdd"], ["got 'svdd'; did you mean svd?"]),
+        (["--seed", 10**24], ["--seed must be a whole number of at most 18 digits"]),
         (["--rank", 4, "--set", "inner=galore"], ["--set inner: must be one of", "adafactor"]),
         (["--rank", 4, "--set", "projector=keep"], ["--set projector: must be one of", "warm-power"]),
         (["--optimizer", "adam", "--set", "betas=0.9"], ["--set betas: must be float,float"]),
@@ -342,3 +345,48 @@ def test_natural_gradients_that_are_refused(text: Path):
     shown = run("list").stdout
     for line in ("sngd: ", "damping: float = 0.1", "sharing: exact | expanded | reduced = exact"):
         assert line in shown
+
+
+def test_optimisers_that_need_a_rank_get_a_quarter(text: Path, tmp_path: Path):
+    figures = tmp_path / "figures.json"
+    result = train(WORDS, "--data", text, "--json", figures)
+    assert result.exit_code == 0, result.output
+    assert "galore gets rank=0.25" in result.stderr
+    assert "without --out nothing of what is trained will be kept" in result.stderr
+    looks = json.loads(figures.read_text())["looks"]
+    told = [line for line in result.stderr.splitlines() if line.startswith("step ")]
+    assert len(told) == len(looks) > 1
+    assert f"held-out loss {looks[-1]['held_out']:.4f} nats a row" in told[-1]
+    assert "gets rank" not in train(WORDS, "--data", text, "--rank", 2).stderr
+
+
+def test_a_folder_without_a_checkpoint_is_no_stopped_run(text: Path, tmp_path: Path, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    out, state = tmp_path / "out", tmp_path / "out.partial"
+    words = [f"{WORDS},vocab=280", "--data", text, "--rank", 2, "--out", out]
+    with monkeypatch.context() as context:
+        context.setattr(checkpoint, "write_tensors", full)
+        refused(train(*words), f"{state / CHECKPOINT} could not be written: No space left on device")
+    assert [path.name for path in state.iterdir()] == ["tokenizer"]
+    result = train(*words)
+    assert result.exit_code == 0, result.output
+    assert "training a tokenizer" in result.stderr  # that of the run before may be of other data
+    assert not state.exists()
+    state.mkdir()
+    (state / "other").write_text("mine")
+    shutil.rmtree(out)
+    refused(train(*words), "out.partial", "holds something else")
+    assert (state / "other").read_text() == "mine"
+
+
+def test_judges_are_named(text: Path, tmp_path: Path):
+    (tmp_path / "empty.txt").write_text(" ")
+    words = [WORDS, "--data", text, "--rank", 2]
+    refused(train(*words, "--eval", tmp_path / "empty.txt"), "--eval: the text", "empty.txt is empty")
+    refused(train(*words, "--data", "topcs"), "--data: the text topcs does not exist; did you mean topics?")
+    refused(run("train", "llama-60", "--data", text), "llama-60 does not exist; did you mean llama-60m?")
+    refused(run("train", "llama:hiden=64", "--data", text), "did you mean hidden?")
+    refused(run("plan", "llama-60", "--memory", "1GiB"), "did you mean llama-60m?")
+    refused(run("plan", "llama-60m", "--memory", 8), "--memory 8GiB")

@@ -280,3 +280,19 @@ def test_bad_input_is_named(options, error, message):
 def test_nothing_to_heal():
     with pytest.raises(ValueError, match="no structured matrix to heal"):
         heal(sharp(), sharp())
+
+
+def test_other_parameters_must_be_there():
+    small, dense = pair()
+    with pytest.raises(ValueError, match="'also' accepts no parameter"):
+        heal(small, dense, also=lambda name: "zzz" in name)
+
+
+@pytest.mark.parametrize("lr", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_learning_rate_is_a_positive_number(lr):
+    small, dense = pair()
+    with pytest.raises(ValueError, match="lr must be a number > 0"):
+        heal(small, dense, lr=lr)
+    rankwise.adapt(dense, rankwise.adapters.Lora(rank=2))
+    with pytest.raises(ValueError, match="lr must be a number > 0"):
+        rankwise.finetune(dense, [torch.zeros(1, 4, dtype=torch.long)] * 2, lr=lr)

@@ -491,3 +491,29 @@ def test_single_numbers_are_on_the_cpu():
         with pytest.raises(NotImplementedError):  # which asks for the values, to put them on the CPU
             handle.load_state_dict(state)
         handle.remove()
+
+
+def test_one_handle_at_a_time_changes_the_gradients_of_a_layer():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    first = rankwise.precondition(net, Sngd(damping=0.1), where=lambda name, _: name == "0")
+    with pytest.raises(ValueError, match=r"layer 0 is preconditioned already; call remove\(\)"):
+        rankwise.precondition(net, Sngd(damping=0.1))
+    second = rankwise.precondition(net, Sngd(damping=0.1), where=lambda name, _: name == "1")
+    first.remove()
+    second.remove()
+    rankwise.precondition(net, Sngd(damping=0.1)).remove()
+
+
+def test_a_step_needs_a_gradient():
+    net = nn.Linear(3, 2)
+    handle = rankwise.precondition(net, Sngd(damping=0.1))
+    with pytest.raises(ValueError, match=r"call loss.backward\(\)"):
+        handle.step()
+    assert handle.steps == 0
+    net(torch.randn(4, 3)).square().mean().backward()
+    assert handle.step()
+
+
+def test_a_name_is_no_method():
+    with pytest.raises(TypeError, match=r"object from rankwise.preconditioners, got 'kfac'"):
+        rankwise.precondition(nn.Linear(3, 2), "kfac")  # pyright: ignore[reportArgumentType]

@@ -16,9 +16,10 @@ def llama(**changes) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, **changes})).eval()
 
 
-def gpt2() -> GPT2LMHeadModel:
+def gpt2(**changes) -> GPT2LMHeadModel:
     """A GPT-2 of two layers, which stores its weights transposed and query, key and value in one."""
-    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4))
+    sizes = {"vocab_size": 64, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    return GPT2LMHeadModel(GPT2Config(**{**sizes, **changes}))
 
 
 def ids() -> Tensor:

@@ -15,9 +15,10 @@ from .api import calibrate
 from .compression import check_weights, described
 from .core.adapted import own_tensors
 from .core.choices import Ladder, spend
+from .core.errors import CalibrationError
 from .core.insertion import insert
 from .core.labels import Labels
-from .core.methods import Adapter, BlockAdapter
+from .core.methods import Adapter, BlockAdapter, check_function
 from .core.progress import track
 from .core.report import Report
 from .core.several import check_name, choose, join, used
@@ -85,6 +86,7 @@ def adapt(
     >>> [row["trained"] for row in report.rows], report.totals["params"]
     ([128, 80], 1528)
     """
+    check_function("also", also, "a function of the name of a parameter")
     if name is not None and (also is not None or isinstance(method, BlockAdapter)):
         raise ValueError(
             "an adapter with a name can be switched off, which parameters that train whole and modules behind "
@@ -276,7 +278,7 @@ def _statistics(
     if tables:
         raise ValueError(f"{type(method).__name__} reads statistics, which embeddings have none of: {tables}.")
     if data is None:
-        raise ValueError(
+        raise CalibrationError(
             f"{type(method).__name__} reads statistics; give data, best that of the task, or 'self'."
         )
     if not isinstance(data, Statistics):

@@ -31,7 +31,7 @@ from .core.extended import extended
 from .core.files import new_folder
 from .core.labels import Labels
 from .core.latency import Latency, Timer, latencies, time_matrices
-from .core.methods import Compressor, Measure
+from .core.methods import Compressor, Measure, check_function
 from .core.progress import track
 from .core.report import Report
 from .core.statistics import Batch, Statistic, Statistics
@@ -44,6 +44,7 @@ from .matrices.several import is_weights
 from .measures.spectral import SpectralMeasure, singular_values
 from .models import forget, sample
 from .models.blocks import Chain, find_blocks
+from .models.causal import check_tokens
 
 Data = Literal["self"] | Tensor | Iterable[Batch] | Statistics
 
@@ -81,6 +82,7 @@ def calibrate(
         CalibrationError: if the data is empty or a number in the model is not finite.
         ValueError: if no layer is selected, or a statistic asks for labels of the data and there is none.
     """
+    check_function("labels", labels, "a function from rankwise.core.labels")
     sites = select(model, where, compressed=compressed)
     check_weights(sites)
     generator = Generator().manual_seed(seed)
@@ -164,6 +166,7 @@ def compress(
     ([15, 5], 0.74)
     """
     check_arguments(method, keep, of)
+    check_function("allocate", allocate, "a function from rankwise.allocators")
     sites = select(model, where)
     check_weights(sites)
     order = order_of(sequential, method, sites, lambda: Chain(model, find_blocks(model)))
@@ -253,6 +256,9 @@ def inspect(model: nn.Module, measures: Sequence[Measure] | None = None, *, wher
         ValueError: if no layer is selected or a weight is not finite.
     """
     chosen = measures or [getattr(known_measures, name)() for name in known_measures.__all__]
+    for given in chosen:
+        if not isinstance(given, Measure):
+            raise TypeError(f"measures are objects from rankwise.measures, got {given!r}.")
     sites = select(model, where)
     check_weights(sites)
     rows, curves = [], {}
@@ -353,9 +359,10 @@ def _statistics(
 def _batches(
     model: nn.Module, data: Literal["self"] | Tensor | Iterable[Batch], tokens: int, window: int, seed: int
 ) -> Sequence[Batch]:
-    return batches_of(
-        sampled(model, data, tokens, window, seed) if isinstance(data, str) else data, window=window
-    )
+    data = sampled(model, data, tokens, window, seed) if isinstance(data, str) else data
+    batches = batches_of(data, window=window)
+    check_tokens(model, batches)
+    return batches
 
 
 def sampled(model: nn.Module, data: str, tokens: int, window: int, seed: int) -> Tensor:

@@ -20,6 +20,7 @@ from .models.lines import lines_of, terms_beside
 
 UNCHANGED = 1e-12  # relative, in float64: what trained factors and their frozen copies differ by is zero
 ENOUGH = 2  # steps after which everything that trains has had a gradient: factors behind zeros get theirs late
+FAR = 1e3  # relative: weights that grow so much leave no gradients, as where outputs saturate
 AT_ONCE = 2**22  # numbers of a weight that are looked at together
 
 
@@ -141,7 +142,7 @@ def _row(layer: _Layer, owned: set[int] | None, silent: Mapping[int, int]) -> di
     if any(part.acted for part in parts) and len(never) < len(trained):
         never = []  # a schedule may set what they are multiplied with to zero
     if never:
-        found.append(f"the gradient was always zero: {', '.join(never)}")
+        found.append(f"the gradient was always zero: {', '.join(never)}{_diverged(change)}")
     if any(not part.acted for part in parts):
         found.append("its schedule never acted: call rankwise.follow")
     if not math.isfinite(change) or not math.isfinite(gradient or 0.0):
@@ -159,6 +160,11 @@ def _row(layer: _Layer, owned: set[int] | None, silent: Mapping[int, int]) -> di
         "acted": min((part.acted for part in parts), default=None),
         "problem": "; ".join(found),
     }
+
+
+def _diverged(change: float) -> str:
+    """Say what a gradient of zero may come from where a weight became far too large."""
+    return f" (the weight grew {change:.0e} times: lower the learning rate)" if change > FAR else ""
 
 
 def _number(value: float | None) -> float | None:

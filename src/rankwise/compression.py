@@ -22,10 +22,15 @@ def check_arguments(method: Compressor, keep: float, of: Unit) -> None:
     """Raise if a method, a share or a unit is wrong."""
     if not isinstance(method, Compressor):
         raise TypeError(f"method must be an object from rankwise.compressors, got {method!r}.")
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep must be > 0 and <= 1, got {keep}.")
+    check_keep(keep)
     if of not in BUDGETS:
         raise ValueError(f"of must be one of {', '.join(BUDGETS)}, got {of!r}.")
+
+
+def check_keep(keep: float) -> None:
+    """Raise unless a number is a share to keep."""
+    if isinstance(keep, (bool, str)) or not 0 < keep <= 1:
+        raise ValueError(f"keep must be > 0 and <= 1, got {keep!r}.")
 
 
 def check_weights(sites: Mapping[str, Site]) -> None:

@@ -75,6 +75,7 @@ def estimate(
         what has ``backward(inputs, labels)``.
 
     Raises:
+        TypeError: if ``estimator`` is none.
         ValueError: if nothing can be trained, no block is found though more than the last layer trains, or one is
             no part of the model.
 
@@ -87,6 +88,8 @@ def estimate(
     >>> handle.blocks
     ('1',)
     """
+    if not isinstance(estimator, Estimator):
+        raise TypeError(f"estimator must be an object from rankwise.estimators, got {estimator!r}.")
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("no parameter of the model requires a gradient, so there is nothing to estimate.")
     return Estimation(Network(model, blocks, loss, classes), estimator)

@@ -17,7 +17,7 @@ from .core.following import Follower
 from .core.labels import Labels, given
 from .core.modes import in_float32, recomputing
 from .core.plan import Plan
-from .core.rates import GENERAL, WHOLE, Cosine
+from .core.rates import GENERAL, WHOLE, Cosine, check_rate
 from .core.report import Report
 from .core.running import Run
 from .core.several import check_one, scheduled
@@ -26,6 +26,7 @@ from .core.supervision import train_supervised
 from .following import follow
 from .guarding import Guard
 from .matrices import Base
+from .models.causal import check_tokens
 
 
 def finetune(
@@ -108,6 +109,8 @@ def finetune(
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     _check(trained, accumulate, held_out, autocast)
+    if lr is not None:
+        check_rate(lr)
     if isinstance(data, str):
         raise TypeError(f"data must be token ids or batches, got {data!r}; see rankwise.models.read_examples.")
     if window < 2:
@@ -118,6 +121,7 @@ def finetune(
         raise ValueError("an adapter with a schedule must train to its end; leave patience out.")
     batches = batches_of(data, window=window)
     train, held = (batches, [*held_out]) if isinstance(held_out, Sequence) else parted(batches, held_out, seed)
+    check_tokens(model, [*train, *held])
     steps = math.ceil(len(train) / accumulate) if steps is None else steps
     optimizer = optimizer or torch.optim.AdamW(_groups(model, trained, lr), weight_decay=0.0)
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}

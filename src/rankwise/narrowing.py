@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .api import Data, calibrate
-from .compression import check_weights
+from .compression import check_keep, check_weights
 from .compressors.loss_metric import LossMetric, Regularisers
 from .core.choices import UNITS
 from .core.data import batches_of
@@ -267,8 +267,7 @@ def _check_arguments(model: nn.Module, keep: float, multiple_of: int) -> None:
         raise ValueError(
             "the model is compressed already; narrow a model before it is compressed, or fold it first."
         )
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep must be > 0 and <= 1, got {keep}.")
+    check_keep(keep)
     if multiple_of < 1:
         raise ValueError(f"multiple_of must be >= 1, got {multiple_of}.")
 

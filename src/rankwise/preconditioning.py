@@ -66,7 +66,8 @@ def precondition(
         a handle, of which each step takes ``loss.backward(); handle.step(); optimizer.step()``.
 
     Raises:
-        ValueError: if there is no layer, or an argument is wrong.
+        TypeError: if ``method`` is none.
+        ValueError: if there is no layer, one has a handle already, or an argument is wrong.
 
     References: Pauloski, Huang, Xu, Chard, Hou, Foster, Zhang, "KAISA: an adaptive second-order optimizer
         framework for deep neural networks", 2021, arXiv 2107.01739 (``workers``, ``kl_clip``).
@@ -78,6 +79,8 @@ def precondition(
     >>> handle.step()
     True
     """
+    if not isinstance(method, Preconditioner):
+        raise TypeError(f"method must be an object from rankwise.preconditioners, got {method!r}.")
     if not 0 < workers <= 1:
         raise ValueError(f"workers must be > 0 and <= 1, got {workers}.")
     if kl_clip is not None and not kl_clip > 0:

@@ -30,6 +30,7 @@ from .core.statistics import Batch
 from .core.stepping import Layerwise
 from .core.supervision import train_supervised
 from .core.transforms import Transform
+from .models.causal import check_tokens
 from .optimizers import adam
 
 MOST_ASIDE = 64  # batches that are judged by: each look runs them all
@@ -186,6 +187,7 @@ def train(
     batches = batches_of(data, window=window, tokens=window * rows)
     if isinstance(data, Tensor) and "use_cache" in inspect.signature(model.forward).parameters:
         batches = [{"input_ids": batch, "use_cache": False} for batch in batches]
+    check_tokens(model, [*batches, *(held_out if isinstance(held_out, Sequence) else ())])
     if isinstance(held_out, Sequence):
         judges = [*held_out]
     else:

@@ -27,7 +27,7 @@ from .core import labels as label_kinds
 from .core.choices import UNITS, Allocator, Choices, Ladder, Unit, spend
 from .core.data import batches_of
 from .core.labels import Labels
-from .core.methods import Compressor
+from .core.methods import Compressor, check_function
 from .core.progress import track
 from .core.report import Report
 from .core.statistics import Batch, Statistics, Stats
@@ -35,6 +35,7 @@ from .core.steps import Steps, write_tensors
 from .core.surgery import Where, replace, select
 from .matrices import StructuredMatrix
 from .models.blocks import Chain, find_blocks
+from .models.causal import check_tokens
 from .models.checkpoint import Checkpoint
 from .models.model_files import assemble, tensors_of, verify, with_specs
 from .models.sequential import Sequential, without_cache
@@ -97,6 +98,8 @@ def compress_folder(
         OSError: if the disk is full; finished steps are kept.
     """
     check_arguments(method, keep, of)
+    check_function("allocate", allocate, "a function from rankwise.allocators")
+    check_function("labels", labels, "a function from rankwise.core.labels")
     if method.shifts:
         raise ValueError(
             f"{type(method).__name__} gives layers a bias, which a stream cannot; compress the model in memory."
@@ -146,6 +149,7 @@ class _Run:
         self.chain = Chain(self.model, find_blocks(self.model))
         self.parts = parts_of(self.chain, self.sites)
         loss, batches = labels or label_kinds.automatic, [] if data is None else batches_of(data, window=window)
+        check_tokens(self.model, batches)
         about = {
             "checkpoint": self.checkpoint.identity(),
             "dtype": str(self.checkpoint.dtype),

@@ -16,17 +16,20 @@ from .core.data import batches_of, digest_of_batches, parted
 from .core.fingerprint import fingerprint
 from .core.healing import Likeness, still
 from .core.memory import peak_memory_bytes
-from .core.methods import Start
+from .core.methods import Start, check_function
 from .core.modes import in_float32
 from .core.plan import Plan
 from .core.progress import track
+from .core.rates import check_rate
 from .core.report import Report
 from .core.running import Run
 from .core.several import check_one, scheduled
 from .core.statistics import Batch
 from .core.surgery import Where, base_of, replace, select, structured
 from .matrices import LowRank, PivotedLowRank, StructuredMatrix
+from .models.causal import check_tokens
 
+CHECKPOINT = "healing.safetensors"
 MOST_ASIDE = 4  # batches that are judged by: each look runs them all
 BETAS = (0.9, 0.95)  # of Adam: a short memory, since steps are few
 
@@ -93,13 +96,16 @@ def heal(
     )
     if not 0 < held_out < 1:
         raise ValueError(f"held_out must be > 0 and < 1, got {held_out}.")
-    if not lr > 0:
-        raise ValueError(f"lr must be > 0, got {lr}.")
+    check_rate(lr)
+    check_function("also", also, "a function of the name of a parameter")
     matrices = _to_heal(model)
+    if also is not None and not any(also(name) for name, _ in model.named_parameters()):
+        raise ValueError("'also' accepts no parameter of the model.")
     if isinstance(data, str):
         data = sampled(reference, data, tokens, window, seed)
     start = time.perf_counter()
     batches = portions([data], window) if isinstance(data, Tensor) else batches_of(data)
+    check_tokens(model, batches)
     train, held = parted(batches, held_out, seed, most=MOST_ASIDE)
     trained = {
         f"{name}.matrix.{key}": parameter
@@ -126,7 +132,7 @@ def heal(
             functools.partial(still, model, numbers),
             word="divergence",
             identity=f"{identity} {'' if folder is None else fingerprint(reference)}",
-            file=None if folder is None else folder / "healing.safetensors",
+            file=None if folder is None else folder / CHECKPOINT,
             started=start,
         )
         reason = healing.run(*([Likeness(each, reference, autocast) for each in part] for part in (train, held)))

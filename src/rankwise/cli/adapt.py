@@ -14,9 +14,9 @@ from ..core.methods import BlockAdapter
 from ..core.report import Report
 from .app import app, say
 from .arguments import Dtype, Json, Model, Settings, WherePattern
-from .files import check_file, check_folder, write_report
-from .options import at_least, build, pick, registry, where_option
-from .work import DTYPES, in_words, partial_folder
+from .files import check_files, check_folder, write_report
+from .options import at_least, build, check_matches, check_seed, pick, registry, where_option
+from .work import DTYPES, in_words, partial_folder, stopped
 
 ASIDE = 0.1  # share of the examples that judges where there is no --eval
 
@@ -32,7 +32,7 @@ def adapt(
     also: Annotated[str | None, typer.Option(help="Regular expression on parameters that train whole.")] = None,
     eval_: Annotated[Path | None, typer.Option("--eval", help="Judge by this, not by a tenth of --data.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps; default: --epochs over the data.")] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data; default: 1.")] = None,
     lr: Annotated[
         float | None, typer.Option(help="Largest learning rate of AdamW; default: the method's.")
     ] = None,
@@ -68,9 +68,12 @@ def adapt(
     at_least("--window", window, 2)
     at_least("--patience", patience, 1)
     at_least("--calibration-tokens", calibration_tokens, 1)
+    check_seed(seed)
     for flag, value in (("--lr", lr), ("--clip", clip), ("--epochs", epochs)):
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{flag} must be a positive number, got {value}.")
+    if steps is not None and epochs is not None:
+        raise ValueError("--steps and --epochs both say how long to train; give one of them.")
     from .. import adapters
 
     words = [*(settings or []), *([] if rank is None else [f"rank={rank}"])]
@@ -78,14 +81,15 @@ def adapt(
     layers, beside = where_option(where), where_option(also, "--also")
     precision = pick("--dtype", dtype, DTYPES)
     check_folder("--out", out)
-    check_file("--json", json)
-    check_file("--html", html)
+    check_files(json, html)
     state = partial_folder(out, resume)
 
     say(f"loading {model}")
     shape = Shape(window, batch, calibration_tokens, seed)
     task = _task(model, precision, data, eval_, shape)
     network = task.network
+    check_matches("--where", where, [name for name, _ in network.named_modules()])
+    check_matches("--also", also, [name for name, _ in network.named_parameters()])
 
     from .. import adapting, finetuning
     from ..models import save
@@ -116,7 +120,7 @@ def adapt(
             task.train,
             held_out=task.judges,
             lr=lr,
-            steps=steps or max(1, round(epochs * len(task.train) / accumulate)),
+            steps=steps or max(1, round((epochs or 1.0) * len(task.train) / accumulate)),
             accumulate=accumulate,
             clip=clip,
             every=every,
@@ -128,7 +132,7 @@ def adapt(
             seed=seed,
         )
     except KeyboardInterrupt:
-        if state is not None and state.exists():
+        if stopped(state):
             say(f"stopped; the last checkpoint is in {state}, and the same command with --resume goes on from it")
         raise
     measured = {name: trained.totals["memory"][name] for name in ("rise", "peak")}
@@ -140,7 +144,7 @@ def adapt(
         say(f"saving to {out}")
         save(network, out, format="rankwise")
         if state is not None:
-            shutil.rmtree(state)
+            shutil.rmtree(state, ignore_errors=True)
     figures = {name: {"before": before[name], "after": after[name]} for name in before}
     totals = {**made.totals, **figures, "training": trained.to_dict()}
     report = Report(f"{model}, {made.title}; {trained.title}", made.rows, "layers", totals)

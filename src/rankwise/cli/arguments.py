@@ -13,8 +13,10 @@ CalibrationTokens = Annotated[int, typer.Option(help="Tokens to calibrate with, 
 Window = Annotated[int, typer.Option(help="Length of a calibration sequence.")]
 LabelKind = Annotated[str | None, typer.Option(help="Labels of the gradients: sampled or data.")]
 Eval = Annotated[list[str] | None, typer.Option("--eval", help="NAME=FILE, topics or python.")]
-MaxTokens = Annotated[int, typer.Option(help="Evaluate on the last so many tokens of a text.")]
-EvalWindow = Annotated[int, typer.Option(help="Length of an evaluation window.")]
+MaxTokens = Annotated[
+    int | None, typer.Option(help="Of --eval: use the last so many tokens of a text; default: 16384.")
+]
+EvalWindow = Annotated[int | None, typer.Option(help="Of --eval: length of a window; default: 1024.")]
 WherePattern = Annotated[str | None, typer.Option(help="Regular expression on layer names.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
 Seed = Annotated[int, typer.Option(help="For sampled sequences and labels.")]

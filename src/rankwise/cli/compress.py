@@ -11,6 +11,7 @@ import typer
 from ..core.choices import BUDGETS, Unit
 from ..core.data import batches_of
 from ..core.labels import Labels
+from ..core.rates import check_rate
 from .app import app, say
 from .arguments import (
     CalibrationTokens,
@@ -30,9 +31,19 @@ from .arguments import (
     WherePattern,
     Window,
 )
-from .files import check_file, check_folder, data_texts, named_texts
-from .options import at_least, build_mix, duration, pick, registry, where_option
-from .work import DTYPES, LABELS, Work, check_sizes, cut, file_bytes, show
+from .files import check_files, check_folder, data_texts, named_texts
+from .options import (
+    at_least,
+    build_mix,
+    check_matches,
+    check_seed,
+    duration,
+    only_with,
+    pick,
+    registry,
+    where_option,
+)
+from .work import DTYPES, LABELS, Work, check_sizes, cut, file_bytes, judging, show
 
 
 @app.command()
@@ -41,7 +52,9 @@ def compress(
     keep: Keep,
     method: Annotated[str, typer.Option(help="See `rankwise list`; NAME+NAME mixes.")] = "kronecker-factored-svd",
     of: Annotated[str, typer.Option(help="What keep is a share of: params, bytes, macs or latency.")] = "params",
-    latency_rows: Annotated[int, typer.Option(help="Input rows at once that latency is measured with.")] = 64,
+    latency_rows: Annotated[
+        int | None, typer.Option(help="Input rows at once that latency is measured with; default: 64.")
+    ] = None,
     allocate: Annotated[
         str | None, typer.Option(help="See `rankwise list`; default: what suits the method.")
     ] = None,
@@ -52,8 +65,8 @@ def compress(
     window: Window = 512,
     labels: LabelKind = None,
     eval_: Eval = None,
-    max_tokens: MaxTokens = 16384,
-    eval_window: EvalWindow = 1024,
+    max_tokens: MaxTokens = None,
+    eval_window: EvalWindow = None,
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Fit each block to what the compressed ones before it make.")
     ] = False,
@@ -61,7 +74,7 @@ def compress(
         str | None,
         typer.Option(help="Train the new matrices so long, such as 90s or 10m, to agree with the model."),
     ] = None,
-    heal_lr: Annotated[float, typer.Option(help="Largest learning rate of --heal.")] = 5e-5,
+    heal_lr: Annotated[float | None, typer.Option(help="Largest learning rate of --heal; default: 5e-5.")] = None,
     heal_also: Annotated[
         str | None, typer.Option(help="Regular expression on other parameters to train, such as norm or bias.")
     ] = None,
@@ -83,7 +96,9 @@ def compress(
     With --stream only one block at a time is in memory. A run that was killed continues where it was when the
     same command is given again; what it needs for that lies in the folder OUT.partial until OUT is complete.
     """
-    check_sizes(keep, calibration_tokens, window, max_tokens, eval_window)
+    check_sizes(keep, calibration_tokens, window)
+    check_seed(seed)
+    sizes = judging(bool(eval_), max_tokens, eval_window)
     at_least("--latency-rows", latency_rows, 1)
     from .. import allocators, compressors
     from ..core.latency import time_matrices
@@ -96,16 +111,18 @@ def compress(
     layers = where_option(where)
     precision = pick("--dtype", dtype, DTYPES)
     seconds = None if heal is None else duration("--heal", heal)
-    if not heal_lr > 0:
-        raise ValueError(f"--heal-lr must be > 0, got {heal_lr}.")
     beside = where_option(heal_also, "--heal-also")
-    for flag, value in (("--heal-checkpoint", heal_checkpoint), ("--heal-also", heal_also)):
-        if heal is None and value is not None:
-            raise ValueError(f"{flag} needs --heal, such as --heal 10m.")
+    healing_flags = {"--heal-lr": heal_lr, "--heal-also": heal_also, "--heal-checkpoint": heal_checkpoint}
+    only_with("--heal, such as --heal 10m", heal is not None, healing_flags)
+    if heal_lr is not None:
+        check_rate(heal_lr, "--heal-lr")
+    only_with("--of latency", unit == "latency", {"--latency-rows": latency_rows})
+    reader = f"a method that reads data, unlike {method}"
+    only_with(reader, bool(chosen.needs), {"--labels": labels})
+    only_with(f"{reader}, or --sequential or --heal", bool(chosen.needs or sequential or heal), {"--data": data})
     check_folder("--out", out)
-    check_file("--json", json)
+    check_files(json, html)
     html_at = html or (None if out is None else out / "report.html")
-    check_file("--html", html)
     calibration, evaluation = data_texts(data or []), named_texts("--eval", eval_ or [])
     limit = calibration_tokens // max(len(calibration), 1)
 
@@ -114,12 +131,16 @@ def compress(
     if stream:
         if out is None:
             raise ValueError("--stream needs --out, the folder for the compressed model.")
+        if heal is not None:
+            raise ValueError(
+                "--stream does not heal: that needs the whole model in memory; leave one of them out."
+            )
         if evaluation:
             raise ValueError("--stream does not evaluate; run rankwise evaluate on the new folder afterwards.")
         if chosen.needs and not calibration:
             raise ValueError("--stream cannot sample from a model that is not in memory; give texts with --data.")
         say(f"compressing {model} block by block; a run that is killed continues when it is started again")
-        heads, *_ = cut(models.load_tokenizer(model) if calibration else None, calibration, [], limit, max_tokens)
+        heads, *_ = cut(models.load_tokenizer(model) if calibration else None, calibration, [], limit, 0)
         report = streaming.compress_folder(
             model,
             out,
@@ -137,10 +158,10 @@ def compress(
         figures = {**report.totals, "perplexity": {}, "file_bytes": file_bytes(out)}
         show(report, model, figures, json, html_at)
         return
-    work = Work.begin(
-        model, precision, calibration, evaluation, limit=limit, max_tokens=max_tokens, window=eval_window
-    )
+    work = Work.begin(model, precision, calibration, evaluation, limit=limit, **sizes)
     network = work.network
+    check_matches("--where", where, [name for name, _ in network.named_modules()])
+    check_matches("--heal-also", heal_also, [name for name, _ in network.named_parameters()])
     batches = work.batches(window)
     say(f"compressing with {method} to keep {keep:g} of the {unit}")
     source: Any = batches if calibration else "self"
@@ -156,7 +177,7 @@ def compress(
         keep=keep,
         data=source if statistics is None else statistics,
         of=unit,
-        timer=functools.partial(time_matrices, rows=latency_rows),
+        timer=functools.partial(time_matrices, **({} if latency_rows is None else {"rows": latency_rows})),
         allocate=allocator,
         sequential=sequential,
         where=layers,
@@ -167,17 +188,22 @@ def compress(
     healing: dict[str, Any] = {}
     if before is not None and seconds is not None:
         say(f"healing for {heal}")
-        healed = training.heal(
-            network,
-            before,
-            data=training.portions(work.unscored, window) if work.unscored else "self",
-            lr=heal_lr,
-            budget=seconds,
-            checkpoint=heal_checkpoint,
-            also=None if beside is None else (lambda name: beside(name, network)),
-            autocast=torch.bfloat16 if next(before.parameters()).dtype is torch.bfloat16 else None,
-            **sampling,
-        )
+        try:
+            healed = training.heal(
+                network,
+                before,
+                data=training.portions(work.unscored, window) if work.unscored else "self",
+                budget=seconds,
+                checkpoint=heal_checkpoint,
+                also=None if beside is None else (lambda name: beside(name, network)),
+                autocast=torch.bfloat16 if next(before.parameters()).dtype is torch.bfloat16 else None,
+                **({} if heal_lr is None else {"lr": heal_lr}),
+                **sampling,
+            )
+        except KeyboardInterrupt:
+            if heal_checkpoint is not None and (heal_checkpoint / training.CHECKPOINT).is_file():
+                say(f"stopped; the healing is in {heal_checkpoint}, and the same command goes on from it")
+            raise
         say(healed.title)
         healing = {"healing": healed.to_dict()}
         work.evaluate("healed")

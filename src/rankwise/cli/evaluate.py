@@ -7,7 +7,7 @@ import typer
 
 from .app import app, say
 from .compress import DTYPES
-from .files import check_file, named_texts, write_report
+from .files import check_files, named_texts, write_report
 from .options import at_least, pick
 
 
@@ -28,8 +28,7 @@ def evaluate(
     at_least("--window", window, 2)
     at_least("--max-tokens", max_tokens, 2)
     precision = pick("--dtype", dtype, DTYPES)
-    check_file("--json", json)
-    check_file("--html", html)
+    check_files(json, html)
     texts = named_texts("--text", text)
 
     from .. import models

@@ -40,6 +40,11 @@ def export(
             known = registry(exporters).items()
             takes = " or ".join(key for key, each in known if name in each.__dataclass_fields__)
             raise ValueError(f"--{name} is for adapters and for --to {takes}, not for --to {to}.")
+    if (len(model) > 1 or weights is not None) and "base" not in fields:
+        takes = " or ".join(
+            key for key, each in registry(exporters).items() if "base" in each.__dataclass_fields__
+        )
+        raise ValueError(f"several adapters, and --weights, are for --to {takes}, not for --to {to}.")
     if "base" in fields and base is None:
         raise ValueError(f"--to {to} needs --base, the model that the adapter was made for.")
     words = [f"{name}={value}" for name, value in given.items() if value is not None]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from ..core.files import write_text
 from ..core.report import Report
+from ..core.spelling import meant
+from ..models.examples import is_lines, read_lines
 from ..models.texts import embedded_texts, read_text
 
 
@@ -22,22 +24,27 @@ class Text:
 def named_texts(flag: str, words: Sequence[str]) -> list[Text]:
     """Read the texts of ``NAME=FILE`` words; the name of an embedded text stands for itself.
 
+    Of JSON lines the texts are put one after the other.
+
     Raises:
         ValueError: if a word is neither, a name is given twice, or a file is missing, unreadable or empty.
     """
     found: dict[str, Text] = {}
     for word in words:
         name, equals, file = word.partition("=")
+        known = embedded_texts()
         if equals and name and file:
-            text = Text(name, str(Path(file).resolve()), read_text(file))
-        elif not equals and word in (embedded := embedded_texts()):
-            text = Text(word, f"embedded {word}", embedded[word])
+            text = _joined(name, str(Path(file).resolve()), _read(flag, file))
+        elif not equals and word in known:
+            text = Text(word, f"embedded {word}", known[word])
         else:
-            known = ", ".join(embedded_texts())
-            raise ValueError(f"{flag} takes NAME=FILE or the name of an embedded text ({known}), got {word!r}.")
+            raise ValueError(
+                f"{flag} takes NAME=FILE or the name of an embedded text ({', '.join(known)}), got {word!r}; "
+                f"{meant(word, known) or f'such as {flag} mine={word}'}".rstrip()
+            )
         if text.name in found:
             raise ValueError(f"{flag}: the name {text.name!r} is given twice; give each text its own name.")
-        found[text.name] = _filled(flag, text)
+        found[text.name] = text
     return list(found.values())
 
 
@@ -51,24 +58,41 @@ def data_texts(words: Sequence[str]) -> list[Text]:
         raise ValueError("--data self cannot be combined with texts; give either self or files.")
     if not words or words[0] == "self":
         return []
+    return [_joined(parts[0].name, parts[0].origin, parts) for parts in (texts_of("--data", w) for w in words)]
+
+
+def texts_of(flag: str, word: str) -> list[Text]:
+    """Read a file, of which each JSON line is a text of its own, or an embedded text.
+
+    Raises:
+        ValueError: if there is none such, or one is unreadable or empty.
+    """
     embedded = embedded_texts()
-    found = []
-    for word in words:
-        if word in embedded and not Path(word).is_file():
-            text = Text(word, f"embedded {word}", embedded[word])
-        else:
-            text = Text(word, str(Path(word).resolve()), read_text(word))
-        found.append(_filled("--data", text))
-    return found
+    if word in embedded and not Path(word).is_file():
+        return [Text(word, f"embedded {word}", embedded[word])]
+    if not Path(word).exists() and (hint := meant(word, embedded)):
+        raise ValueError(f"{flag}: the text {word} does not exist; {hint}".rstrip())
+    return _read(flag, word)
 
 
 def check_file(flag: str, path: Path | None) -> None:
-    """Raise unless a file can be written at a path."""
+    """Raise unless a file can be written at a path, or into what is there and is no ordinary file."""
     if path is None:
         return
     if path.is_dir():
         raise ValueError(f"{flag} {path} is a folder; give the path of a file.")
-    _check_parent(flag, path)
+    if not path.exists() or path.is_file():
+        _check_parent(flag, path.resolve())
+    elif not os.access(path, os.W_OK):
+        raise ValueError(f"{flag} {path} cannot be written; give another path.")
+
+
+def check_files(json: Path | None, html: Path | None) -> None:
+    """Raise unless both files of a report can be written."""
+    check_file("--json", json)
+    check_file("--html", html)
+    if json is not None and html is not None and json.resolve() == html.resolve():
+        raise ValueError(f"--json and --html are both {json}; give each a path of its own.")
 
 
 def check_folder(flag: str, path: Path | None) -> None:
@@ -88,10 +112,22 @@ def write_report(report: Report, json: Path | None, html: Path | None) -> None:
         write_text(html, report.to_html())
 
 
-def _filled(flag: str, text: Text) -> Text:
-    if not text.content.strip():
-        raise ValueError(f"{flag}: the text {text.origin} is empty; give one with words in it.")
-    return text
+def _read(flag: str, file: str) -> list[Text]:
+    """Read a file: one text, or one of each JSON line."""
+    origin = str(Path(file).resolve())
+    if not is_lines(file):
+        texts = [Text(file, origin, read_text(file))]
+    else:
+        texts = [Text(place, origin, str(record.get("text", ""))) for place, record in read_lines(file)]
+    for text in texts:
+        if not text.content.strip():
+            lack = 'has no "text" with words in it' if is_lines(file) else "is empty; give one with words in it"
+            raise ValueError(f"{flag}: the text {text.name} {lack}.")
+    return texts
+
+
+def _joined(name: str, origin: str, parts: Sequence[Text]) -> Text:
+    return Text(name, origin, "\n".join(part.content for part in parts))
 
 
 def _check_parent(flag: str, path: Path) -> None:

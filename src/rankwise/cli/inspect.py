@@ -7,8 +7,8 @@ import typer
 
 from .app import app, say
 from .compress import DTYPES
-from .files import check_file, write_report
-from .options import pick, where_option
+from .files import check_files, write_report
+from .options import check_matches, pick, where_option
 
 
 @app.command()
@@ -22,13 +22,13 @@ def inspect(
     """Measure the spectra of the weight matrices of a model; needs no data."""
     layers = where_option(where)
     precision = pick("--dtype", dtype, DTYPES)
-    check_file("--json", json)
-    check_file("--html", html)
+    check_files(json, html)
 
     from .. import api, models
 
     say(f"loading {model}")
     network, _ = models.load(model, dtype=precision)
+    check_matches("--where", where, [name for name, _ in network.named_modules()])
     say("measuring its weights")
     report = api.inspect(network, where=layers)
     write_report(report, json, html)

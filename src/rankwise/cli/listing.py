@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 from types import ModuleType
 from typing import Any
 
@@ -54,4 +55,13 @@ def _rate(adapter: Any) -> float:
 
 def _summary(entry: Any) -> str:
     text = inspect.getdoc(entry) or ""
-    return " ".join(text.split("\n\n")[0].split())
+    return plain(" ".join(text.split("\n\n")[0].split()))
+
+
+def plain(text: str) -> str:
+    """Take the marks of the documentation out of a text.
+
+    >>> plain("As :class:`Gptq`, or :func:`rankwise.adapt` with ``rank``.")
+    'As Gptq, or rankwise.adapt with rank.'
+    """
+    return re.sub(r"(?::\w+:)?`+~?([^`]+)`+", r"\1", text)

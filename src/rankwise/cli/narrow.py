@@ -23,9 +23,9 @@ from .arguments import (
     WherePattern,
     Window,
 )
-from .files import check_file, check_folder, data_texts, named_texts
-from .options import at_least, build, pick, where_option
-from .work import DTYPES, LABELS, Work, check_sizes
+from .files import check_files, check_folder, data_texts, named_texts
+from .options import at_least, build, check_matches, check_seed, pick, where_option
+from .work import DTYPES, LABELS, Work, check_sizes, judging
 
 
 @app.command()
@@ -39,8 +39,8 @@ def narrow(
     window: Window = 512,
     labels: LabelKind = None,
     eval_: Eval = None,
-    max_tokens: MaxTokens = 16384,
-    eval_window: EvalWindow = 1024,
+    max_tokens: MaxTokens = None,
+    eval_window: EvalWindow = None,
     where: WherePattern = None,
     dtype: Dtype = "auto",
     seed: Seed = 0,
@@ -52,7 +52,9 @@ def narrow(
 
     Fields for --set are input_shrinkage, input_damping and output_damping.
     """
-    check_sizes(keep, calibration_tokens, window, max_tokens, eval_window)
+    check_sizes(keep, calibration_tokens, window)
+    check_seed(seed)
+    sizes = judging(bool(eval_), max_tokens, eval_window)
     at_least("--multiple-of", multiple_of, 1)
     from ..compressors.loss_metric import Regularisers
 
@@ -61,16 +63,14 @@ def narrow(
     layers = where_option(where)
     precision = pick("--dtype", dtype, DTYPES)
     check_folder("--out", out)
-    check_file("--json", json)
-    check_file("--html", html)
+    check_files(json, html)
     calibration, evaluation = data_texts(data or []), named_texts("--eval", eval_ or [])
 
     from .. import narrowing
 
     limit = calibration_tokens // max(len(calibration), 1)
-    work = Work.begin(
-        model, precision, calibration, evaluation, limit=limit, max_tokens=max_tokens, window=eval_window
-    )
+    work = Work.begin(model, precision, calibration, evaluation, limit=limit, **sizes)
+    check_matches("--where", where, [name for name, _ in work.network.named_modules()])
     say(f"narrowing to keep {keep:g} of the params")
     report = narrowing.narrow(
         work.network,

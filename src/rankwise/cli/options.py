@@ -14,6 +14,7 @@ from torch import nn
 
 from .. import initialisers, optimizers, projectors, rank_rules
 from ..core.methods import Initialiser, RankRule
+from ..core.spelling import meant
 from ..core.subspaces import Carry, Projector, Refresh
 from ..core.surgery import Where
 from ..core.transforms import Transform
@@ -75,9 +76,7 @@ def pick(flag: str, name: str, known: Mapping[str, Any]) -> Any:
     """
     if (full := _full_name(name, known)) is not None:
         return known[full]
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    raise ValueError(f"{flag}: unknown {name!r}; {hint}known: {', '.join(known)}.")
+    raise ValueError(f"{flag}: unknown {name!r}; {meant(name, known)}known: {', '.join(known)}.")
 
 
 def build_mix(names: str, known: Mapping[str, Any], settings: Sequence[str], mix: Callable[..., Any]) -> Any:
@@ -125,7 +124,8 @@ def build(kind: Callable[..., Any], settings: Sequence[str], flag: str = "--set"
         if not equals:
             raise ValueError(f"{flag} takes field=value, got {setting!r}; fields of {kind.__name__}: {listing}.")
         if name not in known:
-            raise ValueError(f"{flag}: {kind.__name__} has no field {name!r}; its fields: {listing}.")
+            hint = meant(name, known)
+            raise ValueError(f"{flag}: {kind.__name__} has no field {name!r}; {hint}its fields: {listing}.")
         if name in values:
             raise ValueError(f"{flag}: {name} is given twice; give it once.")
         try:
@@ -169,7 +169,7 @@ def parse(kind: Any, text: str) -> Any:
         options = get_args(kind)
         found = [option for option in options if str(option) == text]
         if not found:
-            raise ValueError(f"must be one of {', '.join(map(str, options))}, got {text!r}")
+            raise ValueError(_one_of([*map(str, options)], text))
         return found[0]
     if get_origin(kind) in (Union, types.UnionType):
         if text.lower() == "none" and type(None) in get_args(kind):
@@ -193,7 +193,7 @@ def parse(kind: Any, text: str) -> Any:
         known = NAMED[kind] if kind in NAMED else _parts(kind)
         full = _full_name(text, known)
         if full is None:
-            raise ValueError(f"must be one of {', '.join(known)}, got {text!r}")
+            raise ValueError(_one_of([*known], text))
         return known[full] if kind in NAMED else known[full]()
     if kind is bool:
         words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -227,6 +227,13 @@ def where_option(pattern: str | None, flag: str = "--where") -> Where | None:
     return where
 
 
+def check_matches(flag: str, pattern: str | None, names: Collection[str]) -> None:
+    """Raise if a regular expression is given that fits none of the names."""
+    if pattern is not None and not any(re.search(pattern, name) for name in names):
+        close = difflib.get_close_matches(pattern, names, n=1, cutoff=0)
+        raise ValueError(f"{flag} {pattern!r} fits no name in the model, where names are such as {close[0]}.")
+
+
 def duration(flag: str, text: str) -> float:
     """Read a time such as 90s, 10m or 1.5h, in seconds.
 
@@ -240,6 +247,19 @@ def duration(flag: str, text: str) -> float:
     return float(found[1]) * units[found[2]]
 
 
+def only_with(needed: str, there: bool, given: Mapping[str, Any]) -> None:
+    """Raise if flags are given that do nothing without another one."""
+    for flag, value in given.items():
+        if value is not None and not there:
+            raise ValueError(f"{flag} needs {needed}.")
+
+
+def check_seed(seed: int) -> None:
+    """Raise if a generator cannot be seeded with a number."""
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"--seed must be a whole number of at most 18 digits, got {seed}.")
+
+
 def at_least(flag: str, value: int | None, least: int) -> None:
     """Raise if a count is too small."""
     if value is not None and value < least:
@@ -249,6 +269,10 @@ def at_least(flag: str, value: int | None, least: int) -> None:
 def _full_name(name: str, known: Collection[str]) -> str | None:
     """Return the one of the names that a name is, exactly or but for hyphens."""
     return name if name in known else {each.replace("-", ""): each for each in known}.get(name.replace("-", ""))
+
+
+def _one_of(known: Sequence[str], text: str) -> str:
+    return f"must be one of {', '.join(known)}, got {text!r}; {meant(text, known)}".removesuffix("; ").rstrip()
 
 
 def _made(field: dataclasses.Field) -> Any:

@@ -1,5 +1,6 @@
 """``rankwise plan``."""
 
+import shlex
 from typing import Annotated
 
 import torch
@@ -10,6 +11,8 @@ from .arguments import Json
 from .files import check_file, write_report
 from .options import at_least, pick
 from .work import DTYPES
+
+MIB = 2**20
 
 
 @app.command()
@@ -32,12 +35,14 @@ def plan(
 
     at_least("--batch", batch, 1)
     at_least("--window", window, 2)
-    size = bytes_of(memory)
+    size = bytes_of(memory) or 0
+    if size < MIB:
+        raise ValueError(f"--memory {memory} is less than a MiB; write the unit, such as --memory {memory}GiB.")
     precision = pick("--dtype", dtype, {name: kind for name, kind in DTYPES.items() if kind is not None})
     check_file("--json", json)
     report = planned(
         model,
-        size or 0,
+        size,
         batch=batch,
         window=window,
         dtype=precision,
@@ -53,4 +58,6 @@ def plan(
             "--autocast" * autocast,
         ]
         words = [f"--optimizer {best['optimizer']}", f"--batch {best['batch']}", f"--window {window}", *flags]
-        typer.echo(f"rankwise train {model} --dtype {dtype} {' '.join(filter(None, words))} --data ...")
+        typer.echo(
+            f"rankwise train {shlex.quote(model)} --dtype {dtype} {' '.join(filter(None, words))} --data ..."
+        )

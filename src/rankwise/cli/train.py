@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 from collections.abc import Sequence
+from inspect import Parameter
 from json import loads
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,12 +23,12 @@ from ..core.supervision import CHECKPOINT
 from ..core.tensorboard import tensorboard
 from .app import app, say
 from .arguments import Json, Settings
-from .files import check_file, check_folder, data_texts, write_report
-from .options import at_least, build, pick, registry
+from .files import check_files, check_folder, texts_of, write_report
+from .options import at_least, build, check_seed, pick, registry, settable
 from .several import first_first, launched
-from .work import DTYPES, in_words, partial_folder
+from .work import DTYPES, TOKENIZER, in_words, partial_folder, stopped
 
-TOKENIZER = "tokenizer"
+SHARE = 0.25  # rank of optimisers that suggest none: that of most of GaLore's experiments
 Files = Annotated[list[str], typer.Option("--data", help="Texts, also .gz, .xz and .jsonl; topics or python.")]
 Judges = Annotated[list[str] | None, typer.Option("--eval", help="Judge by these, not by a part of --data.")]
 
@@ -38,7 +39,12 @@ def train(
     model: Annotated[str, typer.Argument(help="A model, a config.json, llama-60m, or llama:hidden=256.")],
     data: Files,
     optimizer: Annotated[str, typer.Option(help="Of hidden matrices; see `rankwise list`.")] = "galore",
-    rank: Annotated[int | None, typer.Option(help="The optimiser's rank; short for --set rank=...")] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            help="The optimiser's rank; short for --set rank=...; default: its own, or a quarter of each side."
+        ),
+    ] = None,
     settings: Settings = None,
     precondition: Annotated[
         str | None, typer.Option(help="Make natural gradients first; see `rankwise list`.")
@@ -103,6 +109,7 @@ def train(
     for flag, count in (("--steps", steps), ("--batch", batch), ("--accumulate", accumulate), ("--every", every)):
         at_least(flag, count, 1)
     at_least("--window", window, 2)
+    check_seed(seed)
     for flag, value in (("--lr", lr), ("--other-lr", other_lr), ("--clip", clip)):
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{flag} must be a positive number, got {value}.")
@@ -111,7 +118,12 @@ def train(
     from .. import optimizers
 
     words = [*(settings or []), *([] if rank is None else [f"rank={rank}"])]
-    transform = build(pick("--optimizer", optimizer, registry(optimizers)), words)
+    recipe = pick("--optimizer", optimizer, registry(optimizers))
+    lacks = any(each.name == "rank" and each.default is Parameter.empty for each in settable(recipe))
+    if lacks and not any(word.startswith("rank=") for word in words):
+        say(f"{optimizer} gets rank={SHARE}, a share of the shorter side of each matrix; --rank gives another")
+        words.append(f"rank={SHARE}")
+    transform = build(recipe, words)
     conditioner = _conditioner(precondition, precondition_settings, layerwise)
     rate = Cosine(warmup)
     precision = pick("--dtype", dtype, DTYPES)
@@ -122,9 +134,8 @@ def train(
         json = html = logs = None
     with first_first():
         check_folder("--out", out)
-        check_file("--json", json)
-        check_file("--html", html)
-        state = partial_folder(out, resume or not leads())
+        check_files(json, html)
+        state = partial_folder(out, resume or (out is not None and not leads()))
         say(f"loading {model}")
         network, words_of = _model(model, tokenizer, data, precision, seed, state)
     from .. import models, pretraining
@@ -138,10 +149,10 @@ def train(
     write = StochasticRounding(seed) if network.dtype == torch.bfloat16 else Nearest()
     if network.dtype == torch.bfloat16:
         say("steps are rounded to torch.bfloat16 at random, so that small ones count on average")
-    ids = _ids(data, words_of)
+    ids = _ids("--data", data, words_of)
     judges: Any = 0.05
     if eval_:
-        judges = batches_of(_ids(eval_, words_of), window=window, tokens=batch * window)
+        judges = batches_of(_ids("--eval", eval_, words_of), window=window, tokens=batch * window)
     groups = pretraining.parameter_groups(network, transform, lr=lr, other_lr=other_lr, weight_decay=weight_decay)
     numbers = [sum(p.numel() for _, p in group["params"]) for group in groups]
     say(f"{numbers[0]:,} numbers in matrices get {optimizer}, {sum(numbers[1:]):,} others adam")
@@ -170,7 +181,7 @@ def train(
                 seed=seed,
             )
         except KeyboardInterrupt:
-            if state is not None and state.exists():
+            if stopped(state):
                 say(f"stopped; the checkpoint is in {state}, and the same command with --resume goes on from it")
             raise
     if not leads():
@@ -229,8 +240,9 @@ def _model(
 ) -> tuple[Any, Any]:
     """Load a model or make a new one, with a tokenizer that fits; a new one is kept beside the checkpoint."""
     from .. import models
-    from ..models.fresh import BYTES, is_config
+    from ..models.fresh import BYTES, check_preset, is_config
 
+    check_preset(source)
     if not is_config(source):
         network, own = models.load(source, dtype=dtype)
         chosen = own if words is None else _tokenizer(words, data, network.config.vocab_size, state)
@@ -259,36 +271,24 @@ def _tokenizer(words: str, data: Sequence[str], size: int, state: Path | None) -
         return models.byte_tokenizer()
     if words != "pairs":
         return models.load_tokenizer(words)
-    if state is not None and (state / TOKENIZER).is_dir():
+    if state is not None and (state / TOKENIZER).is_dir() and (stopped(state) or not leads()):
         return models.load_tokenizer(state / TOKENIZER)
     say("training a tokenizer")
-    made = models.trained_tokenizer([text for _, text in _texts(data)], size)
+    made = models.trained_tokenizer([text for _, text in _texts("--data", data)], size)
     if state is not None:
         made.save_pretrained(state / TOKENIZER)
     return made
 
 
-def _texts(words: Sequence[str]) -> list[tuple[str, str]]:
+def _texts(flag: str, words: Sequence[str]) -> list[tuple[str, str]]:
     """Read all texts, as (name, text); of JSON lines their texts."""
-    from ..models.examples import is_lines, read_lines
-
-    found = []
-    for word in words:
-        if is_lines(word):
-            found += [(place, str(record.get("text", ""))) for place, record in read_lines(word)]
-        else:
-            found += [(text.name, text.content) for text in data_texts([word])]
-    if empty := next((name for name, text in found if not text.strip()), None):
-        raise ValueError(f'{empty} has no "text" with words in it.')
-    if not found:
-        raise ValueError("--data takes texts: files, or topics or python.")
-    return found
+    return [(text.name, text.content) for word in words for text in texts_of(flag, word)]
 
 
-def _ids(words: Sequence[str], tokenizer: Any) -> Tensor:
+def _ids(flag: str, words: Sequence[str], tokenizer: Any) -> Tensor:
     """Turn texts into one row of tokens, each closed by the end of text."""
     from ..models.texts import tokens
 
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    parts = [tokens(tokenizer, text, name=name) for name, text in _texts(words)]
+    parts = [tokens(tokenizer, text, name=name) for name, text in _texts(flag, words)]
     return torch.cat([each for part in parts for each in (part, torch.tensor(end, dtype=torch.long))])

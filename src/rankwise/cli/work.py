@@ -14,23 +14,32 @@ from ..core import labels as kinds
 from ..core.data import batches_of
 from ..core.report import Report
 from ..core.statistics import Batch
+from ..core.supervision import CHECKPOINT
 from ..models.texts import tokens
 from .app import say
 from .files import Text, write_report
-from .options import at_least
+from .options import at_least, only_with
 
+ENOUGH = 0.5  # share of the calibration tokens, below which there is a word of warning
+TOKENIZER = "tokenizer"  # beside a checkpoint
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 LABELS = {"sampled": kinds.sampled, "data": kinds.given}
 
 
-def check_sizes(keep: float, calibration_tokens: int, window: int, max_tokens: int, eval_window: int) -> None:
+def check_sizes(keep: float, calibration_tokens: int, window: int) -> None:
     """Raise if a number that these commands share is out of range."""
     if not 0 < keep <= 1:
         raise ValueError(f"--keep must be > 0 and <= 1, got {keep}.")
     at_least("--calibration-tokens", calibration_tokens, 1)
     at_least("--window", window, 2)
+
+
+def judging(judged: bool, max_tokens: int | None, window: int | None) -> dict[str, int]:
+    """Return the sizes of the evaluation, or raise if one is out of range or has no text."""
+    only_with("--eval", judged, {"--max-tokens": max_tokens, "--eval-window": window})
     at_least("--max-tokens", max_tokens, 2)
-    at_least("--eval-window", eval_window, 2)
+    at_least("--eval-window", window, 2)
+    return {"max_tokens": max_tokens or 16384, "window": window or 1024}
 
 
 @dataclass(frozen=True)
@@ -150,6 +159,9 @@ def cut(
                 "lower --calibration-tokens or --max-tokens."
             )
     heads = [ids[:limit] for ids in whole.values()]
+    found, wanted = sum(map(len, heads)), limit * len(heads)
+    if found < ENOUGH * wanted:
+        say(f"--data has only {found:,} of the {wanted:,} tokens that calibration would read; more is better")
     return heads, [ids[: len(ids) - scored.get(origin, 0)] for origin, ids in whole.items()], tails
 
 
@@ -176,18 +188,37 @@ def partial_folder(out: Path | None, resume: bool) -> Path | None:
     """Return the folder for checkpoints.
 
     Raises:
-        ValueError: if one is there and it is not said what to do with it.
+        ValueError: if one is there and it is not said what to do with it, or the folder holds something else.
     """
     if out is None:
         if resume:
             raise ValueError("--resume needs --out, beside which the checkpoint of the stopped run lies.")
+        say("without --out nothing of what is trained will be kept")
         return None
     state = out.with_name(f"{out.name}.partial")
-    if state.exists() and not resume:
-        raise ValueError(f"{state} holds the checkpoint of a stopped run; give --resume to go on, or remove it.")
-    if resume and not state.exists():
-        say(f"{state} does not exist: there is nothing to go on from, so this run starts anew")
+    if stopped(state):
+        if not resume:
+            raise ValueError(
+                f"{state} holds the checkpoint of a stopped run; give --resume to go on, or remove it."
+            )
+        return state
+    if state.exists() and (not state.is_dir() or any(map(_is_foreign, state.iterdir()))):
+        raise ValueError(
+            f"{state}, the place for checkpoints, holds something else; remove it or give another --out."
+        )
+    if resume:
+        say(f"{state} holds no checkpoint: there is nothing to go on from, so this run starts anew")
     return state
+
+
+def stopped(state: Path | None) -> bool:
+    """Whether a folder holds the checkpoint of a stopped run."""
+    return state is not None and (state / CHECKPOINT).is_file()
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether something is not what a run leaves that failed before its first checkpoint."""
+    return path.name != TOKENIZER and not path.name.startswith(f".{CHECKPOINT}.")
 
 
 def in_words(memory: Mapping[str, int | None]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from .files import named
 from .tensor_file import write_tensors
 
 FORMAT = 1
@@ -17,13 +18,17 @@ def save_tree(tree: Any, path: Path) -> None:
     """Write a tree of dictionaries, lists, tensors, numbers, strings and None; tensors are kept bit by bit.
 
     One tensor at a time is copied.
+
+    Raises:
+        OSError: if the disk is full.
     """
     tensors: dict[str, Tensor] = {}
     header = json.dumps({"format": FORMAT, "tree": _packed(tree, tensors)})
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write_tensors(temporary, tensors, lambda key: [tensors[key]], about={"rankwise": header})
-        temporary.replace(path)
+        with named(path):
+            write_tensors(temporary, tensors, lambda key: [tensors[key]], about={"rankwise": header})
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,6 +1,7 @@
 """Preconditioning the gradients of a model at work."""
 
 import warnings
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from .curvatures import Curvatures
 from .exchange import Exchange, Traffic
 from .preconditioner import Curvature, Preconditioner, damping_at
 from .states import described
+
+_AT_WORK: "weakref.WeakSet[Conditioning]" = weakref.WeakSet()  # handles whose hooks are on
 
 
 class Conditioning:
@@ -32,7 +35,8 @@ class Conditioning:
         seed: of what methods draw.
 
     Raises:
-        ValueError: if ``workers`` is not a share that divides the processes.
+        ValueError: if ``workers`` is not a share that divides the processes, or another handle that was not
+            removed changes the gradients of one of the layers.
     """
 
     def __init__(
@@ -49,6 +53,13 @@ class Conditioning:
         axis: int = 0,
         seed: int = 0,
     ) -> None:
+        own = {id(layer.site.layer) for layer in layers.values()}
+        for other in _AT_WORK:
+            if shared := [name for name, layer in other.layers.items() if id(layer.site.layer) in own]:
+                raise ValueError(
+                    f"layer {shared[0]} is preconditioned already; call remove() of that handle first, or leave "
+                    "the layer out with 'where'."
+                )
         self.model, self.method, self.layers = model, method, dict(layers)
         self.kl_clip, self.optimizer = kl_clip, optimizer
         self.steps, self.skipped = 0, 0
@@ -56,6 +67,7 @@ class Conditioning:
         self.curvatures = Curvatures(method, self.layers, self.exchange, workers, seed)
         self.capture = Capture(model, layers, axis, reduces=method.reduces)
         self._look()
+        _AT_WORK.add(self)
 
     @property
     def device(self) -> torch.device:
@@ -86,9 +98,9 @@ class Conditioning:
             whether the step was taken.
 
         Raises:
-            ValueError: if a layer has a gradient but was not called as a module, or has another weight than at
-                the beginning; if gradients differ between processes; if the damping, scale or positions are not
-                positive.
+            ValueError: if no layer has a gradient; if one has but was not called as a module, or has another
+                weight than at the beginning; if gradients differ between processes; if the damping, scale or
+                positions are not positive.
             RuntimeError: if other processes do not answer.
         """
         if not 0 < scale < float("inf"):
@@ -99,6 +111,8 @@ class Conditioning:
         with torch.autocast(self.device.type, enabled=False):
             gradients = self._gradients()
             norms = agreed(self.exchange, gradients, [*self.layers], self.steps)
+            if not norms:
+                raise ValueError("no layer has a gradient; call loss.backward() before this step.")
             if not all(norm < float("inf") for norm in norms.values()):
                 self.skip()
                 warnings.warn(
@@ -207,6 +221,7 @@ class Conditioning:
     def remove(self) -> None:
         """Take the hooks off the model."""
         self.capture.remove()
+        _AT_WORK.discard(self)
 
     def __repr__(self) -> str:
         """Name the method and count the layers."""

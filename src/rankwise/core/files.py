@@ -25,15 +25,43 @@ def sync(path: Path) -> None:
         os.close(number)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file under a temporary name and rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Have errors of the disk name what could not be written, where they name no file.
+
+    Raises:
+        OSError: if the disk does not take what is written.
+    """
     try:
-        temporary.write_text(text, encoding="utf-8")
-        sync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:  # what safetensors raises on a full disk is no OSError
+        if isinstance(error, OSError) and (error.errno is None or error.filename is not None):
+            raise
+        words = error.strerror if isinstance(error, OSError) else str(error)
+        raise OSError(f"{path} could not be written: {' '.join(str(words).split())}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file under a temporary name and rename it.
+
+    A link stays, and the file that it leads to is replaced. What is there and is no ordinary file, such as a
+    pipe, is written into.
+
+    Raises:
+        OSError: if the disk does not take what is written.
+    """
+    with named(path):
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")
+            return
+        path = path.resolve()
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            sync(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -51,11 +79,19 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         raise ValueError(f"{folder} exists already; remove it or give another path.")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
-    except SafetensorError as error:  # what it raises on a full disk is no OSError
-        raise OSError(f"{folder} could not be written: {' '.join(str(error).split())}") from error
+        with named(folder):
+            yield temporary
+            _share(temporary)
+            if folder.exists():
+                folder.rmdir()
+            temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _share(folder: Path) -> None:
+    """Let all who may read a new folder read its files, which libraries make for their user alone."""
+    mode = folder.stat().st_mode & 0o666
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)

@@ -212,6 +212,12 @@ class Schedule(abc.ABC):
         return {"kind": type(self).__name__, **dataclasses.asdict(fields)}
 
 
+def check_function(name: str, value: object, instead: str) -> None:
+    """Raise unless an argument is a function or None; ``instead`` says what to give."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be {instead}, or None, got {value!r}.")
+
+
 def check_count(name: str, value: object) -> None:
     """Raise unless a field is a positive integer."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:

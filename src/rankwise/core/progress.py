@@ -1,11 +1,30 @@
-"""A progress bar for long loops: shown on a terminal, silent in a pipe."""
+"""How far long loops are: a bar on a terminal, silence in a pipe, or lines for whoever listens."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 T = TypeVar("T")
+_LISTENER: ContextVar[Callable[[str], None] | None] = ContextVar("listener", default=None)
+
+
+@contextmanager
+def listening(listener: Callable[[str], None]) -> Iterator[None]:
+    """Have a function called with what :func:`tell` is told inside."""
+    token = _LISTENER.set(listener)
+    try:
+        yield
+    finally:
+        _LISTENER.reset(token)
+
+
+def tell(words: str) -> None:
+    """Say in a line how far something is, unless a bar on a terminal does or nobody listens."""
+    listener = _LISTENER.get()
+    if listener is not None and not sys.stderr.isatty():
+        listener(words)
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

@@ -52,6 +52,12 @@ class Cosine:
         return (1 + math.cos(math.pi * min((done - self.warmup) / (1 - self.warmup), 1.0))) / 2
 
 
+def check_rate(lr: float, name: str = "lr") -> None:
+    """Raise unless a learning rate is a positive number."""
+    if not 0 < lr < math.inf:
+        raise ValueError(f"{name} must be a number > 0, got {lr}.")
+
+
 def _up(done: float, warmup: float) -> float:
     return min(1.0, (done + OFFSET) / warmup) if warmup else 1.0
 

@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 from .checkpoint import load_tree, save_tree
 from .fingerprint import digest_of
 from .plan import Plan, Progress
-from .progress import gauge
+from .progress import gauge, tell
 from .stepping import Stepping, Whole
 from .watch import frozen
 
@@ -243,6 +243,7 @@ class Run:
             p.best, p.best_step = held, p.step
             self._keep()
         self.observe(p.step, {"held_out": held})
+        tell(f"step {p.step}, {row['seconds']:.0f} s: held-out {self.word} {held:.4f} nats a row")
 
     def _keep(self) -> None:
         """Remember the model as it is: it is the best one so far."""

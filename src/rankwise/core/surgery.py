@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..matrices import Base, Dense, Scheduled, Several, StructuredMatrix
 from .extended import Extended, refuse_extended
+from .methods import check_function
 from .stacks import ChoosesExperts, Stack, one_by_one, stack_at, stacks, stacks_of
 from .standing import Standing
 from .views import VIEWS, EmbeddingView, LinearView, SliceView, View, parameter_of, view_of
@@ -151,6 +152,7 @@ def select(
     Raises:
         ValueError: if nothing is selected.
     """
+    check_function("where", where, "a function of (name, module)")
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings() if isinstance(model, _HasHead) else None
     keep = where or (lambda name, layer: layer is not head)

@@ -15,7 +15,8 @@ from .classifier import NO_HEAD, load_classifier, new_head
 from .classifier_weights import ClassifierWeights
 from .folded import Folded, file_names
 from .lines import lines_of, lines_of_change, takes_any_type
-from .load import config_from, kind_of, load, quiet
+from .load import config_from, kind_of, load
+from .quiet import quiet
 
 Source = Folded | ClassifierWeights
 BLOCK = 2**18  # numbers of a matrix that are made at a time

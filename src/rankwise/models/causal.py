@@ -2,11 +2,14 @@
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..core.statistics import Batch
 
 
 def check_causal(model: nn.Module, window: int, instead: str) -> Any:
@@ -20,12 +23,68 @@ def check_causal(model: nn.Module, window: int, instead: str) -> Any:
     kind = type(model).__name__
     if not isinstance(model, PreTrainedModel) or not model.can_generate() or model.config.is_encoder_decoder:
         raise ValueError(f"{kind} is not a causal language model of transformers; {instead}.")
+    _check_positions(model, window)
+    return model
+
+
+def check_tokens(model: nn.Module, batches: Sequence[Batch]) -> None:
+    """Raise if a model of transformers has no vector for a token, or for a position, of any batch.
+
+    Other models, and batches of what is no token ids, are left alone.
+
+    Raises:
+        ValueError: with the window or the token that is too large.
+    """
+    transformers = sys.modules.get("transformers")  # not there where no model is one of its
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return
+    for batch in batches:
+        if (ids := _ids_of(batch)) is not None:
+            check_vocabulary(model, ids, "the data")
+            places = batch.get("position_ids") if isinstance(batch, Mapping) else None
+            _check_positions(model, ids.shape[1] if places is None else int(places.max()) + 1)
+
+
+def check_vocabulary(model: Any, ids: Tensor, name: str) -> None:
+    """Raise if a model has no embedding of a token.
+
+    Raises:
+        ValueError: if so; the message calls the text by ``name``.
+    """
+    try:
+        table = model.get_input_embeddings()
+    except NotImplementedError:  # of models that read no tokens
+        return
+    size = getattr(table, "num_embeddings", None)
+    if size is None or ids.numel() == 0:
+        return
+    size += getattr(table, "num_additional_embeddings", 0)  # as Idefics has
+    least, most = map(int, ids.aminmax())
+    if least < 0 or most >= size:
+        raise ValueError(
+            f"{name} has token {most if most >= size else least}, but the vocabulary has {size} entries; use the "
+            "model's own tokenizer."
+        )
+
+
+def _check_positions(model: Any, window: int) -> None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and window > positions:
         raise ValueError(
-            f"window {window} is longer than the {positions} positions of {kind}; give at most {positions}."
+            f"window {window} is longer than the {positions} positions of {type(model).__name__}; give at most "
+            f"{positions}."
         )
-    return model
+
+
+def _ids_of(batch: Batch) -> Tensor | None:
+    """Return the (b, t) token ids of a batch, if it has some."""
+    if isinstance(batch, Mapping):
+        ids = batch.get("input_ids")
+    else:
+        ids = batch if isinstance(batch, Tensor) else batch[0]
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
+        return None
+    return ids if ids.numel() else None
 
 
 @contextlib.contextmanager

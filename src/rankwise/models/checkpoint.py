@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .load import check_files, find, kind_of, quiet
+from .load import check_files, find, kind_of
+from .quiet import quiet
 
 Wanted = Callable[[str], bool]
 

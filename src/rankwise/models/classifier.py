@@ -9,8 +9,9 @@ import torch
 from torch import Generator, nn
 
 from ..core.files import write_text
-from .load import check_files, find, quiet, tokenizer_of
+from .load import check_files, find, tokenizer_of
 from .quantizer import register_when_ready
+from .quiet import quiet
 
 LABELS = "labels.json"  # of an adapter's folder: the names of the classes
 NO_HEAD = (

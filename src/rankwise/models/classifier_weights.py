@@ -11,7 +11,7 @@ from ..core.surgery import StructuredLinear
 from ..matrices import StructuredMatrix
 from .classifier import NO_HEAD, classifier_config, is_head
 from .folded import Folded, file_names
-from .load import quiet
+from .quiet import quiet
 
 
 class ClassifierWeights(Mapping[str, Tensor]):

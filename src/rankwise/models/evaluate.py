@@ -16,7 +16,7 @@ from ..core.stacks import stacks_of
 from ..core.surgery import StructuredLinear
 from ..core.views import EmbeddingView, view_of
 from ..matrices import StructuredMatrix
-from .causal import check_causal, evaluating
+from .causal import check_causal, check_vocabulary, evaluating
 from .texts import tokens as tokens_of
 from .texts import windows
 
@@ -60,9 +60,8 @@ def evaluate(
         raise ValueError(f"max_tokens must be >= 2, got {max_tokens}.")
     models = [model] if dense is None else [model, dense]
     models = [check_causal(one, window, "perplexity needs a model that predicts tokens") for one in models]
-    vocabulary = min(one.get_input_embeddings().num_embeddings for one in models)
     pieces = {
-        name: windows(_ids(name, text, tokenizer, max_tokens, vocabulary), window) for name, text in texts.items()
+        name: windows(_ids(name, text, tokenizer, max_tokens, models), window) for name, text in texts.items()
     }
     start = time.perf_counter()
     with evaluating(*models):
@@ -111,7 +110,7 @@ def sizes(model: nn.Module) -> dict[str, int]:
     }
 
 
-def _ids(name: str, text: str | Tensor, tokenizer: Any, max_tokens: int | None, vocabulary: int) -> Tensor:
+def _ids(name: str, text: str | Tensor, tokenizer: Any, max_tokens: int | None, models: list[Any]) -> Tensor:
     if isinstance(text, str):
         ids = tokens_of(tokenizer, text, limit=max_tokens, last=True, name=name)
     elif text.dim() != 1 or text.is_floating_point():
@@ -122,11 +121,8 @@ def _ids(name: str, text: str | Tensor, tokenizer: Any, max_tokens: int | None, 
         ids = text if max_tokens is None else text[-max_tokens:]
     if len(ids) < 2:
         raise ValueError(f'text "{name}" is empty or has one token only; at least two are needed.')
-    if int(ids.max()) >= vocabulary:
-        raise ValueError(
-            f'text "{name}" has token {int(ids.max())}, but the vocabulary has {vocabulary} entries; '
-            "use the model's own tokenizer."
-        )
+    for model in models:
+        check_vocabulary(model, ids, f'text "{name}"')
     return ids
 
 

@@ -13,7 +13,7 @@ from ..core.labels import features_of
 from ..core.statistics import Batch
 from ..core.watch import call_of
 from .causal import evaluating
-from .load import quiet
+from .quiet import quiet
 
 Path = tuple[str, ...]  # of a field in a config, which may hold other configs
 Numbers = Mapping[Path, int]

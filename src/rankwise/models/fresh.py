@@ -1,6 +1,5 @@
 """Language models to train from scratch: from a config of transformers, or from a few words."""
 
-import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +7,9 @@ from typing import Any
 
 import torch
 
-from .load import find, is_hub_id, quiet
+from ..core.spelling import meant
+from .load import find, is_hub_id
+from .quiet import quiet
 
 SHORT = {
     "hidden": "hidden_size",
@@ -39,6 +40,13 @@ def is_config(source: str | Path) -> bool:
     return path.suffix == ".json" or (path.is_dir() and not any(any(path.glob(f"*{end}")) for end in WEIGHTS))
 
 
+def check_preset(source: str | Path) -> None:
+    """Raise if a source is nothing that there is, but nearly a preset."""
+    name = str(source)
+    if name not in PRESETS and not Path(name).expanduser().exists() and (hint := meant(name, PRESETS)):
+        raise ValueError(f"{name} does not exist; {hint}Presets: {', '.join(PRESETS)}.")
+
+
 def read_config(source: str | Path) -> Any:
     """Return a config of transformers.
 
@@ -59,6 +67,7 @@ def read_config(source: str | Path) -> Any:
 
     text = PRESETS.get(str(source), str(source))
     path = Path(text).expanduser()
+    check_preset(text)
     if ":" in text and not path.exists():
         family, _, words = text.partition(":")
         return _from_words(family, words)
@@ -180,8 +189,7 @@ def _from_words(family: str, words: str) -> Any:
     known = [*blank.to_dict(), *blank.attribute_map]
     for name in given:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
+            hint = meant(name, [*SHORT, *known])
             raise ValueError(
                 f"the config of {family} has no field {name!r}; {hint}Short names: {', '.join(SHORT)}."
             )

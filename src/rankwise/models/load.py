@@ -1,18 +1,19 @@
 """Load a model by folder, hub id, GGUF file or embedded name."""
 
-import contextlib
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..core.spelling import meant
 from .embedded import EMBEDDED, embedded_folder
 from .gguf import from_gguf
 from .quantizer import register_when_ready
+from .quiet import quiet
 
 BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")  # what stands beside the weights
 _TOKENIZERS = ("tokenizer*", "vocab.*", "spiece.model", "sentencepiece*", "*.tiktoken")
@@ -75,7 +76,7 @@ def find(source: str | Path, trust: bool = False) -> Path:
     if path.is_file():
         raise ValueError(f"{name} is a file that cannot be read as a model; {accepted}.")
     if not is_hub_id(name):
-        raise ValueError(f"{name} does not exist; {accepted}.")
+        raise ValueError(f"{name} does not exist; {meant(name, EMBEDDED)}{accepted}.")
     return _from_hub(name, trust)
 
 
@@ -179,19 +180,6 @@ def tokenizer_of(folder: Path, trust: bool = False) -> Any:
     if not any(next(folder.glob(pattern), None) for pattern in _TOKENIZERS):
         return None
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers from printing what becomes an error or a warning here."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def _one_line(error: Exception) -> str:

@@ -17,6 +17,7 @@ from ..core.files import new_folder, sync, write_text
 from ..core.stacks import stacks
 from ..core.surgery import StructuredLinear, structured
 from .quantizer import FORMAT, METHOD, describe
+from .quiet import quiet
 
 INDEX = "model.safetensors.index.json"
 SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")  # files beside the weights
@@ -61,9 +62,10 @@ def save_model(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:
         with new_folder(folder) as temporary:
             model.config = with_specs(model.config, describe(model))
             tensors = tensors_of(model)
-            model.save_pretrained(temporary, state_dict=dict(tensors), save_original_format=False)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(temporary)
+            with quiet():
+                model.save_pretrained(temporary, state_dict=dict(tensors), save_original_format=False)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(temporary)
             verify(tensors, temporary)
     finally:
         model.config = own

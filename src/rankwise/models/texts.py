@@ -85,7 +85,7 @@ def tokens(
     """Turn a text into token ids, without special tokens.
 
     Args:
-        tokenizer: of transformers.
+        tokenizer: of transformers; None, of a model that has none, is an error.
         text: any length.
         limit: keep at most so many tokens.
         last: keep the last ones, not the first.
@@ -95,10 +95,15 @@ def tokens(
         (t,) integers.
 
     Raises:
-        ValueError: if there is not one token, or ``limit`` is not positive.
+        ValueError: if there is no tokenizer or not one token, or ``limit`` is not positive.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be >= 1 token, got {limit}.")
+    if tokenizer is None:
+        raise ValueError(
+            f'the model has no tokenizer to read text "{name}" with; put the files of its tokenizer into its '
+            "folder, or give token ids in Python."
+        )
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
     if ids.numel() == 0:
         raise ValueError(f'text "{name}" is empty; give a text of at least two tokens.')
