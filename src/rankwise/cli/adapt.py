@@ -15,7 +15,7 @@ from ..core.report import Report
 from .app import app, say
 from .arguments import Dtype, Json, Model, Settings, WherePattern
 from .files import check_files, check_folder, write_report
-from .options import at_least, build, check_matches, check_seed, pick, registry, where_option
+from .options import at_least, build, check_matches, check_seed, layer_names, pick, registry, where_option
 from .work import DTYPES, in_words, partial_folder, stopped
 
 ASIDE = 0.1  # share of the examples that judges where there is no --eval
@@ -88,7 +88,7 @@ def adapt(
     shape = Shape(window, batch, calibration_tokens, seed)
     task = _task(model, precision, data, eval_, shape)
     network = task.network
-    check_matches("--where", where, [name for name, _ in network.named_modules()])
+    check_matches("--where", where, layer_names(network))
     check_matches("--also", also, [name for name, _ in network.named_parameters()])
 
     from .. import adapting, finetuning

@@ -38,6 +38,7 @@ from .options import (
     check_matches,
     check_seed,
     duration,
+    layer_names,
     only_with,
     pick,
     registry,
@@ -160,7 +161,7 @@ def compress(
         return
     work = Work.begin(model, precision, calibration, evaluation, limit=limit, **sizes)
     network = work.network
-    check_matches("--where", where, [name for name, _ in network.named_modules()])
+    check_matches("--where", where, layer_names(network))
     check_matches("--heal-also", heal_also, [name for name, _ in network.named_parameters()])
     batches = work.batches(window)
     say(f"compressing with {method} to keep {keep:g} of the {unit}")

@@ -8,7 +8,7 @@ import typer
 from .app import app, say
 from .compress import DTYPES
 from .files import check_files, write_report
-from .options import check_matches, pick, where_option
+from .options import check_matches, layer_names, pick, where_option
 
 
 @app.command()
@@ -28,7 +28,7 @@ def inspect(
 
     say(f"loading {model}")
     network, _ = models.load(model, dtype=precision)
-    check_matches("--where", where, [name for name, _ in network.named_modules()])
+    check_matches("--where", where, layer_names(network))
     say("measuring its weights")
     report = api.inspect(network, where=layers)
     write_report(report, json, html)

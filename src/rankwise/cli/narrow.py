@@ -24,7 +24,7 @@ from .arguments import (
     Window,
 )
 from .files import check_files, check_folder, data_texts, named_texts
-from .options import at_least, build, check_matches, check_seed, pick, where_option
+from .options import at_least, build, check_matches, check_seed, layer_names, pick, where_option
 from .work import DTYPES, LABELS, Work, check_sizes, judging
 
 
@@ -70,7 +70,7 @@ def narrow(
 
     limit = calibration_tokens // max(len(calibration), 1)
     work = Work.begin(model, precision, calibration, evaluation, limit=limit, **sizes)
-    check_matches("--where", where, [name for name, _ in work.network.named_modules()])
+    check_matches("--where", where, layer_names(work.network))
     say(f"narrowing to keep {keep:g} of the params")
     report = narrowing.narrow(
         work.network,

@@ -16,7 +16,7 @@ from .. import initialisers, optimizers, projectors, rank_rules
 from ..core.methods import Initialiser, RankRule
 from ..core.spelling import meant
 from ..core.subspaces import Carry, Projector, Refresh
-from ..core.surgery import Where
+from ..core.surgery import Where, select
 from ..core.transforms import Transform
 from ..linalg import Sharing, exact, expanded, reduced
 from ..optimizers import retractions
@@ -232,6 +232,12 @@ def check_matches(flag: str, pattern: str | None, names: Collection[str]) -> Non
     if pattern is not None and not any(re.search(pattern, name) for name in names):
         close = difflib.get_close_matches(pattern, names, n=1, cutoff=0)
         raise ValueError(f"{flag} {pattern!r} fits no name in the model, where names are such as {close[0]}.")
+
+
+def layer_names(model: nn.Module) -> list[str]:
+    """Return the names of all matrices of a model, those of experts too."""
+    sites = select(model, lambda *_: True, compressed=True, tables=True)
+    return [name for site in sites.values() for name in site.names]
 
 
 def duration(flag: str, text: str) -> float:
