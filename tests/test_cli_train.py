@@ -387,6 +387,6 @@ def test_judges_are_named(text: Path, tmp_path: Path):
     refused(train(*words, "--eval", tmp_path / "empty.txt"), "--eval: the text", "empty.txt is empty")
     refused(train(*words, "--data", "topcs"), "--data: the text topcs does not exist; did you mean topics?")
     refused(run("train", "llama-60", "--data", text), "llama-60 does not exist; did you mean llama-60m?")
-    refused(run("train", "llama:hiden=64", "--data", text), "did you mean hidden?")
+    refused(run("train", "llama:hiddens=64", "--data", text), "did you mean hidden?")
     refused(run("plan", "llama-60", "--memory", "1GiB"), "did you mean llama-60m?")
     refused(run("plan", "llama-60m", "--memory", 8), "--memory 8GiB")
