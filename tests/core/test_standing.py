@@ -40,6 +40,9 @@ def test_it_is_an_empty_tensor_else():
     layer = StructuredLinear(LowRank(torch.ones(5, 2), torch.ones(2, 7)))
     assert (layer.weight.numel(), layer.weight.dtype) == (0, torch.float32)
     assert layer.to(torch.float64).weight.dtype == torch.float64
+    for each in (copy.deepcopy(layer.weight), pickle.loads(pickle.dumps(layer.weight)), layer.weight.detach()):
+        assert type(each) is torch.Tensor
+        assert each.shape == (0,)
     for each in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert {*each.state_dict()} == {"weight", "matrix.left", "matrix.right"}
         assert type(each.state_dict()["weight"]) is torch.Tensor

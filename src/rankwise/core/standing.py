@@ -30,6 +30,12 @@ class Standing(Tensor):
         found.matrix, found.transposed = matrix, transposed
         return found
 
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.as_subclass(Tensor).clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
     def rows(self, x: Tensor, adjoint: bool) -> Tensor:
         """Apply the matrix, (..., n) -> (..., m), or its adjoint."""
         return self.matrix.adjoint(x) if adjoint else self.matrix(x)
