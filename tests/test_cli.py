@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import WORDS, gpt2, saved, worded
+from transformers import T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner, Result
 
 from rankwise import Report, __version__, compressors
@@ -480,6 +481,15 @@ def test_figures_go_through_links_and_into_pipes(folder, tmp_path):
     assert "<svg" in target.read_text()
     assert pipe.is_fifo()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link.html", "pipe", "target.html"]
+
+
+def test_a_model_that_takes_more_than_text_is_named(text, tmp_path):
+    sizes = {"vocab_size": 64, "d_model": 16, "d_ff": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2}
+    made = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    made.save_pretrained(tmp_path / "t5")
+    worded().save_pretrained(tmp_path / "t5")
+    words = ["compress", tmp_path / "t5", "--keep", "0.9", "--data", text]
+    refused(run(*words), "T5ForConditionalGeneration takes more than the tokens of a text; give batches")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only some systems have a device that is always full")

@@ -23,6 +23,7 @@ from .core.report import Report
 from .core.statistics import Batch, InputGram, InputMean, OutputGradGram, Statistic, Statistics, Stats
 from .core.surgery import Site, Where, select, structured
 from .linalg import Metric, eliminate_columns, metric_norm, refit_columns
+from .models.causal import reads_tokens_alone
 from .models.exchange import Exchange, parameters_of, readable, same_outputs
 from .models.widths import Width, find_widths
 
@@ -276,7 +277,7 @@ def _probe(model: Any, data: str | Tensor | Sequence[Batch] | Statistics) -> Bat
     """Return what changes of the model are tried on: a few tokens, or the first batch."""
     if not isinstance(data, (str, Tensor, Statistics)):
         return data[0]
-    if model.main_input_name == "input_ids" and not model.config.is_encoder_decoder:
+    if reads_tokens_alone(model):
         return torch.arange(32)[None] % model.get_input_embeddings().num_embeddings
     raise ValueError(f"{type(model).__name__} takes more than token ids; give data as a list of batches.")
 

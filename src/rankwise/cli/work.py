@@ -15,6 +15,7 @@ from ..core.data import batches_of
 from ..core.report import Report
 from ..core.statistics import Batch
 from ..core.supervision import CHECKPOINT
+from ..models.causal import reads_tokens_alone
 from ..models.texts import tokens
 from .app import say
 from .files import Text, write_report
@@ -85,6 +86,11 @@ class Work:
 
         say(f"loading {source}")
         network, tokenizer = models.load(source, dtype=dtype)
+        if (calibration or evaluation) and not reads_tokens_alone(network):
+            raise ValueError(
+                f"{type(network).__name__} takes more than the tokens of a text; give batches from Python, or a "
+                "method that needs no data."
+            )
         work = cls(
             source, network, tokenizer, *cut(tokenizer, calibration, evaluation, limit, max_tokens), window
         )

@@ -45,6 +45,11 @@ def check_tokens(model: nn.Module, batches: Sequence[Batch]) -> None:
             _check_positions(model, ids.shape[1] if places is None else int(places.max()) + 1)
 
 
+def reads_tokens_alone(model: Any) -> bool:
+    """Whether a model of transformers can be given token ids and nothing else."""
+    return model.main_input_name == "input_ids" and not model.config.is_encoder_decoder
+
+
 def check_vocabulary(model: Any, ids: Tensor, name: str) -> None:
     """Raise if a model has no embedding of a token.
 
