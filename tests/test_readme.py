@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 MODEL = "smollm2-135m"
 FEWER = {
-    "compress": ["--calibration-tokens", "512", "--window", "128", "--max-tokens", "1024"],
+    "compress": ["--calibration-tokens", "512", "--window", "128"],
     "evaluate": ["--max-tokens", "1024"],
     "narrow": ["--calibration-tokens", "512", "--window", "128"],
 }
@@ -63,7 +63,8 @@ def test_command_lines_run(place: Path, monkeypatch: pytest.MonkeyPatch):
     for line in lines:
         shorter = {MODEL: f"./{MODEL}", "10m": "2s"}
         words = [shorter.get(word, word) for word in shlex.split(line)[1:]]
-        result = CliRunner().invoke(app, [*words, *FEWER.get(words[0], [])])
+        judged = ["--max-tokens", "1024"] if words[0] == "compress" and "--eval" in words else []
+        result = CliRunner().invoke(app, [*words, *FEWER.get(words[0], []), *judged])
         assert result.exit_code == 0, f"{line}\n{result.output}"
     assert (place / "merged" / "config.json").is_file()
     for name in ("spectra.json", "small.json", "small/config.json", "small/report.html", "small-gguf/model.gguf"):

@@ -97,7 +97,7 @@ def test_gradients_pass_through_a_structured_layer(layer_and_input: tuple[nn.Mod
     "layer",
     [
         nn.Conv2d(4, 4, 3, groups=2),
-        nn.Conv2d(4, 4, 3, padding="same"),
+        nn.Conv2d(4, 4, 4, padding="same"),
         nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
         nn.ConvTranspose2d(4, 4, 3),
         nn.Embedding(4, 4),
