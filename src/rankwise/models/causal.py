@@ -74,7 +74,7 @@ def check_vocabulary(model: Any, ids: Tensor, name: str) -> None:
 
 def _check_positions(model: Any, window: int) -> None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and window > positions:
+    if positions is not None and 0 < positions < window:  # XLNet has -1, for any number
         raise ValueError(
             f"window {window} is longer than the {positions} positions of {type(model).__name__}; give at most "
             f"{positions}."
