@@ -2,17 +2,23 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 import rankwise
 from rankwise.adapters import Lora
 from rankwise.compressors import PlainSvd
 from rankwise.core.surgery import StructuredLinear
 from rankwise.matrices import LowRank
+
+
+def weight_of(net: nn.Sequential) -> Any:
+    return net[0].weight
 
 
 def test_products_are_those_of_the_matrix():
@@ -78,3 +84,11 @@ def test_a_weight_that_multiplies_from_the_left():
     rankwise.compress(model, PlainSvd(), keep=0.9)
     found = model(x)
     torch.testing.assert_close(found, rankwise.fold(model)(x))
+
+
+def test_a_weight_that_is_stored_transposed_is_multiplied_as_it_is_stored():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(Conv1D(12, 8)), torch.randn(3, 8)
+    expected = x @ weight_of(net), weight_of(net) @ torch.ones(12)
+    rankwise.adapt(net, Lora(rank=2))
+    torch.testing.assert_close((x @ weight_of(net), weight_of(net) @ torch.ones(12)), expected)
