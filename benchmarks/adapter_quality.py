@@ -155,14 +155,15 @@ def classes(data: Path, name: str, steps: int, size: int = 32) -> Task:
     tokenizer = load_classifier(folder, ("0", "1"))[1]
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
     select, learned = [train[i] for i in order[:256]], [train[i] for i in order[256:]]
-    judged = encoded(sorted(dev, key=lambda row: len(row[0])), tokenizer, 64)
+    judged = encoded(by_length(dev), tokenizer, 64)
 
     def batches(seed: int) -> Batches:
         generator = torch.Generator().manual_seed(seed)
         drawn: list[int] = []
         while len(drawn) < steps * size:
             drawn += torch.randperm(len(learned), generator=generator).tolist()
-        return encoded([learned[i] for i in drawn[: steps * size]], tokenizer, size)
+        found = encoded(by_length([learned[i] for i in drawn[: steps * size]]), tokenizer, size)
+        return [found[i] for i in torch.randperm(steps, generator=generator).tolist()]
 
     def score(model: nn.Module) -> float:
         found, labels = [], []
@@ -175,12 +176,17 @@ def classes(data: Path, name: str, steps: int, size: int = 32) -> Task:
     return Task(
         lambda seed: load_classifier(folder, ("0", "1"), dtype=torch.float32, seed=seed)[0],
         batches,
-        encoded(select, tokenizer, 64),
+        encoded(by_length(select), tokenizer, 64),
         score,
         steps,
         "SST-2",
         head=True,
     )
+
+
+def by_length(rows: Sequence[tuple[str, str | None, int]]) -> list[tuple[str, str | None, int]]:
+    """Sort texts or pairs by their lengths, so that batches hold little padding."""
+    return sorted(rows, key=lambda row: len(row[0]) + len(row[1] or ""))
 
 
 def agreement(found: Sequence[int], labels: Sequence[int]) -> float:

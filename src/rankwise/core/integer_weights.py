@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from ..linalg import add_to_integers, integer_grid, seeded
 from ..matrices import Quantized
 from ..matrices.recomputed import product
+from .directions import Direction
 from .methods import check_count
 from .states import State, counter
 from .surgery import Where, select, set_module
-from .writing import Write, put_at_random, written
+from .writing import Write, put_at_random, whole, written
 
 BITS = 8
 
@@ -188,13 +189,13 @@ class IntegerWeights(Write):
         put_at_random(params, values, self.seed, state)
 
     def __call__(
-        self, params: Sequence[Tensor], directions: Sequence[Tensor], keep: float, factor: float, state: State
+        self, params: Sequence[Tensor], directions: Sequence[Direction], keep: float, factor: float, state: State
     ) -> None:
         """Add to codes, or to parameters."""
         seeds = zip(state["index"].tolist(), state["count"].add_(1).tolist(), strict=True)
         for param, direction, seed in zip(params, directions, seeds, strict=True):
             generator = seeded(self.seed, *seed, device=param.device)
             if param in self.weights:
-                self.weights[param].add(direction, keep, factor, generator)
+                self.weights[param].add(whole(direction), keep, factor, generator)
             else:
                 written(param, direction, keep, factor, generator)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .groups import Group, as_group, check_group, restored, with_written
 from .parts import Part, agreed, part_of
-from .stacked import Stack, gradients, joined, owned, read_only, shape_of, stacked_values
+from .stacked import Stack, each_direction, gradients, joined, owned, read_only, shape_of, stacked_values
 from .states import State, described, leaves, map_state
 from .transforms import Transform, as_matrices, blank_state, working_type
 from .writing import Nearest, Write
@@ -314,11 +314,11 @@ class Optimizer(torch.optim.Optimizer):
         if reduced is None and len(parts) == 1:
             reduced = parts[0].reduced(lambda grad: transform.reduce(grad, stack.state, values))
         if reduced is None:
-            direction = transform.update(gradients(parts), stack.state, values)
+            direction = transform.update_unformed(gradients(parts), stack.state, values)
         else:
             direction = transform.update_reduced(reduced, stack.state, values)
         own, written = [part.own for part in parts], stack.state.get("write", {})
-        self.write(own, owned(parts, direction), 1 - lr * decay, -lr, written)
+        self.write(own, each_direction(parts, direction), 1 - lr * decay, -lr, written)
         if transform.constrains:
             now = joined([part.value() for part in parts]).to(direction.dtype)
             bounded = transform.constrain(now, stack.state, lr, decay)

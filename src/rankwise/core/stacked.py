@@ -7,6 +7,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from .directions import Direction, Factors, formed
 from .parts import Part
 from .states import State
 from .transforms import as_matrices, working_type
@@ -47,6 +48,13 @@ def gradients(parts: Sequence[Part]) -> Tensor:
 def owned(parts: Sequence[Part], seen: Tensor) -> list[Tensor]:
     """Return what this process holds of tensors (k, ...) that transforms make."""
     return [part.mine(each.reshape(part.shape)) for part, each in zip(parts, seen, strict=True)]
+
+
+def each_direction(parts: Sequence[Part], seen: Direction) -> Sequence[Direction]:
+    """Return the direction of each parameter; a product stays one for a single matrix that is whole here."""
+    if isinstance(seen, Factors) and len(parts) == 1 and len(parts[0].shape) == 2 and parts[0].layout is None:
+        return [seen]
+    return owned(parts, formed(seen))
 
 
 def shape_of(part: Part) -> Tensor:

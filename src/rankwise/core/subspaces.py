@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .directions import Direction, formed
 from .states import State, counter, map_state, put, take
 from .transforms import Transform, check_rank, rank_of
 
@@ -45,8 +46,12 @@ class Projector(abc.ABC):
         """(k, s, any) -> (k, r, any)."""
 
     @abc.abstractmethod
+    def lift(self, low: Tensor, state: State) -> Direction:
+        """(k, r, any) -> (k, s, any), perhaps as a product."""
+
     def up(self, low: Tensor, state: State) -> Tensor:
         """(k, r, any) -> (k, s, any)."""
+        return formed(self.lift(low, state))
 
     @abc.abstractmethod
     def rank(self, state: State) -> int:

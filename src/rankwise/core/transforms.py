@@ -10,6 +10,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from .directions import Direction, formed
 from .states import State, leaves
 
 
@@ -48,6 +49,16 @@ class Transform(abc.ABC):
                 it is on the meta device: it has a shape, and reading its values raises.
         """
 
+    def update_unformed(self, grad: Tensor, state: State, param: Tensor) -> Direction:
+        """Do what ``update`` does, and return the direction as a product where it is one that is not formed yet.
+
+        Args:
+            grad: as for ``update``.
+            state: as for ``update``.
+            param: as for ``update``.
+        """
+        return self.update(grad, state, param)
+
     def reduce(self, grad: Tensor, state: State, param: Tensor) -> Tensor | None:
         """Return a smaller, linear form of a gradient that the next step can be taken from, or None.
 
@@ -62,8 +73,8 @@ class Transform(abc.ABC):
         """
         return None
 
-    def update_reduced(self, low: Tensor, state: State, param: Tensor) -> Tensor:
-        """Return what ``update`` would of the gradients whose reduced forms were added up.
+    def update_reduced(self, low: Tensor, state: State, param: Tensor) -> Direction:
+        """Return what ``update_unformed`` would of the gradients whose reduced forms were added up.
 
         Args:
             low: a sum of what ``reduce`` returned.
@@ -132,9 +143,9 @@ class Chain(Transform):
         """The reduced form of the first part, which alone sees gradients."""
         return self.parts[0].reduce(grad, state["0"], param) if self.parts else None
 
-    def update_reduced(self, low: Tensor, state: State, param: Tensor) -> Tensor:
+    def update_reduced(self, low: Tensor, state: State, param: Tensor) -> Direction:
         """The first part makes a direction, which the others take."""
-        direction = self.parts[0].update_reduced(low, state["0"], param)
+        direction = formed(self.parts[0].update_reduced(low, state["0"], param))
         for i, part in enumerate(self.parts[1:], 1):
             direction = part.update(direction, state[str(i)], param)
         return direction
@@ -206,11 +217,15 @@ class ByShape(Transform):
         """The direction of the one that acts."""
         return self._pick(grad).update(grad, state, param)
 
+    def update_unformed(self, grad: Tensor, state: State, param: Tensor) -> Direction:
+        """The direction of the one that acts."""
+        return self._pick(grad).update_unformed(grad, state, param)
+
     def reduce(self, grad: Tensor, state: State, param: Tensor) -> Tensor | None:
         """The reduced form of the one that acts."""
         return self._pick(param).reduce(grad, state, param)
 
-    def update_reduced(self, low: Tensor, state: State, param: Tensor) -> Tensor:
+    def update_reduced(self, low: Tensor, state: State, param: Tensor) -> Direction:
         """The direction of the one that acts."""
         return self._pick(param).update_reduced(low, state, param)
 
@@ -260,14 +275,18 @@ class Wide(Transform):
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
         """(k, m, n) -> (k, m, n)."""
-        direction = self.inner.update(_wide(grad), state, _wide(param))
+        return formed(self.update_unformed(grad, state, param))
+
+    def update_unformed(self, grad: Tensor, state: State, param: Tensor) -> Direction:
+        """(k, m, n) -> (k, m, n)."""
+        direction = self.inner.update_unformed(_wide(grad), state, _wide(param))
         return direction.mT if _is_tall(grad) else direction
 
     def reduce(self, grad: Tensor, state: State, param: Tensor) -> Tensor | None:
         """The inner reduced form."""
         return self.inner.reduce(_wide(grad), state, _wide(param))
 
-    def update_reduced(self, low: Tensor, state: State, param: Tensor) -> Tensor:
+    def update_reduced(self, low: Tensor, state: State, param: Tensor) -> Direction:
         """(k, ...) -> (k, m, n)."""
         direction = self.inner.update_reduced(low, state, _wide(param))
         return direction.mT if _is_tall(param) else direction

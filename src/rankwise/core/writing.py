@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..linalg import seeded, stochastic_bfloat16
+from .directions import Direction, Factors, add_to
 from .states import State, counter
 
 foreach_add: Any = torch._foreach_add_  # pyright: ignore[reportPrivateImportUsage]
@@ -36,13 +37,13 @@ class Write(abc.ABC):
 
     @abc.abstractmethod
     def __call__(
-        self, params: Sequence[Tensor], directions: Sequence[Tensor], keep: float, factor: float, state: State
+        self, params: Sequence[Tensor], directions: Sequence[Direction], keep: float, factor: float, state: State
     ) -> None:
         """Write a step.
 
         Args:
             params: k parameters of one shape and type, written into.
-            directions: k tensors of their shape, in the type of gradients.
+            directions: k tensors of their shape, in the type of gradients; or products (1, m, n) for matrices.
             keep: 1, or less where weights decay.
             factor: of directions.
             state: what ``init`` returned, with a leading axis of k; written into.
@@ -59,12 +60,15 @@ class Nearest(Write):
     """Round to the nearest number of the parameters' type: what is below half a step of it is lost."""
 
     def __call__(
-        self, params: Sequence[Tensor], directions: Sequence[Tensor], keep: float, factor: float, state: State
+        self, params: Sequence[Tensor], directions: Sequence[Direction], keep: float, factor: float, state: State
     ) -> None:
-        """Shrink, then add."""
+        """Shrink, then add; products go into matrices of their type without being formed."""
+        if len(params) == 1 and isinstance(directions[0], Factors) and directions[0].dtype == params[0].dtype:
+            add_to(params[0].unsqueeze(0), directions[0], keep=keep, factor=factor)
+            return
         if keep != 1:
             foreach_mul(list(params), keep)
-        foreach_add(list(params), list(directions), alpha=factor)
+        foreach_add(list(params), [whole(each) for each in directions], alpha=factor)
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ class StochasticRounding(Write):
         return {"index": index.clone(), "count": counter(index)} if param.dtype == torch.bfloat16 else {}
 
     def __call__(
-        self, params: Sequence[Tensor], directions: Sequence[Tensor], keep: float, factor: float, state: State
+        self, params: Sequence[Tensor], directions: Sequence[Direction], keep: float, factor: float, state: State
     ) -> None:
         """Shrink and add in float32, and round once."""
         if not state:
@@ -122,10 +126,15 @@ def put_at_random(params: Sequence[Tensor], values: Sequence[Tensor], seed: int,
         param.copy_(value)
 
 
-def written(param: Tensor, direction: Tensor, keep: float, factor: float, generator: Generator) -> None:
+def whole(direction: Direction) -> Tensor:
+    """Return the direction of one parameter as a tensor of its shape."""
+    return direction.formed()[0] if isinstance(direction, Factors) else direction
+
+
+def written(param: Tensor, direction: Direction, keep: float, factor: float, generator: Generator) -> None:
     """Write a step into one parameter; bfloat16 is rounded at random."""
     if param.dtype == torch.bfloat16:
-        value = (param.float() * keep).add_(direction, alpha=factor)
+        value = (param.float() * keep).add_(whole(direction), alpha=factor)
         param.copy_(stochastic_bfloat16(value, generator))
     else:
         Nearest()([param], [direction], keep, factor, {})

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.directions import Direction, add_to, formed
 from ..core.states import State, per_parameter
 from ..core.subspaces import Projector, Refresh, Subspace
 from ..core.transforms import Transform, by_shape, wide
@@ -44,6 +45,10 @@ class LowDimensionalAdam(Transform):
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
         """(k, s, l) -> (k, s, l)."""
+        return formed(self.update_unformed(grad, state, param))
+
+    def update_unformed(self, grad: Tensor, state: State, param: Tensor) -> Direction:
+        """(k, s, l) -> (k, s, l), a product."""
         projector, basis, inside = self.subspace.projector, state["subspace"]["basis"], state["inner"]
         if self.feedback:
             grad = grad + state["error"]
@@ -54,9 +59,10 @@ class LowDimensionalAdam(Transform):
         self.subspace.follow(target, state["subspace"], self.adam, inside)
         low = projector.down(grad, basis)
         if self.feedback:
-            lost = mean - projector.up(inside["mean"], basis)
-            state["error"].copy_(grad - projector.up(low, basis)).add_(lost, alpha=b1 / (1 - b1))
-        return projector.up(self.adam.update(low, inside, torch.empty_like(low, device="meta")), basis)
+            lost = add_to(mean, projector.lift(inside["mean"], basis), factor=-1)
+            error = add_to(state["error"].copy_(grad), projector.lift(low, basis), factor=-1)
+            error.add_(lost, alpha=b1 / (1 - b1))
+        return projector.lift(self.adam.update(low, inside, torch.empty_like(low, device="meta")), basis)
 
 
 def ldadam(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.directions import Direction, add_to, formed
 from ..core.methods import check_finite
 from ..core.states import State
 from ..core.subspaces import Carry, Projector, Refresh, Subspace
@@ -67,6 +68,10 @@ class Project(Transform):
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
         """(k, s, l) -> (k, s, l)."""
+        return formed(self.update_unformed(grad, state, param))
+
+    def update_unformed(self, grad: Tensor, state: State, param: Tensor) -> Direction:
+        """(k, s, l) -> (k, s, l); a product where there is no rest."""
         if self.rest is not None:
             grad = self.rest.lead(grad, state["rest"])
         self.subspace.follow(grad, state["subspace"], self.inner, state["inner"])
@@ -75,8 +80,8 @@ class Project(Transform):
         direction, step = self._inside(low, state)
         if self.rest is None:
             return step
-        outside = torch.sub(grad, projector.up(low, basis), alpha=self.rest.removed)
-        return step.add_(self.rest.update(outside, low, direction, state["rest"]))
+        outside = add_to(grad.clone(), projector.lift(low, basis), factor=-self.rest.removed)
+        return formed(step).add_(self.rest.update(outside, low, direction, state["rest"]))
 
     def reduce(self, grad: Tensor, state: State, param: Tensor) -> Tensor | None:
         """(k, s, l) -> (k, r, l), where the rest is dropped and the basis stays."""
@@ -84,16 +89,16 @@ class Project(Transform):
             return None
         return self.subspace.projector.down(grad, state["subspace"]["basis"])
 
-    def update_reduced(self, low: Tensor, state: State, param: Tensor) -> Tensor:
+    def update_reduced(self, low: Tensor, state: State, param: Tensor) -> Direction:
         """(k, r, l) -> (k, s, l)."""
         self.subspace.stay(state["subspace"])
         return self._inside(low, state)[1]
 
-    def _inside(self, low: Tensor, state: State) -> tuple[Tensor, Tensor]:
+    def _inside(self, low: Tensor, state: State) -> tuple[Tensor, Direction]:
         """Return the direction inside the subspace, and the scaled step that comes back."""
         direction = self.inner.update(low, state["inner"], torch.empty_like(low, device="meta"))
         scaled = direction if self.scale == 1 else direction * self.scale
-        return direction, self.subspace.projector.up(scaled, state["subspace"]["basis"])
+        return direction, self.subspace.projector.lift(scaled, state["subspace"]["basis"])
 
 
 def begin(subspace: Subspace, inner: Transform, param: Tensor, index: Tensor) -> dict[str, State]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.directions import Direction, formed
 from ..core.methods import check_count
 from ..core.states import State
 from ..core.transforms import Transform
@@ -39,8 +40,12 @@ class Quantised(Transform):
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
         """The inner direction (k, ...)."""
+        return formed(self.update_unformed(grad, state, param))
+
+    def update_unformed(self, grad: Tensor, state: State, param: Tensor) -> Direction:
+        """The inner direction (k, ...)."""
         inner = _decoded(state, self, grad.dtype)
-        direction = self.inner.update(grad, inner, param)
+        direction = self.inner.update_unformed(grad, inner, param)
         _put(state, self._coded(inner))
         return direction
 
@@ -50,7 +55,7 @@ class Quantised(Transform):
             return None  # nothing needs to be read
         return self.inner.reduce(grad, _decoded(state, self, grad.dtype), param)
 
-    def update_reduced(self, low: Tensor, state: State, param: Tensor) -> Tensor:
+    def update_reduced(self, low: Tensor, state: State, param: Tensor) -> Direction:
         """The inner direction (k, ...)."""
         inner = _decoded(state, self, low.dtype)
         direction = self.inner.update_reduced(low, inner, param)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.directions import Direction, add_to, formed
 from ..core.states import State
 from ..core.subspaces import Projector, Refresh, Subspace
 from ..core.transforms import Transform, by_shape, chain, wide
@@ -43,13 +44,17 @@ class SpentMomentum(Transform):
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
         """(k, s, l) -> (k, s, l)."""
+        return formed(self.update_unformed(grad, state, param))
+
+    def update_unformed(self, grad: Tensor, state: State, param: Tensor) -> Direction:
+        """(k, s, l) -> (k, s, l), a product."""
         momentum = state["momentum"].add_(grad)
         self.subspace.follow(momentum, state["subspace"], self.inner, state["inner"])
         projector, basis = self.subspace.projector, state["subspace"]["basis"]
         low = projector.down(momentum, basis)
-        step = projector.up(self.inner.update(low, state["inner"], torch.empty_like(low, device="meta")), basis)
-        momentum.sub_(projector.up(low, basis), alpha=1 - self.beta)
-        return step
+        step = self.inner.update(low, state["inner"], torch.empty_like(low, device="meta"))
+        add_to(momentum, projector.lift(low, basis), factor=self.beta - 1)
+        return projector.lift(step, basis)
 
 
 def trion(

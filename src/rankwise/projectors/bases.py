@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..core.directions import Direction, Factors
 from ..core.states import State
 from ..core.subspaces import Projector
 from ..linalg import product
@@ -21,9 +22,9 @@ class StoredBasis(Projector):
         """(k, s, any) -> (k, r, any)."""
         return product(state["columns"].mT, grad)
 
-    def up(self, low: Tensor, state: State) -> Tensor:
+    def lift(self, low: Tensor, state: State) -> Direction:
         """(k, r, any) -> (k, s, any)."""
-        return product(state["columns"], low)
+        return Factors(state["columns"], low)
 
     def rank(self, state: State) -> int:
         """The number of columns."""
@@ -44,7 +45,7 @@ class ChosenRows(Projector):
         rows = state["rows"].long()[:, :, None]
         return grad.gather(1, rows.expand(-1, -1, grad.shape[-1]))
 
-    def up(self, low: Tensor, state: State) -> Tensor:
+    def lift(self, low: Tensor, state: State) -> Direction:
         """(k, r, any) -> (k, s, any)."""
         rows = state["rows"].long()[:, :, None]
         full = low.new_zeros(len(low), side_of(state), low.shape[-1])

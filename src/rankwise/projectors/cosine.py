@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.directions import Direction, Factors
 from ..core.states import State, moved
 from ..core.subspaces import Projector
 from ..linalg import cosine_rows, cosine_transform, product, seeded
@@ -33,9 +34,9 @@ class Cosine(ChosenRows):
         """(k, s, any) -> (k, r, any)."""
         return product(cosine_rows(state["rows"], side_of(state), grad.dtype), grad)
 
-    def up(self, low: Tensor, state: State) -> Tensor:
+    def lift(self, low: Tensor, state: State) -> Direction:
         """(k, r, any) -> (k, s, any)."""
-        return product(cosine_rows(state["rows"], side_of(state), low.dtype).mT, low)
+        return Factors(cosine_rows(state["rows"], side_of(state), low.dtype).mT, low)
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,9 @@ class RandomOrthogonal(Projector):
         """(k, s, any) -> (k, r, any)."""
         return product(self._rows(state, grad), grad)
 
-    def up(self, low: Tensor, state: State) -> Tensor:
+    def lift(self, low: Tensor, state: State) -> Direction:
         """(k, r, any) -> (k, s, any)."""
-        return product(self._rows(state, low).mT, low)
+        return Factors(self._rows(state, low).mT, low)
 
     def rank(self, state: State) -> int:
         """The number of frequencies."""

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.directions import Direction, Factors
 from ..core.methods import check_count
 from ..core.states import State
 from ..core.subspaces import Projector
@@ -55,10 +56,10 @@ class Packed(Projector):
         rounded, root = self._factors(state)
         return torch.linalg.solve_triangular(root, product(rounded.mT, grad), upper=False)
 
-    def up(self, low: Tensor, state: State) -> Tensor:
+    def lift(self, low: Tensor, state: State) -> Direction:
         """(k, r, any) -> (k, s, any)."""
         rounded, root = self._factors(state)
-        return product(rounded, torch.linalg.solve_triangular(root.mT, low, upper=True))
+        return Factors(rounded, torch.linalg.solve_triangular(root.mT, low, upper=True))
 
     def rank(self, state: State) -> int:
         """The number of columns."""
