@@ -3,7 +3,8 @@
 Parts: ``refresh``, the seconds to find a basis for a drifting gradient with a falling spectrum, and the share of
 its energy that the basis holds, divided by the share that the SVD's basis holds; ``step``, the seconds of a step
 between two refreshes on such matrices; ``stalls``, the longest step over the median one, on the layers of a small
-Llama, with the very first step (which fits all bases, and makes all states) apart.
+Llama, with the very first step (which fits all bases, and makes all states) apart; ``compiled``, the seconds of
+such a layer's steps with ``Optimizer(compiled=True)`` and without, beside torch's own AdamW, plain and fused.
 
 galore-torch (``pip install --no-deps galore-torch``) imports bitsandbytes, which needs a GPU, for its 8-bit
 optimiser; its own AdamW and projector are loaded here without that. Both keep float32 states.
@@ -25,7 +26,7 @@ from common import Rows
 from torch import nn
 
 import rankwise
-from rankwise.optimizers import galore
+from rankwise.optimizers import adam, galore
 from rankwise.projectors import Cosine, LargestRows, Randomised, RandomOrthogonal, WarmPower
 
 BLOCK = {
@@ -148,6 +149,37 @@ def steps(rows, adamw, part, shapes, rank, every, count):
         rows.add(part=part, optimizer=name, **about, **figures, mean=statistics.mean(others))
 
 
+def compiled(rows, shapes, rank, count):
+    """Time steps of the same parameters, taking turns; the first ones, which compile, are left out."""
+
+    def given():
+        params = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+        for i, p in enumerate(params):
+            p.grad = Gradients(*p.shape, seed=i).next()
+        return params
+
+    def ours(transform, on):
+        return rankwise.Optimizer([(given(), transform)], lr=1e-3, compiled=on)
+
+    made = {
+        "torch AdamW": torch.optim.AdamW(given(), lr=1e-3),
+        "torch AdamW, fused": torch.optim.AdamW(given(), lr=1e-3, fused=True),
+        "rankwise AdamW": ours(adam(), False),
+        "rankwise AdamW, compiled": ours(adam(), True),
+        "rankwise GaLore": ours(galore(rank=rank, every=10**6), False),
+        "rankwise GaLore, compiled": ours(galore(rank=rank, every=10**6), True),
+    }
+    seconds = {}
+    for _ in range(count):
+        for name, optimizer in made.items():
+            seconds.setdefault(name, []).append(timed(optimizer.step)[0])
+    base = statistics.median(seconds["torch AdamW"][3:])
+    for name, each in seconds.items():
+        median = statistics.median(each[3:])
+        about = {"matrices": len(shapes), "rank": rank, "steps": count, "first": each[0]}
+        rows.add(part="compiled", optimizer=name, **about, median=median, ratio=median / base)
+
+
 def main():
     """Run all parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -167,6 +199,8 @@ def main():
         steps(rows, adamw, "step", [(m, n), (n, m), (m, m)], rank, 10**6, 5 * rounds)
     if not rows.has(part="stalls"):
         steps(rows, adamw, "stalls", layers, width // 4, max(2, count // 2), count)
+    if not rows.has(part="compiled"):
+        compiled(rows, [(m, n), (n, m), (m, m)], rank, 5 * rounds)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .groups import Group, as_group, check_group, restored, with_written
+from .kernels import check_compiler, compiling
 from .parts import Part, agreed, part_of
 from .stacked import Stack, each_direction, gradients, joined, owned, read_only, shape_of, stacked_values
 from .states import State, described, leaves, map_state
@@ -42,10 +43,13 @@ class Optimizer(torch.optim.Optimizer):
         stack_bytes: the most that the gradients of a stack may take; a larger one is stepped alone, not copied.
             If None, 1 MiB on a CPU, where only small matrices gain, and 64 MiB elsewhere.
         write: how steps are written, such as :class:`rankwise.StochasticRounding`.
+        compiled: let ``torch.compile`` make one pass over memory of what Adam does to each number, alone or in a
+            subspace. The first steps wait for the compiler; numbers differ by rounding.
 
     Raises:
         ValueError: if an argument is out of range, or parameters are not real floating-point numbers, or sharded
             in a way that is not supported.
+        RuntimeError: if steps are to be compiled, and nothing can be compiled here.
 
     >>> from rankwise.optimizers import adam, galore
     >>> model = torch.nn.Linear(64, 32)
@@ -64,13 +68,16 @@ class Optimizer(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         stack_bytes: int | None = None,
         write: Write = Nearest(),  # noqa: B008 (frozen)
+        compiled: bool = False,
     ) -> None:
-        self.stack_bytes, self.write = stack_bytes, write
+        self.stack_bytes, self.write, self.compiled = stack_bytes, write, compiled
         self._forget()
         if isinstance(params, Tensor):
             raise ValueError("give pairs of parameters and a transform: [(model.parameters(), adam())].")
         groups = [as_group(each) for each in params]
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
+        if compiled:
+            check_compiler(self.param_groups[0]["params"][0].device)
 
     def add_param_group(self, param_group: Group | tuple[Any, Transform]) -> None:
         """Add parameters, as a pair or as a group.
@@ -228,7 +235,12 @@ class Optimizer(torch.optim.Optimizer):
         self.state.update(states)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "stack_bytes": self.stack_bytes, "write": self.write}
+        return {
+            **super().__getstate__(),
+            "stack_bytes": self.stack_bytes,
+            "write": self.write,
+            "compiled": self.compiled,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._forget()
@@ -313,10 +325,11 @@ class Optimizer(torch.optim.Optimizer):
         values = stack.seen(self.write)
         if reduced is None and len(parts) == 1:
             reduced = parts[0].reduced(lambda grad: transform.reduce(grad, stack.state, values))
-        if reduced is None:
-            direction = transform.update_unformed(gradients(parts), stack.state, values)
-        else:
-            direction = transform.update_reduced(reduced, stack.state, values)
+        with compiling(self.compiled):
+            if reduced is None:
+                direction = transform.update_unformed(gradients(parts), stack.state, values)
+            else:
+                direction = transform.update_reduced(reduced, stack.state, values)
         own, written = [part.own for part in parts], stack.state.get("write", {})
         self.write(own, each_direction(parts, direction), 1 - lr * decay, -lr, written)
         if transform.constrains:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.kernels import kernel
 from ..core.states import State, counter, per_parameter
 from ..core.transforms import Transform
 
@@ -41,15 +42,13 @@ class Adam(Transform):
         """The direction (k, ...)."""
         b1, b2 = self.betas
         step = state["step"].add_(1).tolist()
-        mean = state["mean"].lerp_(grad, 1 - b1)
-        square = state["square"].mul_(b2).addcmul_(grad, grad, value=1 - b2)
         # the direction is mean / (root (1 - b1^t) / sqrt(1 - b2^t) + eps (1 - b1^t))
         scales = [(1 - b1**t) / math.sqrt(1 - b2**t) for t in step]
         added = [
             self.eps * (scale if self.early_eps else 1 - b1**t) for scale, t in zip(scales, step, strict=True)
         ]
-        root = square.sqrt().mul_(per_parameter(scales, grad)).add_(per_parameter(added, grad))
-        return torch.div(mean, root, out=root)
+        numbers = per_parameter(scales, grad), per_parameter(added, grad)
+        return _direction(grad, state["mean"], state["square"], self.betas, *numbers)
 
     @property
     def elementwise(self) -> bool:
@@ -68,6 +67,17 @@ class Adam(Transform):
         variance = (square / shorter - (mean / short).square()).clamp_min_(0)
         mean.copy_(rotation @ mean)
         square.copy_((rotation.square() @ variance + (mean / short).square()) * shorter)
+
+
+@kernel
+def _direction(
+    grad: Tensor, mean: Tensor, square: Tensor, betas: tuple[float, float], scale: Tensor, added: Tensor
+) -> Tensor:
+    """Write both means, and return mean / (root scale + added)."""
+    mean.lerp_(grad, 1 - betas[0])
+    square.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+    root = square.sqrt().mul_(scale).add_(added)
+    return torch.div(mean, root, out=root)
 
 
 def adam(*, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, early_eps: bool = False) -> Transform:
