@@ -121,6 +121,23 @@ def test_frugal_is_its_formula():
     torch.testing.assert_close(found, weight, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
+def test_frugal_of_entries_is_its_formula(shape: tuple[int, int]):
+    """The same with the ten largest entries of 54, whatever their rows are."""
+    weight, kept, places = draw(*shape, seed=0).flatten(), [], torch.empty(0)
+    for step in range(10):
+        grad = gradient(shape, 0, step).flatten()
+        if step % 4 == 0:
+            places, kept = grad.square().topk(10).indices, []
+        kept.append(grad[places])
+        direction = grad.sign()
+        direction[places] = plain_adam(kept)
+        weight = weight - 0.05 * direction
+    kind = frugal(density=10 / 54, every=Every(4, together=True), projector=LargestRows(), entries=True)
+    (found,) = walk(ours(kind), [shape], 10)
+    torch.testing.assert_close(found.flatten(), weight, rtol=1e-9, atol=1e-9)
+
+
 def test_a_step_of_frugal_has_full_rank_and_one_of_galore_has_not():
     for kind, rank in ((frugal(density=0.2), 12), (galore(rank=2), 2)):
         before, (after,) = draw(12, 15, seed=0), walk(ours(kind), [(12, 15)], 5)
@@ -175,6 +192,7 @@ def test_states_take_what_the_formulas_say(shape: tuple[int, ...]):
         muon(): 4 * m * n,
         galore(rank=rank): 4 * (2 * rank * n + rank * m) + 4 * counters,
         frugal(density=rank / m): 4 * (2 * rank * n + rank) + 6 * counters,
+        frugal(density=rank / m, entries=True): 4 * 3 * rank * n + 6 * counters,
         adafactor(): 4 * (m + n) + counters,
         sign(): 0,
         fira(rank=rank): 4 * (2 * rank * n + rank * m + 1) + 4 * counters,

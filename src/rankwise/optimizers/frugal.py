@@ -48,6 +48,7 @@ def frugal(
     free: Transform = sign(),  # noqa: B008 (frozen)
     free_scale: float = 1.0,
     carry: Carry = Reset(),  # noqa: B008 (frozen)
+    entries: bool = False,
 ) -> Transform:
     """FRUGAL: Adam in a small subspace that changes, and signs of the gradient, without state, outside of it.
 
@@ -57,19 +58,21 @@ def frugal(
     Sign()
 
     Args:
-        density: the share of the shorter side that has a state.
+        density: the share of the shorter side, or of the entries, that has a state.
         every: steps between two choices of a matrix's subspace, or a rule.
         projector: chooses the subspace.
         inner: what runs inside, and on vectors.
         free: what runs outside; it should have no state, and must not read the parameter.
         free_scale: of its steps; 0.1 where a model is fine-tuned.
         carry: what becomes of moments when the subspace changes; the published code begins them again.
+        entries: let the projector choose single entries of a matrix in place of rows ("randk" there).
 
     References: Zmushko et al., 2025, arXiv 2411.07837. There inputs or outputs may be chosen; here always the
-    shorter side. There all matrices change at the same step, here by turns. Whole tensors as blocks are not here.
+    shorter side. There all matrices change at the same step, here by turns. Whole tensors as blocks are not here,
+    as a state that comes and goes with them is none of a fixed size; ``RowBlock()`` visits the rows of each.
     """
     check_rank(density, name="density")
     if density == 0:
         return by_shape(matrix=free, other=inner)
     outside = Outside(transform=free, scale=free_scale)
-    return project(projector, inner, rank=float(density), every=every, carry=carry, rest=outside)
+    return project(projector, inner, rank=float(density), every=every, carry=carry, rest=outside, entries=entries)

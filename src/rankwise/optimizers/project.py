@@ -10,8 +10,9 @@ from ..core.directions import Direction, add_to, formed
 from ..core.methods import check_finite
 from ..core.states import State
 from ..core.subspaces import Carry, Projector, Refresh, Subspace
-from ..core.transforms import Transform, by_shape, wide
-from ..projectors import Every, Keep
+from ..core.transforms import Entries, Transform, by_shape, wide
+from ..projectors import Backoff, Every, Keep, Rotate
+from ..projectors.bases import ChosenRows
 
 
 class Rest(abc.ABC):
@@ -118,6 +119,7 @@ def project(
     scale: float = 1.0,
     carry: Carry = Keep(),  # noqa: B008 (frozen)
     rest: Rest | None = None,
+    entries: bool = False,
 ) -> Transform:
     """Run a transform on a low-rank projection of each gradient, so that its state is small.
 
@@ -140,8 +142,27 @@ def project(
         scale: of the projected step.
         carry: what becomes of the inner state when the subspace changes.
         rest: makes a step of what lies outside the subspace.
+        entries: let ``RandomRows``, ``LargestRows`` or ``RowBlock`` choose single entries in place of rows, of
+            which ``rank`` is the share then. The places of those that are chosen take four bytes each.
+
+    Raises:
+        ValueError: if entries cannot be chosen in this way.
     """
     refresh = every if isinstance(every, Refresh) else Every(every)
     subspace = Subspace(projector=projector, rank=rank, refresh=refresh, carry=carry)
     inside = Project(subspace=subspace, inner=inner, scale=scale, rest=rest)
-    return by_shape(matrix=wide(inside), other=inner, above=rank)
+    if entries:
+        _check_entries(projector, rank, refresh, carry)
+    return by_shape(matrix=Entries(inside) if entries else wide(inside), other=inner, above=rank)
+
+
+def _check_entries(projector: Projector, rank: int | float, refresh: Refresh, carry: Carry) -> None:
+    """Raise unless a subspace of single entries needs no matrix over all of them."""
+    if not isinstance(projector, ChosenRows):
+        raise ValueError(
+            f"entries are chosen by RandomRows(), LargestRows() or RowBlock(), not by {type(projector).__name__}."
+        )
+    if not isinstance(rank, float):
+        raise ValueError(f"of entries rank is a share from 0.0 to 1.0, got {rank!r}.")
+    if isinstance(refresh, Backoff) or isinstance(carry, Rotate):
+        raise ValueError("entries have no angles between them: use Every or EnergyDrop, and Keep or Reset.")
