@@ -240,22 +240,22 @@ def test_a_tokenizer_is_trained():
     assert read_config("gpt2:hidden=32,layers=2,heads=2").n_embd == 32
 
 
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"],
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    + ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "--no_python"],
+}  # accelerate starts several processes without a GPU only so; with --cpu it wants MPI
+
+
 @pytest.mark.slow
-def test_torchrun_starts_the_same_run_in_two_processes(text: Path, tmp_path: Path):
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_starts_the_same_run_in_two_processes(launcher: str, text: Path, tmp_path: Path):
     """With a tokenizer of its own; only the first speaks and writes."""
     shared = ["--data", text, "--rank", 4, "--set", "every=3", "--accumulate", 3, "--tokenizer", "pairs"]
     words = "llama:hidden=32,layers=2,heads=4,intermediate=48,vocab=300"
     one = train(words, *shared, "--clip", 1e9, "--out", tmp_path / "one", "--json", tmp_path / "one.json")
     assert one.exit_code == 0, one.output
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "--no-python",
-    ]
+    command = [sys.executable, "-m", *LAUNCHERS[launcher]]
     command += [sys.executable, "-c", "from rankwise.cli import main; main()", "train", words]
     sizes = ["--window", 32, "--batch", 2, "--steps", 4, "--lr", 0.02]
     more = [*sizes, *shared, "--out", tmp_path / "two", "--json", tmp_path / "two.json"]
