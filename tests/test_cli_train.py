@@ -241,9 +241,9 @@ def test_a_tokenizer_is_trained():
 
 
 LAUNCHERS = {
-    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"],
-    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    + ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "--no_python"],
+    "torchrun": "torch.distributed.run --standalone --nproc-per-node 2 --no-python".split(),
+    "accelerate": "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
+    "--dynamo_backend no --main_process_port 0 --no_python".split(),
 }  # accelerate starts several processes without a GPU only so; with --cpu it wants MPI
 
 

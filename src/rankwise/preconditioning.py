@@ -29,12 +29,12 @@ def precondition(
 ) -> Conditioning:
     """Precondition the gradients of a model's matrices by their curvature.
 
-    Linear layers, convolutions and, if wanted, embeddings, each with its bias; all other parameters keep their
-    gradients. The loss is a mean over the samples of a step, of which each counts the same. With several
-    processes each loss is the mean over the process's own samples, and gradients are averaged as ever, by
-    ``DistributedDataParallel``, FSDP2 or an all-reduce; what the method needs to know besides is exchanged here.
-    Where processes have other numbers of samples, each sample counts the same in the curvature, but not in such
-    an average of means.
+    Linear layers, ``Conv2d`` without groups and with zeros around, and, if wanted, embeddings, each with its
+    bias; all other parameters keep their gradients. The loss is a mean over the samples of a step, of which each
+    counts the same. With several processes each loss is the mean over the process's own samples, and gradients
+    are averaged as ever, by ``DistributedDataParallel``, FSDP2 or an all-reduce; what the method needs to know
+    besides is exchanged here. Where processes have other numbers of samples, each sample counts the same in the
+    curvature, but not in such an average of means.
 
     Where a sample's loss is itself a mean over T terms, as that of a sequence over its tokens, its squared
     gradients are some T times smaller than those of the terms, and a damping of 0.1 acts like 0.1 T: next to
@@ -42,7 +42,11 @@ def precondition(
 
     Call it after what gives layers new parameters, such as ``fully_shard``, and before or after
     ``DistributedDataParallel``; before the first run where ``torch.compile`` is used, which then breaks its graph
-    at each layer. Several runs before one backward pass must not recompute with reentrant checkpoints.
+    at each layer. Several runs before one backward pass must not recompute with reentrant checkpoints; and
+    checkpoints save no memory of the inputs of layers in steps that look at samples.
+
+    Every backward pass brings samples to the next step, and their inputs stay until then. Where gradients are
+    dropped, after an error in the middle of a pass for instance, drop the samples, too: ``handle.discard()``.
 
     Args:
         model: trains; nothing in it is changed but hooks that :meth:`Conditioning.remove` takes off. It is called
@@ -53,7 +57,7 @@ def precondition(
         tables: also precondition embeddings that share their weight with no other layer.
         kl_clip: shorten the step so that lr^2 v'(F + damping I)^-1 v, about twice the change of the outputs'
             distribution that the quadratic model predicts, is at most this; needs ``optimizer``.
-        optimizer: whose learning rate that is.
+        optimizer: whose learning rates those are; of a weight and its bias the larger one counts.
         workers: share of the processes that multiply the gradients of one layer and give the result to the
             others (KAISA's gradient workers). One exchanges least at each step, less keeps fewer inverses on each
             process; a share of less than one process is one.

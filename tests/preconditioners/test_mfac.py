@@ -84,3 +84,20 @@ def test_half_precision_storage_halves_the_memory_and_bears_enough_damping():
 def test_wrong_arguments(fields, words: str):
     with pytest.raises(ValueError, match=words):
         MFac(**fields)
+
+
+@pytest.mark.parametrize("size", [1.0, 10.0, 100.0])
+def test_little_damping_is_borne_in_single_precision(size: float):
+    """The present gradient is in the window: nothing may be divided by the damping that cancels before."""
+    method = MFac(gradients=4, damping=1e-5)
+    single: dict[str, Tensor] = {}
+    rows: list[Tensor] = []
+    for step in range(7):
+        gradient = torch.randn(3, 50, generator=torch.Generator().manual_seed(step)) * size / 150**0.5
+        rows = [*rows, gradient.flatten().double()][-4:]
+        method.observe([gradient], single, 1e-5)
+        (found,) = method.apply([gradient], single, 1e-5)
+        window = torch.stack(rows)
+        exact = torch.linalg.solve(window.T @ window / len(rows) + 1e-5 * torch.eye(150), rows[-1])
+        error = (found.flatten().double() - exact).norm() / exact.norm()
+        assert error < 1e-4

@@ -12,9 +12,9 @@ NONE = -1.0  # stands for the norm of no gradient
 
 
 def agreed(
-    exchange: Exchange, gradients: Mapping[str, Tensor], names: Sequence[str], steps: int
+    exchange: Exchange, gradients: Mapping[str, Tensor], names: Sequence[str], steps: int, *, sound: bool
 ) -> dict[str, float]:
-    """Return the norms of gradients, infinite where one is not finite on any process.
+    """Return the norms of gradients, infinite where one is not finite on any process; all if one is not sound.
 
     So all processes take a step or pass over it, and none waits for what another does not say.
 
@@ -23,6 +23,7 @@ def agreed(
         gradients: those that there are, averaged.
         names: of all layers.
         steps: taken before.
+        sound: whether all other gradients of this process are finite.
 
     Raises:
         ValueError: if processes have other gradients, or have taken other numbers of steps.
@@ -30,12 +31,12 @@ def agreed(
     sizes = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients.values()]
     norms = torch.stack(sizes).nan_to_num(torch.inf, torch.inf) if sizes else torch.zeros(0)
     if exchange.size == 1:
-        return dict(zip(gradients, norms.tolist(), strict=True))
-    own = torch.full((len(names) + 1,), NONE, dtype=torch.float64, device=exchange.device)
+        return {name: norm if sound else torch.inf for name, norm in zip(gradients, norms.tolist(), strict=True)}
+    own = torch.full((len(names) + 2,), NONE, dtype=torch.float64, device=exchange.device)
     own[[i for i, name in enumerate(names) if name in gradients]] = norms.to(own)
-    own[-1] = steps
+    own[-2], own[-1] = float(not sound), steps
     with exchange.traffic.phase("agree"):
-        (*lows, least), (*highs, most) = (each.tolist() for each in exchange.extremes("agree", own))
+        (*lows, _, least), (*highs, unsound, most) = (each.tolist() for each in exchange.extremes("agree", own))
     if least != most:
         raise ValueError("processes have taken other numbers of steps; load the same state on all of them.")
     for name, low, high in zip(names, lows, highs, strict=True):
@@ -44,4 +45,5 @@ def agreed(
                 f"processes have other gradients of layer {name}; average them before this step, as "
                 "DistributedDataParallel does."
             )
-    return {name: high for name, high in zip(names, highs, strict=True) if name in gradients}
+    found = {name: high for name, high in zip(names, highs, strict=True) if name in gradients}
+    return dict.fromkeys(found, torch.inf) if unsound else found

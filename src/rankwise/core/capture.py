@@ -26,13 +26,27 @@ class Rows:
     samples: int
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Call:
-    """One call of a layer that the loss depends on."""
+    """One call of a layer, and the sum of the output gradients that backward passes brought it.
+
+    Args:
+        batch: number of the run of the model.
+        samples: of that run, zero if unknown.
+        alone: whether it was called without an axis of samples.
+        rows: of its inputs.
+        inputs: if they are wanted.
+        version: how often these had been changed in place when it was called.
+        gradients: none before the first.
+    """
 
     batch: int
-    inputs: Tensor
-    gradients: Tensor
+    samples: int
+    alone: bool
+    rows: int
+    inputs: Tensor | None
+    version: int
+    gradients: Tensor | None = None
 
 
 class Capture:
@@ -57,24 +71,25 @@ class Capture:
             raise ValueError(f"axis must be a whole number >= 0, got {axis}.")
         self.layers, self.axis, self.reduces = layers, axis, reduces
         self.wanted: Collection[str] = ()
-        self.calls: dict[str, list[_Call]] = {}
-        self.used: dict[int, list[tuple[bool, int]]] = {}  # runs: whether calls had no axis, and their first one
-        self.batch, self.counts = 0, {0: 0}
+        self.calls: dict[str, list[_Call]] = {}  # of each layer
+        self.used: dict[int, list[_Call]] = {}  # of each run
+        self.batch, self.count = 0, 0  # the number of the last run, and its samples
         self._handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for name, layer in layers.items():
             for each in {id(each): each for each in map(model.get_submodule, layer.site.names)}.values():
                 self._handles.append(each.register_forward_hook(self._called(name, each), with_kwargs=True))
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Take the hooks off, and forget what was seen."""
         for handle in self._handles:
             handle.remove()
+        self.wanted = ()
+        self.clear()
 
     def clear(self) -> None:
         """Forget what was seen."""
         self.calls.clear()
         self.used.clear()
-        self.batch, self.counts = 0, {0: 0}
 
     def take(self, scale: float = 1.0) -> dict[str, Rows]:
         """Return what the layers saw, in float32 or float64, and forget it.
@@ -104,43 +119,61 @@ class Capture:
     def _counts(self) -> dict[int, int]:
         """Return the samples of each of these runs."""
         return {
-            batch: 1 if all(alone for alone, _ in each) else self.counts[batch] or each[0][1]
+            batch: 1 if all(call.alone for call in each) else each[0].samples or each[0].rows
             for batch, each in self.used.items()
         }
 
     def _batch(self, every: Sequence[_Call], batch: int, view: View, samples: int) -> tuple[Tensor, Tensor]:
         """See the calls of one run as inputs and gradients; a single one as means and sums if that will do."""
-        calls = [call for call in every if call.batch == batch]
-        if self.reduces and len(calls) == 1 and len(calls[0].inputs) == samples:
-            means, gradients = view.means(_wide(calls[0].inputs)), _wide(view.outputs(calls[0].gradients))
+        pairs = [
+            (call.inputs, call.gradients)
+            for call in every
+            if call.batch == batch and call.inputs is not None and call.gradients is not None
+        ]
+        if self.reduces and len(pairs) == 1 and len(pairs[0][0]) == samples:
+            means, gradients = view.means(_wide(pairs[0][0])), _wide(view.outputs(pairs[0][1]))
             if means is not None and bool((gradients != 0).any(-1).all()):
                 return means[:, None], gradients.sum(1, keepdim=True)
-        return _joined([_positions(call, view, samples, self.axis) for call in calls])
+        return _joined([_positions(*pair, view, samples, self.axis) for pair in pairs])
 
     def _begin(self, model: nn.Module, args: Sequence[Any], options: Mapping[str, Any]) -> None:
         if self.wanted and torch.is_grad_enabled():
             given = next((tensor for tensor in _tensors([args, options]) if tensor.dim() > self.axis), None)
             self.batch += 1
-            self.counts[self.batch] = 0 if given is None else given.shape[self.axis]
+            self.count = 0 if given is None else given.shape[self.axis]
 
     def _called(self, name: str, layer: nn.Module) -> Any:
         """Return the hook of a layer, which a copy of the layer has, too, and must not act in."""
 
         def called(module: nn.Module, args: Sequence[Any], options: Mapping[str, Any], output: Tensor) -> None:
             if module is layer and self.wanted and torch.is_grad_enabled() and output.requires_grad:
-                batch, inputs = self.batch, next(_tensors([args, options])).detach()
+                inputs = next(_tensors([args, options])).detach()
                 alone = _alone(inputs, self.layers[name].site.view)
-                use = alone, 1 if alone else len(inputs)
                 kept = inputs if name in self.wanted else None
-                output.register_hook(lambda gradient: self._add(name, batch, use, kept, gradient))
+                rows, version = 1 if alone else len(inputs), _version(inputs)
+                call = _Call(self.batch, self.count, alone, rows, kept, version)
+                output.register_hook(lambda gradient: self._add(name, call, gradient.detach()))
 
         return called
 
-    def _add(self, name: str, batch: int, use: tuple[bool, int], inputs: Tensor | None, gradient: Tensor) -> None:
-        if self.wanted:
-            self.used.setdefault(batch, []).append(use)
-        if name in self.wanted and inputs is not None:
-            self.calls.setdefault(name, []).append(_Call(batch, inputs, gradient))
+    def _add(self, name: str, call: _Call, gradient: Tensor) -> None:
+        """Note a call that the loss depends on; a further backward pass through it adds to its gradient."""
+        if not self.wanted:
+            return
+        if not any(call is each for each in self.used.setdefault(call.batch, [])):
+            self.used[call.batch].append(call)
+            call.gradients = None  # of a step before
+        if name in self.wanted and call.inputs is not None:
+            if _version(call.inputs) != call.version:
+                raise RuntimeError(
+                    f"the inputs of layer {name} were changed in place after it was called, so that nobody knows "
+                    "what it saw; write x = x + y in place of x += y."
+                )
+            if call.gradients is None:
+                self.calls.setdefault(name, []).append(call)
+                call.gradients = gradient
+            else:
+                call.gradients = call.gradients + gradient
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -154,17 +187,21 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(each)
 
 
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def _alone(inputs: Tensor, view: View) -> bool:
     """Whether a layer was called without an axis of samples."""
     return inputs.dim() == (0 if isinstance(view, EmbeddingView) else 3 if isinstance(view, Conv2dView) else 1)
 
 
-def _positions(call: _Call, view: View, samples: int, axis: int) -> tuple[Tensor, Tensor]:
+def _positions(seen: Tensor, gradients: Tensor, view: View, samples: int, axis: int) -> tuple[Tensor, Tensor]:
     """See a call as inputs (R, T, n), or (R, T) of tokens, and gradients (R, T, m).
 
     R is the number of samples if they are on an axis of their own, else each row is one by itself.
     """
-    seen, gradients = call.inputs, call.gradients
     if _alone(seen, view):
         seen, gradients = seen[None], gradients[None]
     gradients = _wide(view.outputs(gradients))

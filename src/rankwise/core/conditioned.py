@@ -69,6 +69,17 @@ class Conditioned:
         return KhatriRao(inputs, samples.gradients, samples.width + 1)
 
 
+def held(tensor: Tensor) -> Tensor:
+    """Return the numbers that this process holds of a tensor."""
+    if tensor.is_sparse:
+        return tensor.coalesce().values()
+    if type(tensor) is Tensor:
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def _whole(tensor: Tensor) -> Tensor:
     """Gather what is sharded."""
     if type(tensor) is Tensor:

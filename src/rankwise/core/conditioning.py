@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .agreement import agreed
 from .capture import Capture
-from .conditioned import Conditioned
+from .conditioned import Conditioned, held
 from .curvatures import Curvatures
 from .exchange import Exchange, Traffic
 from .preconditioner import Curvature, Preconditioner, damping_at
@@ -27,7 +27,7 @@ class Conditioning:
         method: of preconditioning.
         layers: what is preconditioned, by name.
         kl_clip: see :func:`rankwise.precondition`.
-        optimizer: whose first learning rate ``kl_clip`` reads.
+        optimizer: whose learning rates ``kl_clip`` reads.
         workers: share of the processes that multiply the gradients of one block.
         traffic: counts bytes and seconds.
         group: of processes.
@@ -66,6 +66,7 @@ class Conditioning:
         self.exchange = Exchange(traffic or Traffic(), group, self.device)
         self.curvatures = Curvatures(method, self.layers, self.exchange, workers, seed)
         self.capture = Capture(model, layers, axis, reduces=method.reduces)
+        weakref.finalize(self, self.capture.remove)
         self._look()
         _AT_WORK.add(self)
 
@@ -110,7 +111,7 @@ class Conditioning:
         damping = damping_at(self.method.damping, self.steps)
         with torch.autocast(self.device.type, enabled=False):
             gradients = self._gradients()
-            norms = agreed(self.exchange, gradients, [*self.layers], self.steps)
+            norms = agreed(self.exchange, gradients, [*self.layers], self.steps, sound=self._others_finite())
             if not norms:
                 raise ValueError("no layer has a gradient; call loss.backward() before this step.")
             if not all(norm < float("inf") for norm in norms.values()):
@@ -185,7 +186,8 @@ class Conditioning:
     def state_dict(self) -> dict[str, Any]:
         """Return the state: nested dictionaries of tensors, numbers and strings.
 
-        Samples seen since the last step are not part of it. It is the same on all processes, but that, where
+        Samples seen since the last step are not part of it. Its tensors are those at work, which later steps may
+        write into: copy what is kept in memory. It is the same on all processes, but that, where
         ``workers`` is below one, each holds inverses only for the layers whose gradients it multiplies.
         """
         return {
@@ -240,10 +242,19 @@ class Conditioning:
                     f"layer {name} has another weight than at the beginning; call rankwise.precondition after "
                     "what gives it one, such as fully_shard."
                 )
+            if layer.bias is not None and not layer.bias.requires_grad:
+                raise ValueError(f"the bias of layer {name} was frozen; call rankwise.precondition after that.")
             gradient = layer.gradient()
             if gradient is not None:
                 found[name] = gradient
         return found
+
+    def _others_finite(self) -> bool:
+        """Whether what this process holds of gradients that stay as they are is finite."""
+        own = {id(each) for layer in self.layers.values() for each in (layer.weight, layer.bias)}
+        others = [p.grad for p in self.model.parameters() if p.grad is not None and id(p) not in own]
+        norms = [torch.linalg.vector_norm(held(grad), dtype=torch.float64).to(self.device) for grad in others]
+        return not norms or bool(torch.stack(norms).isfinite().all())
 
     def _put(self, natural: Mapping[str, Tensor], factor: float) -> None:
         """Let natural gradients be the gradients, or nothing where this is interrupted."""
@@ -260,6 +271,11 @@ class Conditioning:
         if self.kl_clip is None or not natural:
             return 1.0
         assert self.optimizer is not None
-        rate = float(self.optimizer.param_groups[0]["lr"])
-        change = float(torch.stack([(natural[name] * gradients[name]).sum() for name in natural]).sum())
-        return min(1.0, (self.kl_clip / max(abs(rate**2 * change), 1e-30)) ** 0.5)
+        groups = self.optimizer.param_groups
+        rates = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
+        change = 0.0
+        for name, each in natural.items():
+            layer = self.layers[name]
+            rate = max(rates.get(id(p), 0.0) for p in (layer.weight, layer.bias))
+            change += rate**2 * float((each * gradients[name]).sum())
+        return min(1.0, (self.kl_clip / max(abs(change), 1e-30)) ** 0.5)

@@ -71,6 +71,18 @@ class GradientWindow:
         weights = torch.cholesky_solve(self.products(x)[..., None], self.root())[..., 0]
         return (x - self.combination(weights)) / self.damping
 
+    def solve_near(self, place: int, x: Tensor) -> Tensor:
+        """A^-1 x for x (d,) that is the gradient in this place, but for what its type has rounded off.
+
+        Then x = G'e + r, and A^-1 G'e = count G'(GG' + count damping I)^-1 e has none of the cancellation that
+        ``solve`` divides by the damping; r, which is mostly zero, is solved for in the usual way.
+        """
+        unit = self.gram.new_zeros(len(self.gram), 1)
+        unit[place] = self.count
+        found = self.combination(torch.cholesky_solve(unit, self.root())[:, 0])
+        rest = x - self.rows[place].to(x.dtype)
+        return found + self.solve(rest) if bool(rest.any()) else found
+
     def diag_inverse(self) -> Tensor:
         """The diagonal of A^-1, (..., d)."""
         return (1 - self._whitened().square().sum(-2)) / self.damping

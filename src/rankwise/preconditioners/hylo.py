@@ -187,7 +187,7 @@ class HyLo(Preconditioner):
 
     def _count(self, rows: int) -> int:
         """How many of a process's rows are kept."""
-        return min(rows, self.rank if isinstance(self.rank, int) else max(1, int(rows * self.rank)))
+        return min(rows, self.rank if isinstance(self.rank, int) else max(1, int(rows * self.rank + 1e-9)))
 
     def _interpolated(self, each: KhatriRao, samples: int, damping: float) -> Shared:
         """Rows for kid, and the L of S = L L'."""

@@ -80,15 +80,17 @@ class MFac(Preconditioner):
         curvature["seen"] += 1
 
     def apply(self, gradients: Sequence[Tensor], curvature: Curvature, damping: float) -> list[Tensor]:
-        """(V - G'(GG' + k damping I)^-1 G V) / damping, over the gradients that there are."""
-        filled = min(int(curvature["seen"]), self.gradients)
+        """K G'(GG' + k damping I)^-1 e for V = G'e, over the gradients that there are."""
+        seen = int(curvature["seen"])
+        filled = min(seen, self.gradients)
         window = GradientWindow(
             curvature["rows"][:filled],
             curvature["gram"][:filled, :filled],
             damping,
             self.gradients if self.mean_over_all else filled,
         )
-        parts = window.solve(_flat(gradients)).split([each.numel() for each in gradients])
+        natural = window.solve_near((seen - 1) % self.gradients, _flat(gradients))
+        parts = natural.split([each.numel() for each in gradients])
         return [part.view_as(each) for part, each in zip(parts, gradients, strict=True)]
 
     def state_bytes(self, sizes: Sequence[Size]) -> int:
