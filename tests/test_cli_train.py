@@ -240,10 +240,13 @@ def test_a_tokenizer_is_trained():
     assert read_config("gpt2:hidden=32,layers=2,heads=2").n_embd == 32
 
 
+CHOICES = {"num_processes": "2", "num_machines": "1", "mixed_precision": "no", "dynamo_backend": "no"}
 LAUNCHERS = {
-    "torchrun": "torch.distributed.run --standalone --nproc-per-node 2 --no-python".split(),
-    "accelerate": "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
-    "--dynamo_backend no --main_process_port 0 --no_python".split(),
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"],
+    "accelerate": [
+        *("accelerate.commands.launch", "--multi_gpu", "--no_python", "--main_process_port", "0"),
+        *(word for name, value in CHOICES.items() for word in (f"--{name}", value)),
+    ],
 }  # accelerate starts several processes without a GPU only so; with --cpu it wants MPI
 
 

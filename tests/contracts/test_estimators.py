@@ -8,6 +8,7 @@ import torch
 from contracts.examples import draw
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import rankwise
 from rankwise import estimators
@@ -221,3 +222,34 @@ def test_training_lowers_the_loss(estimator: Estimator, kind: str):
         losses.append(float(handle.backward(x, y)))
         optimizer.step()
     assert losses[-1] < 0.8 * losses[0]
+
+
+class Recomputed(nn.Module):
+    """The dense network, whose activations may be computed again in the backward pass."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.reentrant = dense(), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reentrant is None:
+            return self.net(x)
+        return self.net[-1](checkpoint(self.net[:-1], x, use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputed_activations_give_the_same_gradients_or_are_refused(estimator: Estimator, reentrant: bool):
+    found, x, labels = [], draw(BATCH, 5).float(), torch.arange(BATCH) % CLASSES
+    for way in (None, reentrant):
+        model = Recomputed(way)
+        handle = rankwise.estimate(model, estimator)
+        given = x.clone().requires_grad_(reentrant)
+        if way is not None and (reentrant or isinstance(estimator, TargetProjection)):
+            with pytest.raises(ValueError, match="turn gradient checkpointing off"):
+                handle.backward(given, labels)
+            return
+        handle.backward(given, labels)
+        found.append([p.grad for p in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)

@@ -40,13 +40,16 @@ class DirectFeedbackAlignment(Estimator):
         kept: list[Output] = []
         with network.cut(kept.append):
             output, loss = network.run(inputs, labels)
-        if not isinstance(output, Tensor):
-            raise TypeError(f"direct feedback needs a model that returns a tensor, got {type(output).__name__}.")
-        if not output.requires_grad:
-            raise ValueError("direct feedback needs something that is trained behind the last block.")
-        (error,) = torch.autograd.grad(loss, output, retain_graph=True)
-        signals = [self.signal(each, error) for each in kept]
-        torch.autograd.backward([loss, *(each.values for each in kept)], [None, *signals])
+            if not isinstance(output, Tensor):
+                raise TypeError(
+                    f"direct feedback needs a model that returns a tensor, got {type(output).__name__}."
+                )
+            if not output.requires_grad:
+                raise ValueError("direct feedback needs something that is trained behind the last block.")
+            (error,) = torch.autograd.grad(loss, output, retain_graph=True)
+            signals = [self.signal(each, error) for each in kept]
+            values = [each.values for each in kept]
+            torch.autograd.backward([loss, *values], [None, *signals])  # here, as activations may be made again
         return loss.detach()
 
     def signal(self, output: Output, error: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..linalg import gaussian, seeded
 from .base import Draw, Estimator, check_gain
-from .network import CHANGED, Network, layers_of
+from .network import CHANGED, Network, check_recorded, layers_of
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -45,7 +45,7 @@ class FeedbackAlignment(Estimator):
         """See :class:`Estimator`."""
         with self.feeding(network.model):
             loss = network.run(inputs, labels)[1]
-        loss.backward()
+            loss.backward()  # here, as activations may be computed again
         return loss.detach()
 
     @contextmanager
@@ -79,6 +79,7 @@ class FeedbackAlignment(Estimator):
         inputs: list[Tensor] = []
 
         def before(module: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
+            check_recorded(module)
             if len(args) != 1:
                 raise ValueError(
                     f"feedback alignment needs layers that are called with one input, got {len(args)}."

@@ -42,6 +42,11 @@ ACTIVATIONS = (
     nn.Tanh,
 )
 
+RECOMPUTED = (
+    "activations are computed again in the backward pass, of which these gradients know nothing; turn gradient "
+    "checkpointing off."
+)
+
 
 @dataclass(frozen=True)
 class Block:
@@ -161,7 +166,8 @@ class Network:
             hear: may run a backward pass; its graph ends where the block before ended.
             by_step: let recurrent layers that are blocks hand over each step, with a constant state before.
         """
-        undo: list[Callable[[], None]] = []
+        undo = [layer.register_forward_pre_hook(check_recorded).remove for layer in layers_of(self.model)]
+        hear = _once_at_a_time(hear)
         try:
             for number, block in enumerate(self.blocks):
                 if by_step and isinstance(block.module, nn.RNNBase):
@@ -253,6 +259,28 @@ def _whole(number: int, block: Block, hear: Callable[[Output], None]) -> Callabl
         return _constant(output)
 
     return hook
+
+
+def check_recorded(module: nn.Module, args: Any = ()) -> None:
+    """Raise ValueError if a module trains, but what it does now is not recorded for a backward pass."""
+    if not torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
+        raise ValueError(RECOMPUTED)
+
+
+def _once_at_a_time(hear: Callable[[Output], None]) -> Callable[[Output], None]:
+    """Refuse outputs that come while another is heard, from activations that are computed again."""
+    heard: list[Output] = []
+
+    def hear_one(output: Output) -> None:
+        if heard:
+            raise ValueError(RECOMPUTED)
+        heard.append(output)
+        try:
+            hear(output)
+        finally:
+            heard.clear()
+
+    return hear_one
 
 
 def _by_step(number: int, hear: Callable[[Output], None]) -> Callable[[int, int, int, Tensor], None]:
