@@ -42,7 +42,20 @@ def optimizer_speed() -> list[str]:
         "median / galore-torch",
         "max / median",
     ]
-    return lines + table(head, cells)
+    return [*lines, *table(head, cells), *_compiled([row for row in found["rows"] if row["part"] == "compiled"])]
+
+
+def _compiled(rows: list[dict]) -> list[str]:
+    """Steps with and without a compiler."""
+    if not rows:
+        return []
+    cells = [[r["optimizer"], f"{r['first']:.1f}", f"{r['median']:.3f}", f"{r['ratio']:.2f}"] for r in rows]
+    return [
+        f"Steps of {rows[0]['matrices']} such matrices with `Optimizer(compiled=True)` and without; GaLore of rank "
+        f"{rows[0]['rank']} between two refreshes.",
+        "",
+        *table(["optimiser", "first (s)", "median (s)", "median / torch AdamW"], cells),
+    ]
 
 
 def optimizer_training() -> list[str]:

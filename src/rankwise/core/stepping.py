@@ -117,7 +117,7 @@ class Layerwise:
 
     The norm of all gradients is not known before the last, so with ``clip`` each step takes two backward passes,
     the first of which only measures: call ``layers.backward(closure)`` instead of ``loss.backward()``. Sums of
-    several passes cannot be clipped.
+    several passes cannot be clipped. What a forward pass counts, such as running means, is counted twice.
 
     Without ``clip``, a gradient that is not finite raises when other parameters have been stepped already. It
     knows one process only. Do not use it with a ``GradScaler``, gradient clipping outside, or reentrant

@@ -19,7 +19,7 @@ class Sngd(Preconditioner):
 
     With the samples' gradients as the columns of U and the kernel K = U'U, whose entries need no U,
     (F + a I)^-1 V = (V - U (K/N + a I)^-1 U'V / N) / a (Sherman, Morrison and Woodbury). Samples of all processes
-    are gathered.
+    are gathered. In float32, damping below 1e-5 of the largest eigenvalue of F leaves little of the digits.
 
     Args:
         damping: a > 0, in units of squared gradients of single samples, or of the positions that their losses are
