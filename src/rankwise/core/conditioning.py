@@ -273,9 +273,9 @@ class Conditioning:
         assert self.optimizer is not None
         groups = self.optimizer.param_groups
         rates = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
-        change = 0.0
+        parts = []
         for name, each in natural.items():
             layer = self.layers[name]
             rate = max(rates.get(id(p), 0.0) for p in (layer.weight, layer.bias))
-            change += rate**2 * float((each * gradients[name]).sum())
-        return min(1.0, (self.kl_clip / max(abs(change), 1e-30)) ** 0.5)
+            parts.append(rate**2 * (each * gradients[name]).sum(dtype=torch.float64))
+        return min(1.0, (self.kl_clip / max(abs(float(torch.stack(parts).sum())), 1e-30)) ** 0.5)

@@ -77,7 +77,8 @@ class Optimizer(torch.optim.Optimizer):
         groups = [as_group(each) for each in params]
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
         if compiled:
-            check_compiler(self.param_groups[0]["params"][0].device)
+            for device in {param.device for group in self.param_groups for param in group["params"]}:
+                check_compiler(device)
 
     def add_param_group(self, param_group: Group | tuple[Any, Transform]) -> None:
         """Add parameters, as a pair or as a group.
