@@ -330,3 +330,60 @@ def test_schedules_from_files_are_checked(schedule: dict, message: str):
         rankwise.follow(model, torch.optim.SGD(model.parameters()), steps=1)
     with pytest.raises(ValueError, match="plain values"):
         Scheduled(Dense(torch.eye(2)), {"kind": "FreezeColumns", "until": [1]})
+
+
+def test_only_what_is_in_use_is_stepped():
+    """Else a regulariser would move an adapter that computes nothing, and its budget would fall."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+    rankwise.adapt(model, Lora(rank=2), name="plain")
+    rankwise.adapt(model, AdaLora(rank=4, target=2), name="falling")
+    rankwise.use(model, "falling")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    follower = rankwise.follow(model, optimizer, steps=10)
+    for chosen in ("falling", "plain"):
+        rankwise.use(model, chosen)
+        optimizer.zero_grad()
+        model(torch.ones(3, 6)).square().sum().backward()
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        if chosen == "falling":
+            optimizer.step()
+        else:
+            with pytest.raises(ValueError, match="not in use"):
+                optimizer.step()
+            assert same(before, dict(model.named_parameters()))
+    assert follower.done == 1
+
+
+@pytest.mark.parametrize(("steps", "early"), [(3, True), (8, False)])
+def test_a_budget_that_was_not_reached_is_told(steps: int, early: bool):
+    """Of ten steps the last two change nothing."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+    rankwise.adapt(model, AdaLora(rank=3, target=2, warmup=0.1, tail=0.2, every=1))
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    follower = rankwise.follow(model, optimizer, steps=10)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.ones(3, 6)).square().sum().backward()
+        optimizer.step()
+    if early:
+        with pytest.warns(UserWarning, match="budget at step 8 of 10, but training ended after 3"):
+            follower.finish()
+    else:
+        assert follower.finish().totals["rank"] == 4
+
+
+def test_columns_freeze_among_several_processes_without_ending_their_gradients(monkeypatch: pytest.MonkeyPatch):
+    """Which DistributedDataParallel would wait for."""
+    found = []
+    for several in (False, True):
+        monkeypatch.setattr(rankwise.schedules.freeze_columns, "several", lambda several=several: several)
+        model = adapted_net(Lamda(rank=4, until=0.5))
+        optimizer = torch.optim.AdamW(trained(model), lr=1e-2, weight_decay=0.1)
+        follower = rankwise.follow(model, optimizer, steps=8)
+        go(model, optimizer, range(8))
+        left = [part.matrix.weight for part in model.modules() if isinstance(part, Scheduled)]
+        assert [weight.requires_grad for weight in left] == [several] * len(left)
+        found.append([p.detach().clone() for p in model.parameters()])
+        follower.stop()
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)

@@ -4,13 +4,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parallel import DataParallel
 
 from .core.conditioned import Conditioned
 from .core.conditioning import Conditioning
 from .core.exchange import Traffic
 from .core.preconditioner import Preconditioner
 from .core.surgery import Where, select
+from .core.wrapped import unwrapped
 
 
 def precondition(
@@ -95,8 +96,7 @@ def precondition(
         raise ValueError(f"seed must be a whole number, got {seed!r}.")
     if isinstance(model, DataParallel) and len(model.device_ids) > 1:
         raise ValueError("DataParallel copies its model in each step; use DistributedDataParallel.")
-    if isinstance(model, (DataParallel, DistributedDataParallel)):
-        model = model.module
+    model = unwrapped(model)
     sites = select(model, where, tables=tables)
     found = {name: Conditioned.of(site) for name, site in sites.items() if site.part is None}
     layers = {name: layer for name, layer in found.items() if layer is not None}

@@ -18,7 +18,8 @@ def trainer_callback() -> "TrainerCallback":
 
     The Trainer may make the optimiser itself. Each of its checkpoints gets a file of what the schedules remember,
     and a run that is taken up from a checkpoint of ``output_dir`` reads it. ``callback.follower`` is what
-    follows; after training it has stopped, and :func:`rankwise.finish` takes the schedules away.
+    follows; after training it has stopped, with a warning if that ended before a budget was reached, and
+    :func:`rankwise.finish` takes the schedules away.
 
     Raises:
         ValueError: while training, as :func:`rankwise.follow` does, or if a checkpoint has no such file.
@@ -31,6 +32,12 @@ def trainer_callback() -> "TrainerCallback":
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.follower = follow(kwargs["model"], kwargs["optimizer"], steps=state.max_steps)
+            if args.load_best_model_at_end and any(c.schedule.needed(c.steps) for c in self.follower.courses):
+                self.follower.stop()
+                raise ValueError(
+                    "an adapter with a budget must train to its end: of an earlier checkpoint, which "
+                    "load_best_model_at_end may take, the ranks are larger. Leave that out."
+                )
             if state.global_step:
                 self.follower.load_state_dict(load_tree(_folder(args, state) / FILE))
 
@@ -40,6 +47,7 @@ def trainer_callback() -> "TrainerCallback":
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if self.follower is not None:
+                self.follower.warn_early()
                 self.follower.stop()
 
     return Following()

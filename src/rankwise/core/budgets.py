@@ -43,6 +43,10 @@ class FallingBudget(BudgetSettings, Schedule):
         """The step after which nothing is chosen any more."""
         return max(1, steps - round(self.tail * steps))
 
+    def needed(self, steps: int) -> int:
+        """The last choice."""
+        return self.last(steps)
+
     def budget(self, done: int, steps: int, first: int, last: int) -> int:
         """How much is left after so many of the steps: ``first`` at first, ``last`` at last."""
         start, end = round(self.warmup * steps), self.last(steps)

@@ -1,5 +1,6 @@
 """How schedules come to act: hooks on an optimiser that cannot be forgotten between steps."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import nn
 from ..matrices import Scheduled, Several
 from .methods import Course, Schedule, State
 from .report import Report
-from .several import forget, take_off
+from .several import forget, layers_with, take_off
 from .surgery import base_of, restack, set_module, structured
 
 Group = tuple[Schedule, Mapping[str, Scheduled]]
@@ -45,6 +46,7 @@ class Follower:
                 schedule.check(each.matrix)
             inner = {name: each.matrix for name, each in matrices.items()}
             self.courses.append(Course(schedule, inner, optimizer, steps))
+        self._several = list(layers_with(model).values())
         self._follow(True)
         self._settle()
         self._handles = [
@@ -59,9 +61,25 @@ class Follower:
         self._follow(False)
 
     def finish(self) -> Report:
-        """Stop for good, and leave of each matrix what its schedule leaves, as :func:`rankwise.finish` does."""
+        """Stop for good, and leave of each matrix what its schedule leaves, as :func:`rankwise.finish` does.
+
+        It warns if a schedule has not come to what it was asked for, as training ended before.
+        """
+        self.warn_early()
         self.stop()
         return finished(self.model, self.groups)
+
+    def warn_early(self) -> None:
+        """Warn if a schedule has not come to what it was asked for."""
+        for course in self.courses:
+            needed = course.schedule.needed(course.steps)
+            if self.done < needed:
+                warnings.warn(
+                    f"{type(course.schedule).__name__} comes to its budget at step {needed} of {course.steps}, "
+                    f"but training ended after {self.done}: matrices have the ranks of then. Give follow the "
+                    "number of steps that are taken.",
+                    stacklevel=3,
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values; with the model's and the optimiser's, enough to go on exactly."""
@@ -116,9 +134,21 @@ class Follower:
             raise ValueError(
                 "gradients are still scaled: call scaler.unscale_(optimizer) before scaler.step(optimizer)."
             )
+        self._check_used()
         self._hear(any(group.get("lr", 1.0) > 0 for group in optimizer.param_groups))
         for course in self.courses:
             course.schedule.before(course)
+
+    def _check_used(self) -> None:
+        """Raise if a step is taken for other adapters than those whose schedules act."""
+        idle = {id(part) for several in self._several for part in several.idle()}
+        for _, matrices in self.groups:
+            for name, each in matrices.items():
+                if id(each) in idle:
+                    raise ValueError(
+                        f"layer {name} is followed, but its adapter is not in use: have it in use while it "
+                        "trains, see rankwise.use, or stop() the follower."
+                    )
 
     def _hear(self, moves: bool) -> None:
         """Note which parameters have a gradient in a step, and whether it moves any."""

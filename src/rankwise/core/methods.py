@@ -202,6 +202,10 @@ class Schedule(abc.ABC):
         At the start it changes no number: the model may be one whose training is taken up again.
         """
 
+    def needed(self, steps: int) -> int:
+        """Return after how many of the steps a matrix is what the settings ask for."""
+        return 0
+
     def finished(self, matrix: StructuredMatrix) -> StructuredMatrix | None:
         """Return what stays of a matrix when training is over, or None if nothing does."""
         return matrix

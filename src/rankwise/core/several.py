@@ -8,7 +8,7 @@ from torch import nn
 from ..matrices import Base, Dense, Scheduled, Several, StructuredMatrix
 from ..matrices.several import Rows, Weights, is_weights
 from .extended import refuse_extended
-from .surgery import Site, StructuredLinear, base_of, replace, restack, set_module, structured
+from .surgery import Site, StructuredLinear, base_of, replace, restack, set_module, structured, take_hooks
 from .views import SliceView
 
 Chosen = str | Weights | None
@@ -100,6 +100,7 @@ def take_off(model: nn.Module, path: str, base: Base, plain: dict[int, nn.Module
         new = layer.dense().train(layer.training)  # with its own bias, which may train
         first = plain.setdefault(id(base), new)
         new.weight = first.get_parameter("weight").requires_grad_(False)
+        take_hooks(layer, new)
         set_module(model, path, new)
 
 

@@ -16,6 +16,15 @@ from .standing import Standing
 from .views import VIEWS, EmbeddingView, LinearView, SliceView, View, parameter_of, view_of
 
 Where = Callable[[str, nn.Module], bool]
+HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+)
+MOVED = (
+    "Accelerate moves the weights of this model between devices or the disk; load it whole, without device_map "
+    "or cpu_offload, or change it before they are given out."
+)
 
 
 class StructuredLinear(nn.Module):
@@ -181,8 +190,11 @@ def _sites_at(path: str, layer: nn.Module) -> Iterator[tuple[nn.Module | nn.Para
         yield layer.matrix, Site((path,), layer, layer.view)
         return
     view = view_of(layer) or EmbeddingView.of(layer)
-    if view is not None:
-        yield layer.get_parameter("weight"), Site((path,), layer, view)
+    if view is not None and "weight" in layer._parameters:  # else it is made anew at each call, as by weight_norm
+        weight = layer.get_parameter("weight")
+        if weight.is_meta and hasattr(layer, "_hf_hook"):
+            raise ValueError(MOVED)
+        yield weight, Site((path,), layer, view)
     for name, transposed in stacks_of(layer).items():
         weight = layer.get_parameter(name)
         for i in range(len(weight)):
@@ -211,7 +223,20 @@ def replace(
         new = StructuredLinear(matrix, bias, site.view).train(old.training)
         new.biased = getattr(old, "biased", False) or (shift is not None and old.bias is None)
         new.lr = lr
+        take_hooks(old, new)
         set_module(model, name, new)
+
+
+def take_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Let a module that takes another's place have its hooks; their handles take them off as before.
+
+    Raises:
+        ValueError: if the hooks are Accelerate's, which are no longer true of other parameters.
+    """
+    if hasattr(old, "_hf_hook"):
+        raise ValueError(MOVED)
+    for name in HOOKS:
+        setattr(new, name, getattr(old, name))
 
 
 def put_behind(model: nn.Module, site: Site, module: nn.Module, lr: float | None = None) -> None:
@@ -270,7 +295,8 @@ def fold(model: nn.Module, where: Callable[[StructuredLinear], bool] = lambda la
     """Turn every :class:`StructuredLinear` of a model that ``where`` accepts into an ordinary layer, in place.
 
     Layers that share a matrix share the weight again, and the slices of a 3-D parameter are one again, unless one
-    got a bias. A transformers model then computes its experts in its default way again.
+    got a bias. The weight of what was adapted is frozen, as are all others since then. A transformers model then
+    computes its experts in its default way again.
 
     Returns:
         the same model; a layer given as the model itself is returned as a new one.
@@ -291,6 +317,9 @@ def fold(model: nn.Module, where: Callable[[StructuredLinear], bool] = lambda la
         if isinstance(layer, StructuredLinear) and where(layer):
             plain = layer.dense().train(layer.training)
             plain.weight = weights.setdefault(id(layer.matrix), plain.weight)
+            if base_of(layer.matrix) is not None:  # like all that was frozen when it was adapted
+                plain.weight.requires_grad_(False)
+            take_hooks(layer, plain)
             set_module(model, name, plain)
     restack(model)
     return model

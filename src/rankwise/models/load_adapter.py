@@ -8,6 +8,7 @@ from torch import nn
 from ..core.adapted import adapted
 from ..core.report import Report
 from ..core.several import check_name
+from ..core.wrapped import unwrapped
 from . import adapter_files, peft_files
 from .adapter_folder import AdapterFolder
 from .classifier import check_labels, put_labels
@@ -39,6 +40,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str | None = Non
         ValueError: if it is no such folder, a file is damaged, something does not fit, the name is taken, or an
             adapter with a name would replace parameters of the model. The model is as before.
     """
+    model = unwrapped(model)
     check_name(model, name)
     if name is None and (busy := next(iter(adapted(model)), None)):
         raise ValueError(f"layer {busy} has an adapter already; fold it first, or load the model anew.")

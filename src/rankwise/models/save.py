@@ -10,6 +10,7 @@ from torch import nn
 from ..core.extended import refuse_extended
 from ..core.files import new_folder
 from ..core.several import used
+from ..core.wrapped import unwrapped
 from . import adapter_files, peft_files
 from .classifier import write_labels
 from .model_files import save_model
@@ -28,7 +29,8 @@ def save(
     """Write a model, or the adapters of one, and read the files back before the folder gets its name.
 
     Args:
-        model: of transformers, compressed or not; for adapters any module. It is not changed.
+        model: of transformers, compressed or not; for adapters any module. It is not changed. What
+            ``torch.compile`` or ``DistributedDataParallel`` wrap around it is left out.
         folder: a new or empty one. An interrupted call leaves nothing under this name.
         tokenizer: of transformers, saved beside the rest.
         format: "model" writes all, so that plain transformers loads it after ``import rankwise``. The others
@@ -49,6 +51,7 @@ def save(
         ValueError: if the model does not fit the format, the folder holds something already, or what was written
             does not read back the same.
     """
+    model = unwrapped(model)
     if format != "rankwise":
         refuse_extended(model, "has no place in this format; give format='rankwise'")
     folder = Path(os.path.abspath(folder))

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..core.methods import Course, Schedule
+from ..core.processes import several
 from ..matrices import Dense, Frozen, StructuredMatrix
 
 
@@ -58,7 +59,12 @@ class FreezeColumns(FreezeSettings, Schedule):
                 weight[:, : kept.shape[1]] = kept
 
     def settle(self, course: Course) -> None:
-        """Let a matrix whose columns are all frozen ask for no gradients."""
+        """Let a matrix whose columns are all frozen ask for no gradients.
+
+        Among several processes it goes on asking, as these wait for the gradients that there were at first.
+        """
+        if several():
+            return
         for _, weight in _weights(course):
             if self.frozen(weight.shape[1], course.done, course.steps) == weight.shape[1]:
                 weight.requires_grad_(False)
