@@ -462,7 +462,8 @@ def test_what_is_followed_is_not_removed():
     for name in ("poet", "scheduled"):
         with pytest.raises(ValueError, match=r"followed still; call finish\(\)"):
             rankwise.remove_adapter(model, name)
-    follower.finish()
+    with pytest.warns(UserWarning, match="budget"):
+        follower.finish()
     assert list(rankwise.adapters_of(model)) == ["poet"]
     rankwise.remove_adapter(model, "poet")
 
