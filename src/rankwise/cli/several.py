@@ -42,7 +42,7 @@ def alone(command: Callable[..., None]) -> Callable[..., None]:
         if _several():
             raise ValueError(
                 f"rankwise {command.__name__} runs in one process, but a launcher started several; leave "
-                "it out, or write a loop with DistributedDataParallel or transformers' Trainer, and rankwise.follow."
+                "it out, or write a loop with DistributedDataParallel or the Trainer, and rankwise.follow."
             )
         command(*args, **kwargs)
 
