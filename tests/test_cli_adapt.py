@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 from test_cli import folder as folder
 from test_cli import refused, run
 from test_cli import text as text
-from tiny import WORDS
-from transformers import AutoModelForSequenceClassification
+from tiny import WORDS, worded
+from transformers import AutoModelForSequenceClassification, OPTConfig, OPTForCausalLM
 
 import rankwise
+from rankwise.cli.several import NEEDED
 from rankwise.core import running
 from rankwise.models.adapter_files import TENSORS
 
@@ -115,6 +116,29 @@ def test_a_stopped_run_goes_on(folder, data, tmp_path, monkeypatch):
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     assert not (tmp_path / "out.partial").exists()
     assert "starts anew" in adapt(folder, data, "--out", tmp_path / "new", "--resume").stderr
+
+
+def test_texts_of_a_model_that_mixes_windows_get_their_own(data, text, tmp_path):
+    ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "word_embed_proj_dim": 32, "num_hidden_layers": 1}
+    config = OPTConfig(vocab_size=len(WORDS) + 3, num_attention_heads=4, **sizes, **ends)
+    OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    worded().save_pretrained(tmp_path / "opt")
+    for source in (data, text):
+        result = adapt(tmp_path / "opt", source)
+        assert result.exit_code == 0, result.output
+        assert "OPTForCausalLM lets texts of one window see each other" in result.stderr
+
+
+def test_several_processes_are_refused_before_anything_is_written(folder, data, tmp_path, monkeypatch):
+    for name in NEEDED:
+        monkeypatch.setenv(name, "2" if name == "WORLD_SIZE" else "0")
+    refused(
+        adapt(folder, data, "--out", tmp_path / "new"), "rankwise adapt runs in one process", "rankwise.follow"
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {data.name}
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert adapt(folder, data).exit_code == 0
 
 
 def test_a_classifier(folder, tmp_path):

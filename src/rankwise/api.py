@@ -45,6 +45,7 @@ from .measures.spectral import SpectralMeasure, singular_values
 from .models import forget, sample
 from .models.blocks import Chain, find_blocks
 from .models.causal import check_tokens
+from .models.labelled import placed
 
 Data = Literal["self"] | Tensor | Iterable[Batch] | Statistics
 
@@ -92,12 +93,13 @@ def calibrate(
     if asking or isinstance(data, str):
         labels = labels or label_kinds.given
     batches = _batches(model, data, tokens, window, seed)
+    labels = placed(labels or label_kinds.automatic, model, batches)
     found = collect(
         model,
         sites,
         needs,
         batches,
-        labels=labels or label_kinds.automatic,
+        labels=labels,
         generator=generator,
         autocast=autocast,
         total=len(batches),

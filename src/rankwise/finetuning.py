@@ -17,6 +17,7 @@ from .core.following import Follower
 from .core.labels import Labels, given
 from .core.modes import in_float32, recomputing
 from .core.plan import Plan
+from .core.processes import several
 from .core.rates import GENERAL, WHOLE, Cosine, check_rate
 from .core.report import Report
 from .core.running import Run
@@ -27,6 +28,7 @@ from .following import follow
 from .guarding import Guard
 from .matrices import Base
 from .models.causal import check_tokens
+from .models.labelled import are_ahead, check_decoder, placed
 
 
 def finetune(
@@ -61,7 +63,10 @@ def finetune(
     Args:
         model: any module.
         data: batches: token ids (b, t); mappings as the model takes them, whose ``labels`` are not handed to it;
-            or sequences of arguments, the last being the labels. Or token ids, (t,) or (b, t), to be cut.
+            or sequences of arguments, the last being the labels. Or token ids, (t,) or (b, t), to be cut. Labels
+            of sequences, (b, t), are the tokens themselves where the model is a causal language model of
+            transformers, which learns each from those before it. Of all other models they stand at the positions
+            of the logits that they are for.
         held_out: share of the batches kept aside to judge by, in (0, 1), or other batches for that.
         optimizer: over the trained parameters; its learning rates are the largest ones. None means AdamW without
             weight decay.
@@ -94,8 +99,9 @@ def finetune(
         :func:`rankwise.check_adapters` said, None if there are none.
 
     Raises:
-        ValueError: if an argument is wrong, nothing trains, no adapter gets a gradient or changes, each row has
-            its own, there are no labels, numbers are not finite, or the checkpoint is of another task or damaged.
+        ValueError: if an argument is wrong, there are several processes (``torch.distributed``), nothing trains,
+            no adapter gets a gradient or changes, each row has its own, there are no labels or they do not fit,
+            numbers are not finite, or the checkpoint is of another task or damaged.
         CalibrationError: if the data is empty.
 
     >>> import torch, rankwise
@@ -107,6 +113,11 @@ def finetune(
     >>> report.totals["held_out"]["after"] < report.totals["held_out"]["before"]
     True
     """
+    if several():
+        raise ValueError(
+            "finetune trains in one process, but there are several, whose copies would differ; write a loop with "
+            "DistributedDataParallel, or take transformers' Trainer, either together with rankwise.follow."
+        )
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     _check(trained, accumulate, held_out, autocast)
     if lr is not None:
@@ -122,6 +133,7 @@ def finetune(
     batches = batches_of(data, window=window)
     train, held = (batches, [*held_out]) if isinstance(held_out, Sequence) else parted(batches, held_out, seed)
     check_tokens(model, [*train, *held])
+    check_decoder(model, [*train, *held])
     steps = math.ceil(len(train) / accumulate) if steps is None else steps
     optimizer = optimizer or torch.optim.AdamW(_groups(model, trained, lr), weight_decay=0.0)
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -151,7 +163,8 @@ def finetune(
             dataclasses.replace(plan, last=by_schedule),
             train,
             held,
-            loss=loss,
+            loss=placed(loss, model, [*train, *held]),
+            ahead=are_ahead(model),
             followers={"schedules": follower} if by_schedule and follower is not None else {},
             checkpoint=checkpoint,
             notify=notify,

@@ -31,6 +31,7 @@ from .core.stepping import Layerwise
 from .core.supervision import train_supervised
 from .core.transforms import Transform
 from .models.causal import check_tokens
+from .models.labelled import are_ahead, check_decoder, placed
 from .optimizers import adam
 
 MOST_ASIDE = 64  # batches that are judged by: each look runs them all
@@ -192,6 +193,7 @@ def train(
         judges = [*held_out]
     else:
         batches, judges = parted(batches, held_out, seed, most=MOST_ASIDE)
+    check_decoder(model, [*batches, *judges])
     steps = math.ceil(len(batches) / accumulate) if steps is None else steps
     plan = Plan(
         seconds=math.inf,
@@ -221,7 +223,8 @@ def train(
                 plan,
                 batches,
                 judges,
-                loss=loss,
+                loss=placed(loss, model, [*batches, *judges]),
+                ahead=are_ahead(model),
                 checkpoint=checkpoint,
                 writes=leads() or not together,
                 notify=notify,

@@ -37,6 +37,7 @@ from .matrices import StructuredMatrix
 from .models.blocks import Chain, find_blocks
 from .models.causal import check_tokens
 from .models.checkpoint import Checkpoint
+from .models.labelled import placed
 from .models.model_files import assemble, tensors_of, verify, with_specs
 from .models.sequential import Sequential, without_cache
 from .models.stream import OUTSIDE, Sweeps, digest_of, parts_of
@@ -148,7 +149,8 @@ class _Run:
         self.sites = select(self.model, where)
         self.chain = Chain(self.model, find_blocks(self.model))
         self.parts = parts_of(self.chain, self.sites)
-        loss, batches = labels or label_kinds.automatic, [] if data is None else batches_of(data, window=window)
+        batches = [] if data is None else batches_of(data, window=window)
+        loss = placed(labels or label_kinds.automatic, self.model, batches)
         check_tokens(self.model, batches)
         about = {
             "checkpoint": self.checkpoint.identity(),

@@ -14,7 +14,6 @@ from torch.distributed.fsdp import fully_shard
 
 import rankwise
 from rankwise import IntegerWeights, Optimizer, Replicated, StochasticRounding
-from rankwise.adapters import Lora
 from rankwise.core.fingerprint import digest_of
 from rankwise.core.preconditioner import Preconditioner
 from rankwise.core.states import leaves
@@ -78,13 +77,12 @@ def runs(folder: Path) -> Mapping[str, Callable[[], None]]:
 
 
 def alone(folder: Path) -> None:
-    """A run that knows one process writes its checkpoint in each of them."""
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 16))
-    rankwise.adapt(net, Lora(rank=2), where=lambda name, _: name == "1")
+    """A run that knows one process is refused before anything is written."""
+    net = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 16))
     place = folder / f"of {dist.get_rank()}"
-    rankwise.finetune(net, torch.arange(4000) % 16, steps=1, window=20, checkpoint=place)
-    assert [file.suffix for file in place.iterdir()] == [".safetensors"]
+    with pytest.raises(ValueError, match=r"DistributedDataParallel.* rankwise\.follow"):
+        rankwise.finetune(net, torch.arange(4000) % 16, steps=1, window=20, checkpoint=place)
+    assert not place.exists()
 
 
 def idle() -> None:

@@ -3,13 +3,22 @@
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny import WORDS, llama, worded
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    GPTNeoXConfig,
+    Lfm2Config,
+    OPTConfig,
+)
 
 from rankwise.models.examples import Example, has_labels, kept_aside, read_examples, read_labelled
-from rankwise.models.packing import check_packing, packed, unlabelled
+from rankwise.models.packing import keeps_apart, packed, unlabelled
 
 END = 1
 CHAT = (
@@ -203,7 +212,44 @@ def test_a_part_is_kept_aside():
             kept_aside(few, 0.1, 0, "x")
 
 
-def test_models_without_positions_are_refused():
-    check_packing(llama())
-    with pytest.raises(ValueError, match="Linear takes no position_ids"):
-        check_packing(torch.nn.Linear(2, 2))
+def causal(config: Any) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+APART = {"Llama": llama, "GPT-NeoX": lambda: causal(GPTNeoXConfig(**SIZES, **ENDS, intermediate_size=48))}
+MIXED = {
+    "OPT": lambda: causal(OPTConfig(**SIZES, **ENDS, ffn_dim=48, word_embed_proj_dim=32)),
+    "Falcon": lambda: causal(FalconConfig(**SIZES, **ENDS)),
+    "LFM2": lambda: causal(
+        Lfm2Config(
+            **SIZES, **ENDS, intermediate_size=48, num_key_value_heads=2, layer_types=["conv", "full_attention"]
+        )
+    ),
+    "BLOOM": lambda: causal(
+        BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)
+    ),  # takes no positions
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", [*APART, *MIXED])
+def test_it_is_found_out_whether_examples_of_a_window_see_each_other(name: str, dtype: torch.dtype):
+    model = {**APART, **MIXED}[name]().to(dtype).train()
+    state = torch.random.get_rng_state()
+    assert keeps_apart(model) == (name in APART)
+    assert model.training
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_examples_alone_in_their_rows_are_not_seen_by_others(name: str):
+    model, examples = MIXED[name](), [example(3, 4, 5, 6), example(7, 8, 9), example(15, 16)]
+    (batch,) = packed(examples, 9, alone=True)
+    with torch.no_grad():
+        found = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+        for row, each in zip(found, examples, strict=True):
+            alone = model(torch.tensor([each.ids])).logits[0]
+            torch.testing.assert_close(row[: len(each.ids)], alone, rtol=1e-4, atol=1e-5)

@@ -16,12 +16,14 @@ from .app import app, say
 from .arguments import Dtype, Json, Model, Settings, WherePattern
 from .files import check_files, check_folder, write_report
 from .options import at_least, build, check_matches, check_seed, layer_names, pick, registry, where_option
+from .several import alone
 from .work import DTYPES, in_words, partial_folder, stopped
 
 ASIDE = 0.1  # share of the examples that judges where there is no --eval
 
 
 @app.command()
+@alone
 def adapt(
     model: Model,
     data: Annotated[Path, typer.Option(help="A text, or .jsonl; see above for its fields.")],
@@ -207,22 +209,24 @@ def _texts(source: str, dtype: torch.dtype | None, data: Path, other: Path | Non
     from .. import models
     from ..models.causal import check_causal
     from ..models.examples import kept_aside, read_examples
-    from ..models.packing import check_packing, packed, unlabelled
+    from ..models.packing import keeps_apart, packed, unlabelled
 
     network, tokenizer = models.load(source, dtype=dtype)
     if tokenizer is None:
         raise ValueError(f"{source} has no tokenizer.")
     check_causal(network, shape.window, 'only such models learn texts; give a model or lines with a "label"')
-    check_packing(network)
     learned = read_examples(data, tokenizer)
     if other is None:
         learned, held = kept_aside(learned, ASIDE, shape.seed, str(data))
     else:
         held = read_examples(other, tokenizer)
-    sizes = {"rows": shape.batch, "seed": shape.seed}
-    train = packed(learned, shape.window, name=str(data), **sizes)
-    judges = packed(held, shape.window, name=str(other or data), **sizes)
-    single = packed(learned, shape.window, rows=1, seed=shape.seed, name=str(data))
+    together = keeps_apart(network)
+    if not together:
+        say(f"{type(network).__name__} lets texts of one window see each other, so each gets a window of its own")
+    sizes: dict[str, Any] = {"seed": shape.seed, "alone": not together}
+    train = packed(learned, shape.window, rows=shape.batch, name=str(data), **sizes)
+    judges = packed(held, shape.window, rows=shape.batch, name=str(other or data), **sizes)
+    single = packed(learned, shape.window, rows=1, name=str(data), **sizes)
     return Task(network, train, judges, unlabelled(single, shape.calibration))
 
 

@@ -20,7 +20,7 @@ def launched(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
-        if not all(name in os.environ for name in NEEDED) or int(os.environ["WORLD_SIZE"]) == 1:
+        if not _several():
             return command(*args, **kwargs)
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -34,6 +34,21 @@ def launched(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def alone(command: Callable[..., None]) -> Callable[..., None]:
+    """Refuse a launcher's processes before a command that knows one."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        if _several():
+            raise ValueError(
+                f"rankwise {command.__name__} runs in one process, but a launcher started several; leave "
+                "it out, or write a loop with DistributedDataParallel or the Trainer, and rankwise.follow."
+            )
+        command(*args, **kwargs)
+
+    return run
+
+
 @contextlib.contextmanager
 def first_first() -> Iterator[None]:
     """Let the first of several processes do what is inside before the others."""
@@ -42,6 +57,11 @@ def first_first() -> Iterator[None]:
     yield
     if leads() and dist.is_initialized():
         dist.barrier()
+
+
+def _several() -> bool:
+    """Whether a launcher started this process and others."""
+    return all(name in os.environ for name in NEEDED) and int(os.environ["WORLD_SIZE"]) > 1
 
 
 @contextlib.contextmanager

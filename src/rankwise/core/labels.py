@@ -34,31 +34,62 @@ def sampled(output: Any, batch: Any, generator: Generator) -> Tensor:
 
 
 def given(output: Any, batch: Any, generator: Generator) -> Tensor:
-    """Take the labels of the data: the next token, or ``labels`` where the batch names them.
+    """Take the labels of the data: ``labels`` where the batch names them, else the next tokens.
 
-    For sequences sampled from the model itself these are also labels drawn from the model.
+    Labels of sequences, (b, t), are held against the logits one position before them, as those of causal language
+    models; the verbs take :func:`in_place` instead for all other models. For sequences sampled from the model
+    itself these are also labels drawn from the model.
     """
+    return _entropy(output, batch, ahead=True)
+
+
+def in_place(output: Any, batch: Any, generator: Generator) -> Tensor:
+    """Take the labels of the data as :func:`given`, but hold ``labels`` against the logits in their own place.
+
+    So do taggers, masked language models, and decoders that are given the tokens before each.
+    """
+    return _entropy(output, batch, ahead=False)
+
+
+def named(batch: Any) -> Any:
+    """Call the last of several arguments the labels; other batches stay as they are."""
+    several = isinstance(batch, Sequence) and len(batch) > 1
+    return {"labels": batch[-1]} if several else batch
+
+
+def count_given(batch: Any, ahead: bool) -> int:
+    """Count the labels that :func:`given` finds, or :func:`in_place` where they are not ahead.
+
+    Labels of shape (b, t) are of sequences, and so is what has none.
+    """
+    sequences = not _has_labels(batch) or batch["labels"].dim() == 2
+    return int((_targets(batch, sequences, ahead) != UNLABELLED).sum())
+
+
+def _entropy(output: Any, batch: Any, ahead: bool) -> Tensor:
     logits = logits_of(output)
-    target = _targets(batch, logits.dim() == 3)
-    logits = logits[:, :-1] if logits.dim() == 3 else logits
+    sequences = logits.dim() == 3
+    target = _targets(batch, sequences, ahead)
+    if sequences and (ahead or not _has_labels(batch)):
+        logits = logits[:, :-1]
+    if target.numel() != logits[..., 0].numel():
+        raise ValueError(
+            f"there are {target.numel()} labels for logits of shape {tuple(logits.shape)}, which need one for "
+            "each row of classes; give such labels, or a loss of your own."
+        )
     return functional.cross_entropy(
         logits.flatten(0, -2), target.flatten().to(logits.device), ignore_index=UNLABELLED, reduction="sum"
     )
 
 
-def count_given(batch: Any) -> int:
-    """Count the labels that :func:`given` finds; ids or labels of shape (b, t) are of sequences."""
-    if isinstance(batch, Mapping):
-        sequences = batch["labels" if "labels" in batch else "input_ids"].dim() == 2
-    else:
-        sequences = isinstance(batch, Tensor) or (batch[0].dim() == 2 and not batch[0].is_floating_point())
-    return int((_targets(batch, sequences) != UNLABELLED).sum())
+def _has_labels(batch: Any) -> bool:
+    return isinstance(batch, Mapping) and "labels" in batch
 
 
-def _targets(batch: Any, sequences: bool) -> Tensor:
-    """Return the labels of the data, of each token but the first where the logits are of sequences."""
-    if isinstance(batch, Mapping) and "labels" in batch:
-        return batch["labels"][:, 1:] if sequences else batch["labels"]
+def _targets(batch: Any, sequences: bool, ahead: bool) -> Tensor:
+    """Return the labels of the data, of each token but the first where they are ahead of the logits."""
+    if _has_labels(batch):
+        return batch["labels"][:, 1:] if sequences and ahead else batch["labels"]
     if sequences:
         ids = (
             batch["input_ids"] if isinstance(batch, Mapping) else batch if isinstance(batch, Tensor) else batch[0]

@@ -6,7 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .healing import output_of
-from .labels import Labels, count_given
+from .labels import Labels, count_given, given, in_place, named
 from .running import Piece
 from .statistics import Batch
 
@@ -18,6 +18,7 @@ class Supervised(Piece):
         batch: see :func:`rankwise.finetune`.
         loss: (model output, batch, generator) -> loss, summed over the labels.
         autocast: run the model in this type.
+        ahead: whether labels (b, t) are held against the logits one position before them.
         note: is told the number of labels whenever the loss is computed.
 
     Raises:
@@ -29,10 +30,12 @@ class Supervised(Piece):
         batch: Batch,
         loss: Labels,
         autocast: torch.dtype | None,
+        ahead: bool,
         note: Callable[[int], None] = lambda labels: None,
     ) -> None:
         self.batch, self.compute, self.autocast, self.note = batch, loss, autocast, note
-        self.count = count_given(batch)
+        self.told = named(batch) if loss in (given, in_place) else batch  # what the loss is told
+        self.count = count_given(named(batch), ahead)
         if self.count == 0:
             raise ValueError("a batch has no label that counts; leave it out.")
 
@@ -57,7 +60,7 @@ class Supervised(Piece):
         """Sum the loss over the labels."""
         self.note(self.count)
         output = output_of(model, _unlabelled(self.batch), self.autocast)
-        return self.compute(output, self.batch, Generator())
+        return self.compute(output, self.told, Generator())
 
 
 def _unlabelled(batch: Batch) -> Batch:

@@ -36,6 +36,7 @@ def train_supervised(
     judges: Sequence[Batch],
     *,
     loss: Labels,
+    ahead: bool,
     followers: Mapping[str, Follower] | None = None,
     checkpoint: str | Path | None = None,
     writes: bool = True,
@@ -57,6 +58,7 @@ def train_supervised(
         train: batches with labels.
         judges: batches with labels.
         loss: (model output, batch, generator) -> loss, summed over the labels.
+        ahead: see :class:`rankwise.core.supervised.Supervised`.
         followers: what else goes into a checkpoint, by name.
         checkpoint: a folder, or None.
         writes: see :class:`rankwise.core.running.Run`.
@@ -75,8 +77,8 @@ def train_supervised(
         ValueError: as :class:`rankwise.core.running.Run`, or if a batch has no label.
     """
     whole = Whole(optimizer, plan.clip, conditioning, together=together)
-    pieces = [Supervised(batch, loss, plan.autocast, whole.note) for batch in train]
-    held = [Supervised(batch, loss, plan.autocast) for batch in judges]
+    pieces = [Supervised(batch, loss, plan.autocast, ahead, whole.note) for batch in train]
+    held = [Supervised(batch, loss, plan.autocast, ahead) for batch in judges]
     buffers = _buffers(model, trained)
     changes = {f"{name}.change" for name in _integers(model)}  # always zero: what changes are the integers
     trained = {name: parameter for name, parameter in trained.items() if name not in changes}

@@ -6,23 +6,33 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Generator, nn
+from torch import Generator
 
 from ..core.labels import UNLABELLED
 from ..core.statistics import Batch
+from .causal import evaluating
 from .examples import Example
+
+LENGTH = 12  # tokens of an example, by which it is found out whether examples see each other
 
 Row = list[Example]
 
 
 def packed(
-    examples: Sequence[Example], window: int, *, rows: int = 4, seed: int | None = None, name: str = "the data"
+    examples: Sequence[Example],
+    window: int,
+    *,
+    rows: int = 4,
+    seed: int | None = None,
+    name: str = "the data",
+    alone: bool = False,
 ) -> list[dict[str, Any]]:
     """Fill windows with examples and put windows together into batches.
 
-    Examples in one window do not see each other: their positions begin anew, from which transformers makes the
-    mask of the attention. Texts that are longer than a window become several examples; of an example with a
-    prompt what is too long is cut off, with a warning.
+    Positions begin anew with each example, from which many models of transformers make the mask of the attention,
+    so that examples of one window do not see each other; :func:`keeps_apart` says whether a model does so. Texts
+    that are longer than a window become several examples; of an example with a prompt what is too long is cut
+    off, with a warning.
 
     Args:
         examples: at least one.
@@ -30,10 +40,11 @@ def packed(
         rows: most rows of a batch.
         seed: of the order of the examples; None keeps theirs.
         name: what warnings and errors call the examples.
+        alone: give each example a row of its own, for models that do not keep them apart.
 
     Returns:
-        mappings of ``input_ids``, ``position_ids`` and ``labels``, each (b, t) with t <= window, and of
-        ``use_cache``.
+        mappings of ``input_ids``, ``position_ids`` (not if ``alone``) and ``labels``, each (b, t) with
+        t <= window, and of ``use_cache``.
 
     Raises:
         ValueError: if an argument is out of range, or nothing to learn is left.
@@ -56,16 +67,30 @@ def packed(
     if seed is not None:
         order = torch.randperm(len(learned), generator=Generator().manual_seed(seed)).tolist()
         learned = [learned[i] for i in order]
-    filled = _filled(learned, window)
-    return [_batch(filled[low : low + rows]) for low in range(0, len(filled), rows)]
+    filled = [[piece] for piece in learned] if alone else _filled(learned, window)
+    batches = [_batch(filled[low : low + rows]) for low in range(0, len(filled), rows)]
+    if alone:  # positions count as always, and some models take none
+        return [{key: value for key, value in batch.items() if key != "position_ids"} for batch in batches]
+    return batches
 
 
-def check_packing(model: nn.Module) -> None:
-    """Raise unless a model keeps the examples of a window apart."""
+def keeps_apart(model: Any) -> bool:
+    """Whether a causal language model of transformers keeps the examples of a window apart.
+
+    That is found out by running it on windows of two texts: other first texts must not change the logits of the
+    second ones, but for rounding.
+    """
     if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise ValueError(
-            f"{type(model).__name__} takes no position_ids, so that examples in one window would see each other."
-        )
+        return False
+    config = model.config.get_text_config()
+    size = min(LENGTH, (getattr(config, "max_position_embeddings", None) or 2 * LENGTH) // 2)
+    one, other, second = torch.randint(config.vocab_size, (3, 2, size), generator=Generator().manual_seed(0))
+    inputs = {"position_ids": torch.arange(size).repeat(2, 2).to(model.device), "use_cache": False}
+    with evaluating(model):
+        windows = [torch.cat([first, second], 1).to(model.device) for first in (one, other)]
+        found, changed = (model(input_ids=ids, **inputs).logits[:, size:].float() for ids in windows)
+    rounding = max(1e-5, torch.finfo(model.dtype).eps / 4)
+    return bool((changed - found).norm() <= rounding * found.norm())
 
 
 def unlabelled(batches: Sequence[Batch], tokens: int) -> list[dict[str, Any]]:
