@@ -259,6 +259,29 @@ def test_a_damaged_adapter_is_refused(change, message: str, to, tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("exporter", [Merged, Delta, Lora])
+def test_another_base_of_files_of_peft_is_refused(exporter: Callable[..., Lora], tmp_path: Path):
+    model = seeded(llama)
+    model.save_pretrained(tmp_path / "base")
+    llama(initializer_range=0.3).save_pretrained(tmp_path / "other")
+    rankwise.adapt(model, LoraAdapter(rank=2))
+    adapter = written(tmp_path, moved(model), "peft")
+    again = rankwise.export(adapter, Lora(base=str(tmp_path / "base")), tmp_path / "again")
+    for folder in (adapter, again):
+        with pytest.raises(ValueError, match=r"was made for other values of model\.layers"):
+            rankwise.export(folder, exporter(base=str(tmp_path / "other")), tmp_path / "out")
+    rankwise.export(again, exporter(base=str(tmp_path / "base")), tmp_path / "out")
+
+
+def test_a_lora_names_its_task_and_base(tmp_path: Path):
+    model = seeded(llama)
+    model.save_pretrained(tmp_path / "base")
+    rankwise.adapt(model, LoraAdapter(rank=2))
+    out = rankwise.export(model, Lora(base=str(tmp_path / "base")), tmp_path / "out")
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["task_type"], config["base_model_name_or_path"]) == ("CAUSAL_LM", str(tmp_path / "base"))
+
+
 def test_another_base_is_refused(tmp_path: Path):
     model = seeded(llama)
     rankwise.adapt(model, LoraAdapter(rank=2))

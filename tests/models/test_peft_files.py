@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,13 @@ from contracts.examples import draw
 from safetensors.torch import load_file, save_file
 from tiny import gpt2, ids, llama
 from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 import rankwise
 from rankwise.adapters import Lora
@@ -18,7 +27,7 @@ from rankwise.core.adapted import adapted
 from rankwise.initialisers import SingularVectors
 from rankwise.matrices import Base, Branch, Dense, Diagonal, Frozen, LowRank, Product, StructuredMatrix, Sum
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, TENSORS, BASES = "adapter_config.json", "adapter_model.safetensors", "rankwise_bases.json"
 
 
 def net() -> nn.Sequential:
@@ -36,7 +45,7 @@ def moved(model: nn.Module) -> nn.Module:
 
 def written(model: nn.Module, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     rankwise.save(model, folder, format="peft")
-    assert sorted(path.name for path in folder.iterdir()) == [CONFIG, TENSORS]
+    assert sorted(path.name for path in folder.iterdir()) == [CONFIG, TENSORS, BASES]
     return json.loads((folder / CONFIG).read_text()), load_file(folder / TENSORS)
 
 
@@ -48,6 +57,14 @@ def folder_of(path: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
     (path / CONFIG).write_text(json.dumps(usual | config))
     save_file({f"base_model.model.{name}": tensor for name, tensor in tensors.items()}, path / TENSORS)
     return path
+
+
+def edited(folder: Path, change: Callable[[dict[str, Any]], object], file: str = CONFIG) -> Path:
+    """The folder with another description."""
+    content = json.loads((folder / file).read_text())
+    change(content)
+    (folder / file).write_text(json.dumps(content))
+    return folder
 
 
 def factors(layer: str = "0", m: int = 12, n: int = 8, r: int = 2) -> dict[str, Tensor]:
@@ -80,7 +97,7 @@ def test_the_names_and_fields_of_a_lora(tmp_path: Path):
     }
     assert config == {
         "peft_type": "LORA",
-        "task_type": None,
+        "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
         "inference_mode": True,
         "r": 2,
@@ -129,6 +146,16 @@ def test_ranks_and_scales_of_single_layers(tmp_path: Path):
 def test_the_formula_of_lora(rank_stabilised: bool, scale: float, tmp_path: Path):
     folder = folder_of(tmp_path / "a", factors(), use_rslora=rank_stabilised)
     torch.testing.assert_close(change(one_layer(), folder), scale * draw(12, 2, seed=2) @ draw(2, 8, seed=1))
+
+
+def test_fields_that_are_left_out_are_those_of_peft(tmp_path: Path):
+    folder = edited(folder_of(tmp_path / "a", factors()), lambda config: config.pop("lora_alpha"))
+    torch.testing.assert_close(change(one_layer(), folder), 8 / 2 * draw(12, 2, seed=2) @ draw(2, 8, seed=1))
+    edited(folder, lambda config: config.pop("r"))
+    with pytest.raises(ValueError, match="rank is 2, but 8 in the description"):
+        rankwise.load_adapter(one_layer(), folder)
+    eight = edited(folder_of(tmp_path / "b", factors(r=8)), lambda config: config.pop("r"))
+    torch.testing.assert_close(change(one_layer(), eight), draw(12, 8, seed=2) @ draw(8, 8, seed=1))
 
 
 def test_the_formula_of_dora(tmp_path: Path):
@@ -268,6 +295,21 @@ def test_convolutions(magnitudes: bool, tmp_path: Path):
     torch.testing.assert_close(again(draw(2, 3, 7, 7).float()), model(draw(2, 3, 7, 7).float()))
 
 
+def test_dilated_convolutions_are_left_out_because_peft_does_not_dilate(tmp_path: Path):
+    def dilated(dilation: int = 2) -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 8, 3, dilation=dilation, padding="same"))
+
+    model, plain = dilated(), dilated(1)
+    rankwise.adapt(model, Lora(rank=2))
+    with pytest.raises(ValueError, match=r"layer 0: .* PEFT does not know this kind of layer"):
+        rankwise.save(model, tmp_path / "a", format="peft")
+    rankwise.adapt(plain, Lora(rank=2))
+    folder = rankwise.save(moved(plain), tmp_path / "b", format="peft")
+    with pytest.raises(ValueError, match=r"layer 0 in .* PEFT computes another change .* dilation"):
+        rankwise.load_adapter(dilated(), folder)
+
+
 def test_transposed_layers_modules_and_biases(tmp_path: Path):
     torch.manual_seed(3)
     model = gpt2().eval()
@@ -290,6 +332,118 @@ def test_transposed_layers_modules_and_biases(tmp_path: Path):
     torch.testing.assert_close(again(ids()).logits, model(ids()).logits)
     trained = {name for name, parameter in again.named_parameters() if parameter.requires_grad}
     assert {"transformer.ln_f.weight", "transformer.h.0.attn.c_attn.bias"} < trained
+
+
+def encoder(build: type[nn.Module], config: type[Any]) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    return build(config(**sizes, num_hidden_layers=1, max_position_embeddings=40, num_labels=3)).eval()
+
+
+def roberta() -> nn.Module:
+    """A classifier whose head has two layers inside."""
+    return encoder(RobertaForSequenceClassification, RobertaConfig)
+
+
+def bert() -> nn.Module:
+    return encoder(BertForSequenceClassification, BertConfig)
+
+
+@pytest.mark.parametrize(
+    ("build", "saved", "layer"),
+    [
+        (roberta, ["classifier", "score"], "roberta.encoder.layer.0.attention.self.query"),
+        (llama, ["mlp"], "model.layers.0.self_attn.q_proj"),
+    ],
+)
+def test_saved_modules_with_modules_inside(build, saved: list[str], layer: str, tmp_path: Path):
+    model, again = build(), build()
+    inside = [name for name, _ in model.named_parameters() if any(f".{m}." in f".{name}" for m in saved)]
+    assert all(name.split(".")[-2] not in saved for name in inside)
+    rankwise.adapt(model, Lora(rank=2), where=lambda name, _: name == layer, also=lambda name: name in inside)
+    rankwise.save(moved(model), tmp_path / "a", format="peft")
+    config, tensors = json.loads((tmp_path / "a" / CONFIG).read_text()), load_file(tmp_path / "a" / TENSORS)
+    assert config["modules_to_save"] == sorted(name.rpartition(".")[0] for name in inside if "weight" in name)
+    more = {"task_type": "SEQ_CLS"} if build is roberta else {}
+    plain = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+    fields = {"target_modules": [layer], "modules_to_save": saved, "lora_alpha": config["lora_alpha"]}
+    folder = folder_of(tmp_path / "b", plain, **fields, **more)
+    assert rankwise.load_adapter(again, folder).totals["unexpected"] == []
+    torch.testing.assert_close(again(ids()).logits, model(ids()).logits)
+    other = build()
+    rankwise.load_adapter(other, tmp_path / "a")
+    torch.testing.assert_close(other(ids()).logits, model(ids()).logits)
+
+
+def test_two_saved_modules_whose_names_end_alike(tmp_path: Path):
+    def heads() -> nn.Module:
+        torch.manual_seed(0)
+        names = ("query", "pre_classifier", "classifier")
+        return nn.Sequential(OrderedDict((name, nn.Linear(8, 8)) for name in names)).double()
+
+    model, again = heads(), heads()
+    rankwise.adapt(
+        model, Lora(rank=2), where=lambda name, layer: name == "query", also=lambda name: "classifier" in name
+    )
+    config, _ = written(moved(model), tmp_path / "a")
+    assert config["modules_to_save"] == ["classifier", "pre_classifier"]
+    rankwise.load_adapter(again, tmp_path / "a")
+    torch.testing.assert_close(again(draw(3, 8)), model(draw(3, 8)))
+    alone = heads()
+    rankwise.adapt(
+        alone,
+        Lora(rank=2),
+        where=lambda name, layer: name == "query",
+        also=lambda name: name.startswith("classifier"),
+    )
+    with pytest.raises(ValueError, match="PEFT would take pre_classifier for classifier"):
+        rankwise.save(alone, tmp_path / "b", format="peft")
+
+
+@pytest.mark.parametrize(
+    ("build", "also", "task"),
+    [
+        (gpt2, None, "CAUSAL_LM"),
+        (lambda: llama().model, None, "FEATURE_EXTRACTION"),
+        (lambda: LlamaForSequenceClassification(llama().config), "score", "SEQ_CLS"),
+        (bert, "classifier", "SEQ_CLS"),
+        (bert, None, None),  # PEFT would look for a classifier in the file
+        (roberta, "classifier", None),  # and for one where there are two modules inside
+        (net, None, None),
+    ],
+)
+def test_the_task_is_written_where_peft_then_finds_what_it_expects(build, also, task: str | None, tmp_path: Path):
+    model = build()
+    first = next(iter(rankwise.core.surgery.select(model)))
+    rankwise.adapt(
+        model,
+        Lora(rank=2),
+        where=lambda name, layer: name == first,
+        also=None if also is None else lambda name: also in name,
+    )
+    rankwise.save(model, tmp_path / "a", format="peft")
+    assert json.loads((tmp_path / "a" / CONFIG).read_text())["task_type"] == task
+
+
+def test_another_base_is_refused(tmp_path: Path):
+    model = one_layer()
+    rankwise.adapt(model, Lora(rank=2))
+    folder = rankwise.save(moved(model), tmp_path / "a", format="peft")
+    other, wide = one_layer(), nn.Sequential(nn.Linear(9, 12)).double()
+    with torch.no_grad():
+        other[0].weight[3, 5] += 1e-3
+    with pytest.raises(ValueError, match=r"was made for other values of the layers under it: 0\."):
+        rankwise.load_adapter(other, folder)
+    with pytest.raises(ValueError, match=r"layer 0 is \(12, 9\) .* but \(12, 8\) .* belongs to another model"):
+        rankwise.load_adapter(wide, folder)
+    assert rankwise.load_adapter(other, folder, strict=False).totals["others"] == ["0"]
+    edited(folder, lambda records: records.update({"0": {"shape": [12, 8]}}), BASES)
+    with pytest.raises(ValueError, match=f"{BASES} holds a damaged entry .* of 0; get it again"):
+        rankwise.load_adapter(one_layer(), folder)
+    (folder / BASES).unlink()  # as PEFT writes it
+    other = one_layer()
+    nn.init.ones_(other[0].weight)
+    assert rankwise.load_adapter(other, folder).totals["others"] == []
 
 
 def test_tied_embeddings_stay_tied(tmp_path: Path):
@@ -350,6 +504,15 @@ def test_what_does_not_fit_is_refused(
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_pickled_tensors_are_named(tmp_path: Path):
+    folder = folder_of(tmp_path / "a", factors())
+    (folder / TENSORS).rename(folder / "adapter_model.bin")
+    with pytest.raises(
+        ValueError, match=r"adapter_model\.bin is of an older PEFT.*load it with PEFT and save it"
+    ):
+        rankwise.load_adapter(one_layer(), folder)
 
 
 def test_layers_by_number_and_exclusion(tmp_path: Path):

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from ..core.progress import track
 from ..models.adapted_weights import AdaptedWeights
+from ..models.bases import record_of, write_bases
 from ..models.classifier import write_labels
+from ..models.load import is_hub_id
 from ..models.peft_files import biases_of, modules_of, tied_to, write_pieces
 from ..models.peft_kinds import LoraKind
 from .adapted import AdaptedExporter
@@ -44,24 +46,26 @@ class Lora(AdaptedExporter):
             ValueError: if adapter and model do not belong together, or a change needs a rank and none is given.
         """
         weights, kind = self.weights(source), LoraKind()
-        pieces, errors = {}, {}
+        pieces, errors, records = {}, {}, {}
         for name, layer in track(weights.names.items(), "layers"):
             matrix, view = weights.matrix(name), weights.site(name).view
             if not kind.fits(view):
                 raise ValueError(
-                    f"layer {layer} is no linear layer or convolution, the only ones that are written as a LoRA; "
-                    "export to merged instead."
+                    f"layer {layer} is no linear layer or convolution without dilation, the only ones that are "
+                    "written as a LoRA; export to merged instead."
                 )
             pieces[layer] = piece = kind.piece(matrix, view, self.rank)
             if piece is None:
                 raise ValueError(f"layer {layer}: its change is of no low rank: give a rank to cut it to.")
-            errors[layer] = piece.error
+            errors[layer], records[layer] = piece.error, record_of(matrix)
         fields = kind.describe(pieces)
         if fields is None:
             raise ValueError("some layers have rows of trained lengths and others have not, or dropout differs.")
         views = {layer: weights.site(name).view for name, layer in weights.names.items()}
         _fill(weights, views)
-        write_pieces(weights.model, views, kind, pieces, fields, out)
+        base = self.base if is_hub_id(self.base) else str(weights.folder)
+        write_pieces(weights.model, views, kind, pieces, fields, out, base)
+        write_bases(out, records)
         write_labels(weights.model, out)
         weights.finish()
         (out / ERRORS).write_text(json.dumps(errors, indent=1) + "\n", encoding="utf-8")

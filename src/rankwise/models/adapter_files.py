@@ -15,12 +15,12 @@ from ..core.adapted import in_use, own_tensors, rate_of, whole_parameters
 from ..core.bottleneck import Bottleneck
 from ..core.extended import Extended, extended, name_without
 from ..core.files import write_text
-from ..core.fingerprint import values_digest
 from ..core.surgery import Site, base_of, select, structured
 from ..core.views import View
 from ..matrices import Base, StructuredMatrix, from_spec
 from ..matrices.frozen import put_base
 from .adapter_folder import NONE, AdapterFolder, check_shape
+from .bases import is_record, record_of
 from .model_files import verify
 
 NAME = "rankwise_adapter.json"
@@ -44,14 +44,14 @@ def write_adapter(model: nn.Module, folder: Path) -> None:
         spec = _mapped(matrix.spec(), _without_matrix)
         usual = own_tensors(_empty(spec, base.matrix.spec()))
         file.add(f"{plain(names[0])}.matrix", own_tensors(matrix), usual)
-        about = {"base": _about(base.matrix), "lr": rate_of(structured(model)[names[0]])}
+        about = {"base": record_of(matrix), "lr": rate_of(structured(model)[names[0]])}
         layers.append({"names": [plain(name) for name in names], "spec": spec, **about})
     for names, module, matrix in _behind(model):
         if not isinstance(module, tuple(MODULES.values())):
             raise ValueError(f"layer {names[0]}: no file holds the {type(module).__name__} behind it.")
         usual = module.empty(module.spec(), device="meta").state_dict(keep_vars=True)
         file.add(f"{names[0]}.after", module.state_dict(keep_vars=True), usual)
-        about = {"base": _about(matrix), "lr": extended(model)[names[0]].lr}
+        about = {"base": record_of(matrix), "lr": extended(model)[names[0]].lr}
         modules.append({"names": names, "spec": module.spec(), **about})
     if not layers and not modules:
         raise ValueError(NONE)
@@ -134,7 +134,7 @@ class OwnFolder(AdapterFolder):
     def matrix(self, name: str, base: StructuredMatrix, view: View) -> StructuredMatrix | None:
         """Build the expression, and fill it."""
         entry = self._entries[name]
-        self._check_base(name, entry, base)
+        self.check_base(name, base, entry["base"])
         try:
             matrix = _empty(entry["spec"], base.spec())
         except (ValueError, TypeError, AttributeError) as error:
@@ -159,7 +159,7 @@ class OwnFolder(AdapterFolder):
     def module(self, name: str, site: Site) -> nn.Module | None:
         """Build the module, and fill it."""
         entry = self._modules[name]
-        self._check_base(name, entry, site.matrix)
+        self.check_base(name, site.matrix, entry["base"])
         kind = MODULES.get(str(entry["spec"].get("kind")))
         if kind is None:
             raise ValueError(f"layer {name} in {self.folder / NAME}: unknown kind of module; get it again.")
@@ -174,16 +174,6 @@ class OwnFolder(AdapterFolder):
             )
         filled = self._fill(made, f"{name}.after", made.state_dict(keep_vars=True), site.matrix.device)
         return made if filled else None
-
-    def _check_base(self, name: str, entry: Mapping[str, Any], base: StructuredMatrix) -> None:
-        """Note a matrix of other values than the one that was there, and refuse one of another shape."""
-        if list(base.shape) != entry["base"]["shape"]:
-            raise ValueError(
-                f"layer {name} is {tuple(base.shape)} in the model, but {tuple(entry['base']['shape'])} in "
-                f"{self.folder}; it belongs to another model."
-            )
-        if base_digest(base) != entry["base"]["digest"] and name not in self.others:
-            self.others.append(name)
 
     def _fill(self, made: nn.Module, prefix: str, tensors: Mapping[str, Tensor], device: torch.device) -> bool:
         """Put the tensors of the file into what was made without values; False if some are missing."""
@@ -218,7 +208,7 @@ def groups(model: nn.Module) -> Iterator[tuple[list[str], StructuredMatrix]]:
 
 
 def _behind(model: nn.Module) -> Iterator[tuple[list[str], Any, StructuredMatrix]]:
-    """Yield what stands behind layers, each with their names and the matrix of the layer without an adapter."""
+    """Yield what stands behind layers, each with their names and the matrix of the layer."""
     found: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Extended):
@@ -226,25 +216,14 @@ def _behind(model: nn.Module) -> Iterator[tuple[list[str], Any, StructuredMatrix
     for names in found.values():
         each: Any = model.get_submodule(names[0])
         (site,) = select(each, lambda *_: True, compressed=True).values()
-        base = base_of(site.matrix)
-        yield names, each.after, site.matrix if base is None else base.matrix
-
-
-def _about(matrix: StructuredMatrix) -> dict[str, Any]:
-    """Say which matrix an adapter was made for."""
-    return {"shape": list(matrix.shape), "digest": base_digest(matrix)}
-
-
-def base_digest(matrix: StructuredMatrix) -> str:
-    """Return a hash of what a matrix stores, the same in all types that hold its values exactly."""
-    return values_digest(matrix.state_dict())
+        yield names, each.after, site.matrix
 
 
 def _entries(file: Path, layers: Any) -> Iterator[dict[str, Any]]:
     for entry in layers if isinstance(layers, list) else [None]:
         match entry:
-            case {"names": [str(), *_], "spec": {}, "base": {"shape": [int(), int()], "digest": str()}} if (
-                _is_rate(entry.get("lr"))
+            case {"names": [str(), *_], "spec": {}, "base": base} if is_record(base) and _is_rate(
+                entry.get("lr")
             ):
                 yield entry
             case _:

@@ -15,6 +15,7 @@ from ..core.extended import refuse_extended
 from ..core.surgery import Site, select
 from ..core.views import View
 from ..matrices import StructuredMatrix
+from .bases import is_other
 from .classifier import read_labels
 
 NONE = "the model has no adapter in use; make one with rankwise.adapt, or save it as a model."
@@ -96,6 +97,15 @@ class AdapterFolder(abc.ABC):
             ValueError: if something does not fit.
         """
         raise ValueError(f"{self.title} holds no module behind {name}.")
+
+    def check_base(self, name: str, base: StructuredMatrix, record: Mapping[str, Any]) -> None:
+        """Note a layer whose matrix has other values than the recorded one.
+
+        Raises:
+            ValueError: if it has another shape.
+        """
+        if is_other(name, base, record, self.title) and name not in self.others:
+            self.others.append(name)
 
     def take(self, name: str) -> Tensor | None:
         """Return a tensor, or note that it is missing."""

@@ -14,14 +14,19 @@ from ..core.adapted import adapted, in_use, whole_parameters
 from ..core.files import write_text
 from ..core.views import TransposedView, View
 from ..matrices import Base, StructuredMatrix
-from .adapter_folder import NONE, AdapterFolder
+from .adapter_folder import NONE, AdapterFolder, read_json
+from .bases import NAME as BASES
+from .bases import is_record, record_of, write_bases
 from .model_files import verify
 from .peft_experts import Experts, experts_of, joined, parted, target_parameters, targeted
 from .peft_kinds import KINDS, LoraKind, PeftKind, Piece, Settings
+from .peft_tasks import task_of
 
 NAME = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
 PREFIX = "base_model.model."
+ALPHA = 8  # where a description names none
 UNTOUCHED = (True, None, "gaussian", "orthogonal", "eva")  # starts for which PEFT leaves the base as it is
 SHARED = (  # fields that are read for all kinds, or that change nothing in what is computed
     *(
@@ -51,7 +56,8 @@ def write_peft(model: nn.Module, folder: Path) -> None:
     kind, pieces, fields = chosen(
         {name: (matrix, views[name]) for name, matrix in matrices.items()}, experts_of(model)
     )
-    write_pieces(model, views, kind, pieces, fields, folder)
+    write_pieces(model, views, kind, pieces, fields, folder, getattr(model, "name_or_path", None))
+    write_bases(folder, {name: record_of(matrix) for name, matrix in matrices.items()})
 
 
 def write_pieces(
@@ -61,6 +67,7 @@ def write_pieces(
     pieces: Mapping[str, Piece],
     fields: Mapping[str, Any],
     folder: Path,
+    base: str | None,
 ) -> None:
     """Fill a folder with what :func:`chosen` returned, and with all else of a model that trains.
 
@@ -71,6 +78,7 @@ def write_pieces(
         pieces: of each layer, and of each 3-D parameter.
         fields: of the description, of the kind alone.
         folder: is made.
+        base: where the model without adapters is, if that is known.
     """
     experts = {path: each for path, each in experts_of(model).items() if path in pieces}
     modules = modules_of(model, views)
@@ -94,7 +102,8 @@ def write_pieces(
         bias=kind.biases if biases else "none",
         fan_in_fan_out=any(isinstance(view, TransposedView) for view in views.values()),
         ensure_weight_tying=bool(tied),
-        base_model_name_or_path=getattr(model, "name_or_path", None) or None,
+        base_model_name_or_path=base or None,
+        task_type=task_of(model, modules),
     )
     folder.mkdir(exist_ok=True)
     apart = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
@@ -150,7 +159,7 @@ def pieces_as_tensors(pieces: Mapping[str, Piece]) -> dict[str, Tensor]:
 
 def description(kind: PeftKind, fields: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     """Return what the file of the description holds; names in patterns become expressions for these alone."""
-    made = {"peft_type": kind.name, "inference_mode": True, "task_type": None, **more, **fields}
+    made = {"peft_type": kind.name, "inference_mode": True, **more, **fields}
     for key in ("rank_pattern", "alpha_pattern"):
         if isinstance(made.get(key), Mapping) and kind.name != "ADALORA":
             made[key] = {f"^{re.escape(name)}": value for name, value in made[key].items()}
@@ -171,7 +180,13 @@ class PeftFolder(AdapterFolder):
     """A folder that PEFT or :func:`write_peft` wrote."""
 
     def __init__(self, folder: Path) -> None:
+        if (folder / PICKLED).is_file() and not (folder / TENSORS).is_file():
+            raise ValueError(
+                f"{folder / PICKLED} is of an older PEFT, and is not unpickled; load it with PEFT and save it "
+                f"again, which writes {TENSORS}."
+            )
         super().__init__(folder / NAME, folder / TENSORS)
+        self._bases = _records(folder / BASES)
         found = self.config.get("peft_type")
         known = {kind.name: kind for kind in KINDS}
         if found not in known:
@@ -243,12 +258,12 @@ class PeftFolder(AdapterFolder):
 
     @property
     def whole(self) -> Mapping[str, str]:
-        """Parameters of the modules that are saved, and biases."""
+        """Parameters of the modules that are saved, at any depth, and biases."""
         found = {}
         modules = tuple(self.config.get("modules_to_save") or ())
         for key in self.tensors:
             name = self.named(key)
-            if name.rpartition(".")[0].endswith(modules) or (
+            if any(path.endswith(modules) for path in _owners(name)) or (
                 self.config.get("bias", "none") != "none" and name.endswith("bias")
             ):
                 found[name] = key
@@ -256,6 +271,8 @@ class PeftFolder(AdapterFolder):
 
     def matrix(self, name: str, base: StructuredMatrix, view: View) -> StructuredMatrix | None:
         """Take the tensors of a layer, and build its expression."""
+        if name in self._bases:
+            self.check_base(name, base, self._bases[name])
         experts, place, i = self._experts.get(name, (None, name, 0))
         keys, found = self._parts.get(place, {}), {}
         for end in self.kind.ends:
@@ -265,8 +282,8 @@ class PeftFolder(AdapterFolder):
         if len(tensors) < len(found) or not all(tensor.numel() for tensor in tensors.values()):
             return None
         path = name if experts is None else experts.path
-        rank = _of_pattern(self.config.get("rank_pattern"), path, self.config.get("r"))
-        alpha = _of_pattern(self.config.get("alpha_pattern"), path, self.config.get("lora_alpha", 1))
+        rank = _of_pattern(self.config.get("rank_pattern"), path, self.config.get("r", self.kind.rank))
+        alpha = _of_pattern(self.config.get("alpha_pattern"), path, self.config.get("lora_alpha", ALPHA))
         try:
             if experts is not None:
                 tensors = parted(experts, tensors, i)
@@ -277,11 +294,26 @@ class PeftFolder(AdapterFolder):
             ) from error
 
 
+def _records(file: Path) -> dict[str, Any]:
+    """Read of which bases the layers are; PEFT itself does not write it."""
+    found = read_json(file) if file.is_file() else {}
+    for name, record in found.items():
+        if not is_record(record):
+            raise ValueError(f"{file} holds a damaged entry {str(record)[:80]!r} of {name}; get it again.")
+    return found
+
+
 def _matches(wanted: Any, name: str) -> bool:
     """Whether PEFT takes a name for one of those that a description lists or matches."""
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     return any(name == each or name.endswith(f".{each}") for each in wanted)
+
+
+def _owners(name: str) -> list[str]:
+    """Return the paths of the modules that a parameter stands in, the outermost first."""
+    parts = name.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts))]
 
 
 def _of_pattern(pattern: Any, name: str, usual: Any) -> Any:
@@ -313,7 +345,7 @@ def modules_of(model: nn.Module, layers: Iterable[str]) -> list[str]:
     for path in paths:
         if any(name.startswith(f"{path}.") for name in layers) or not path:
             raise ValueError(f"the module {path!r} trains in part and has adapters inside; {_OTHERS}.")
-        if wrong := [name for name, _ in model.named_modules() if name.endswith(path) and name != path]:
+        if wrong := [name for name, _ in model.named_modules() if name.endswith(path) and name not in paths]:
             raise ValueError(f"PEFT would take {wrong[0]} for {path}, which trains whole; {_OTHERS}.")
     return paths
 

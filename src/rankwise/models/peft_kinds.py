@@ -70,6 +70,7 @@ class PeftKind(abc.ABC):
         ends: the ends of the names of a layer's tensors, of which all but those in ``optional`` are there.
         fields: of the description, which are read.
         biases: what the description says where the biases of adapted layers train.
+        rank: where the description names none.
     """
 
     name: str
@@ -77,6 +78,7 @@ class PeftKind(abc.ABC):
     optional: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
     biases: str = "lora_only"
+    rank: int = 8
 
     @abc.abstractmethod
     def piece(self, matrix: StructuredMatrix, view: View) -> Piece | None:
@@ -113,8 +115,8 @@ class LoraKind(PeftKind):
 
     @staticmethod
     def fits(view: View) -> bool:
-        """Whether such a layer is written."""
-        return isinstance(view, (LinearView, Conv2dView))
+        """Whether PEFT computes W + s B A for such a layer; its convolution A has no dilation."""
+        return isinstance(view, LinearView) or (isinstance(view, Conv2dView) and view.dilation == (1, 1))
 
     def piece(self, matrix: StructuredMatrix, view: View, most: int | None = None) -> Piece | None:
         """Take the factors, or find some, of at most a rank."""
@@ -160,7 +162,9 @@ class LoraKind(PeftKind):
     def matrix(
         self, base: Base, tensors: Mapping[str, Tensor], settings: Settings, view: View
     ) -> StructuredMatrix:
-        """Check the rank, and build the sum."""
+        """Check the layer and the rank, and build the sum."""
+        if not self.fits(view):
+            raise ValueError("PEFT computes another change of this kind of layer, such as one with dilation.")
         right, left = tensors["lora_A.weight"].flatten(1), tensors["lora_B.weight"].flatten(1)
         rank = len(right)
         if settings.rank is not None and rank != settings.rank:
@@ -238,6 +242,7 @@ class MissKind(PeftKind):
     ends = ("miss_block",)
     fields = ("r", "mini_r", "miss_dropout")
     biases = "MiSS_only"
+    rank = 64
 
     def piece(self, matrix: StructuredMatrix, view: View) -> Piece | None:
         """Take the maps, or the tile with all its rows."""

@@ -39,7 +39,8 @@ def save(
             files, which hold what is computed but not all of how it trains on: PEFT takes the denominators of
             rows with trained lengths as constants, also those of ``GradNormLorp(constant=False)``, and where
             several adapters add up to one it drops the same inputs for all, and none if they differ in dropout.
-            Of a classifier of transformers the names of the classes are written beside them.
+            Of a classifier of transformers the names of the classes are written beside them. Both also hold
+            hashes of the matrices under the adapters, so that none is put onto another model.
         name: of adapters with names the one to be written; None takes what is in use, also a weighted sum, which
             is then one adapter.
 
