@@ -324,7 +324,7 @@ def bytes_are_those_of_the_formula(place: Place) -> None:
         found = {phase: figures["bytes"] for phase, figures in handle.traffic().items()}
         alone = workers < 1  # nobody else multiplies the same gradients
         assert found == {
-            "agree": 3 * 2 * (len(shapes) + 1) * 8,
+            "agree": 3 * 2 * (len(shapes) + 2) * 8,
             "exchange": 3 * (given + counts),
             "factorise": 0,
             "invert": 0,

@@ -344,4 +344,5 @@ def test_a_followed_model_is_finished_first():
     follower = rankwise.follow(model, torch.optim.AdamW(trained), steps=5)
     with pytest.raises(ValueError, match=r"followed still; call finish\(\)"):
         rankwise.absorb(model)
-    follower.finish()
+    with pytest.warns(UserWarning, match="budget"):
+        follower.finish()

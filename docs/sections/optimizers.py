@@ -51,8 +51,8 @@ def _compiled(rows: list[dict]) -> list[str]:
         return []
     cells = [[r["optimizer"], f"{r['first']:.1f}", f"{r['median']:.3f}", f"{r['ratio']:.2f}"] for r in rows]
     return [
-        f"Steps of {rows[0]['matrices']} such matrices with `Optimizer(compiled=True)` and without; GaLore of rank "
-        f"{rows[0]['rank']} between two refreshes.",
+        f"Steps of {rows[0]['matrices']} such matrices with `Optimizer(compiled=True)` and without; GaLore of "
+        f"rank {rows[0]['rank']} between two refreshes.",
         "",
         *table(["optimiser", "first (s)", "median (s)", "median / torch AdamW"], cells),
     ]

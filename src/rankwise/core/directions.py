@@ -33,6 +33,11 @@ class Factors:
         """The transposes."""
         return type(self)(self.left, self.right, not self.transposed)
 
+    def each(self) -> list[Self]:
+        """One product (1, m, n) for each of k."""
+        pairs = zip(self.left.split(1), self.right.split(1), strict=True)
+        return [type(self)(left, right, self.transposed) for left, right in pairs]
+
     def formed(self) -> Tensor:
         """The matrices themselves, in the order in memory that ``right`` suggests."""
         whole = product(self.left, self.right)

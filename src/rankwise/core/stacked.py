@@ -51,9 +51,9 @@ def owned(parts: Sequence[Part], seen: Tensor) -> list[Tensor]:
 
 
 def each_direction(parts: Sequence[Part], seen: Direction) -> Sequence[Direction]:
-    """Return the direction of each parameter; a product stays one for a single matrix that is whole here."""
-    if isinstance(seen, Factors) and len(parts) == 1 and len(parts[0].shape) == 2 and parts[0].layout is None:
-        return [seen]
+    """Return the direction of each parameter; products stay such for matrices that are whole here."""
+    if isinstance(seen, Factors) and len(parts[0].shape) == 2 and parts[0].layout is None:
+        return seen.each()
     return owned(parts, formed(seen))
 
 

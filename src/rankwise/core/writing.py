@@ -63,8 +63,9 @@ class Nearest(Write):
         self, params: Sequence[Tensor], directions: Sequence[Direction], keep: float, factor: float, state: State
     ) -> None:
         """Shrink, then add; products go into matrices of their type without being formed."""
-        if len(params) == 1 and isinstance(directions[0], Factors) and directions[0].dtype == params[0].dtype:
-            add_to(params[0].unsqueeze(0), directions[0], keep=keep, factor=factor)
+        if isinstance(directions[0], Factors) and directions[0].dtype == params[0].dtype:
+            for param, direction in zip(params, directions, strict=True):
+                add_to(param.unsqueeze(0), direction, keep=keep, factor=factor)
             return
         if keep != 1:
             foreach_mul(list(params), keep)
