@@ -75,7 +75,8 @@ def test_shards_stay_below_their_size_and_files_come_along(tmp_path):
     assert all(file.stat().st_size < 1_100_000 for file in files)
     assert {"tokenizer.json", "generation_config.json", "model.safetensors.index.json"} <= set(left_behind(out))
     assert "report.html" not in left_behind(out)
-    torch.testing.assert_close(output(AutoModelForCausalLM.from_pretrained(out), IDS), output(model, IDS))
+    loaded = output(AutoModelForCausalLM.from_pretrained(out), IDS)
+    torch.testing.assert_close(loaded, output(model, IDS), rtol=1e-4, atol=1e-4)
 
 
 def test_what_cannot_be_exported_is_named(tmp_path):
