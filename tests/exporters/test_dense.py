@@ -75,8 +75,8 @@ def test_shards_stay_below_their_size_and_files_come_along(tmp_path):
     assert all(file.stat().st_size < 1_100_000 for file in files)
     assert {"tokenizer.json", "generation_config.json", "model.safetensors.index.json"} <= set(left_behind(out))
     assert "report.html" not in left_behind(out)
-    loaded = output(AutoModelForCausalLM.from_pretrained(out), IDS)
-    torch.testing.assert_close(loaded, output(model, IDS), rtol=1e-4, atol=1e-4)
+    loaded = output(AutoModelForCausalLM.from_pretrained(out).double(), IDS)  # so that only files are rounded
+    torch.testing.assert_close(loaded, output(model.double(), IDS), rtol=1.3e-6, atol=1e-5)
 
 
 def test_what_cannot_be_exported_is_named(tmp_path):

@@ -82,7 +82,10 @@ def test_each_layer_is_fitted_to_what_the_compressed_ones_before_it_make(data, s
                 choices = method.choices(target, {InputGram: statistic(InputGram, new, len(weight))})
                 layer.weight.data = choices.build(ranks[name] - 1).dense().detach()
                 ours = structured(model)[name].matrix.dense()
-                torch.testing.assert_close(ours, layer.weight, rtol=0, atol=1e-2 * float(weight.abs().max()))
+                difference = ours.detach() - layer.weight.detach()
+                assert float(choices.error_of(difference)) < 1e-7 * float(choices.total)
+                if group != ("o_proj",):  # whose inputs lack directions, in which any weight will do
+                    assert float(difference.abs().max()) < 2e-3 * float(weight.abs().max())
 
 
 def test_the_first_layers_have_no_errors_to_make_up_for():
