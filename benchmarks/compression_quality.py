@@ -122,9 +122,8 @@ class Bench:
         name = repr((method, settings))
         if name not in self.remembered:
             parts = [getattr(compressors, part)(**settings) for part in method.split("+")]
-            self.remembered[name] = Remember(
-                parts[0] if len(parts) == 1 else compressors.Mixed(methods=tuple(parts))
-            )
+            whole = parts[0] if len(parts) == 1 else compressors.Mixed(methods=tuple(parts))
+            self.remembered[name] = whole if "layers" in settings else Remember(whole)
         dense = copy.deepcopy(self.model) if heal else None
         with restoring(self.model):
             report = rankwise.compress(
@@ -174,7 +173,7 @@ def grid(options):
 
 
 def structures(options):
-    """Structures beside truncations, and pruning without one of its ingredients, on all texts.
+    """Structures beside truncations, dictionaries that two layers share, and pruning without an ingredient.
 
     Left out are, one at a time: the allocator (all layers get equal shares), and with equal shares the outputs'
     metric, all but the diagonal of the inputs', the search for places, and shrinkage.
@@ -195,6 +194,8 @@ def structures(options):
     )
     for left in left_out:
         yield {**alike, "keep": 0.6, "fields": {"share": 0.6, **left}}
+    for method, keep in itertools.product(("OrthogonalDictionary", "CoSpaDi"), (0.8, 0.6)):
+        yield {**alike, "method": method, "keep": keep, "fields": {"share": keep, "layers": 2}}
     for each, keep in itertools.product((PRUNED, BOTH), (0.6, 0.4)):
         yield {**each, **about, "keep": keep}
 

@@ -19,10 +19,10 @@ from .compression import (
     choices_of,
     dense_costs,
     matrix_costs,
-    measured_error,
     order_of,
     report_of,
     row_of,
+    rows_of,
 )
 from .core import labels as label_kinds
 from .core.choices import UNITS, Allocator, Choices, Ladder, Unit, cost_of, spend
@@ -37,6 +37,7 @@ from .core.report import Report
 from .core.statistics import Batch, Statistic, Statistics
 from .core.surgery import Site, StructuredLinear, Where, replace, select, structured
 from .core.surgery import fold as fold_layers
+from .core.together import together
 from .core.watch import collect
 from .exporters.base import Exporter, Source
 from .matrices import StructuredMatrix
@@ -183,27 +184,29 @@ def compress(
         order.learn()
     seconds = {"statistics": statistics.seconds}
     start = time.perf_counter()
+    unreached = [name for name in sites if method.needs and statistics.unreached(name)]
+    groups = together(sites, method, unreached)
     choices = {
-        name: choices_of(name, site, method, statistics) for name, site in track(sites.items(), "factorisation")
+        name: choices_of(group, method, statistics) for name, group in track(groups.items(), "factorisation")
     }
     choices = {name: _with_bias(offer, sites[name]) for name, offer in choices.items()}
     seconds["factorisation"] = time.perf_counter() - start
     start = time.perf_counter()
-    dense = {name: dense_costs(site.weight) for name, site in sites.items()}
+    dense = {name: dense_costs(group.weight) for name, group in groups.items()}
     timed: dict[str, Latency] = {}
     if of == "latency":
-        timed = latencies(choices, {name: site.weight for name, site in sites.items()}, timer)
+        timed = latencies(choices, {name: group.weight for name, group in groups.items()}, timer)
         choices = {n: dataclasses.replace(c, costs={**c.costs, of: timed[n].costs}) for n, c in choices.items()}
         dense = {name: {**each, of: timed[name].dense} for name, each in dense.items()}
         seconds["timing"] = time.perf_counter() - start
         start = time.perf_counter()
-    ladders = {name: Ladder.of(choices[name], of, dense[name][of]) for name in sites}
+    ladders = {name: Ladder.of(choices[name], of, dense[name][of]) for name in groups}
     budget = int(keep * sum(each[of] for each in dense.values()))
     chosen = allocate or (water_filling if method.comparable else uniform)
     picks = spend(chosen, ladders, budget)
     seconds["allocation"] = time.perf_counter() - start
     start = time.perf_counter()
-    indices = {n: int(ladders[n].index[picks[n]]) for n in sites if picks[n] < len(ladders[n].index)}
+    indices = {n: int(ladders[n].index[picks[n]]) for n in groups if picks[n] < len(ladders[n].index)}
     refitted: Mapping[str, StructuredMatrix] = {}
     if order is not None:
         refitted = order.fit(
@@ -212,32 +215,34 @@ def compress(
                 indices[name], weight, {**statistics.of(name, method.needs), **new}
             ),
         )
-    matrices: dict[str, StructuredMatrix | None] = {}
+    matrices: dict[str, StructuredMatrix] = {}
     shifts: dict[str, Tensor | None] = {}
-    rows = []
-    for name, site in track(sites.items(), "new matrices"):
-        step, matrix = picks[name], refitted.get(name)
-        if name in indices and matrix is None:
-            matrix = choices[name].build(indices[name])
-        matrices[name], shifts[name] = matrix, _shift(site, matrix, choices[name])
-        measured = 0.0 if matrix is None else measured_error(site.weight, matrix, choices[name])
-        biases = _bias_costs(choices[name], site)["params"]
-        rows.append(row_of(name, site.weight, matrix, float(ladders[name].errors[step]), measured, biases))
-    before = {unit: sum(each[unit] for each in dense.values()) for unit in UNITS}
-    after = {
-        unit: sum(
-            dense[n][unit] if x is None else matrix_costs(x)[unit] + _bias_costs(choices[n], sites[n])[unit]
-            for n, x in matrices.items()
-        )
-        for unit in UNITS
-    }
+    after, rows = {name: dict(each) for name, each in dense.items()}, {}
+    for name, group in track(groups.items(), "new matrices"):
+        if name not in indices:
+            rows |= {site.name: row_of(site.name, site.weight, None, 0.0, 0.0) for site in group.sites}
+            continue
+        matrix = refitted[name] if name in refitted else choices[name].build(indices[name])
+        parts = group.method(method).apart(matrix)
+        biases, shifts[name] = _bias_costs(choices[name], sites[name]), _shift(sites[name], matrix, choices[name])
+        after[name] = {unit: cost + biases[unit] for unit, cost in matrix_costs(*parts).items()}
+        matrices |= {site.name: part for site, part in zip(group.sites, parts, strict=True)}
+        predicted = float(ladders[name].errors[picks[name]])
+        rows |= rows_of(group, matrix, parts, choices[name], predicted, biases["params"])
     for name, matrix in matrices.items():
-        if matrix is not None:
-            replace(model, sites[name], matrix, shifts[name])
+        replace(model, sites[name], matrix, shifts.get(name))
     seconds["new matrices"] = time.perf_counter() - start
     curves = {name: c.spectrum.tolist() for name, c in choices.items() if c.spectrum is not None}
-    unreached = [name for name in sites if method.needs and statistics.unreached(name)]
-    report = report_of(method, budget_words(keep, of, order), rows, before, after, seconds, curves, unreached)
+    report = report_of(
+        method,
+        budget_words(keep, of, order),
+        [rows[name] for name in sites],
+        {unit: sum(each[unit] for each in dense.values()) for unit in UNITS},
+        {unit: sum(each[unit] for each in after.values()) for unit in UNITS},
+        seconds,
+        curves,
+        unreached,
+    )
     if not timed:
         return report
     shares = report.totals["keep"] | {of: cost_of(ladders, picks) / sum(each.dense for each in timed.values())}

@@ -13,7 +13,9 @@ from .core.methods import Adapter, BlockAdapter, Compressor
 from .core.report import Report
 from .core.statistics import Statistics
 from .core.surgery import Site
+from .core.together import Together
 from .matrices import StructuredMatrix
+from .matrices.base import Place, shared_parts
 from .models.blocks import Chain
 from .models.sequential import Sequential, strength_of
 
@@ -52,17 +54,23 @@ def order_of(
         return None
     if method.shifts:
         raise ValueError(f"{type(method).__name__} gives layers a bias, which cannot be sequential.")
+    if method.layers > 1:
+        raise ValueError(
+            f"{type(method).__name__}(layers={method.layers}) fits blocks together, which cannot be sequential; "
+            "give layers=1."
+        )
     return Sequential(chain(), sites, method.needs, strength_of(sequential))
 
 
-def choices_of(name: str, site: Site, method: Compressor, statistics: Statistics) -> Choices:
+def choices_of(group: Together, method: Compressor, statistics: Statistics) -> Choices:
     """Ask a method for the choices of a layer, none if no data reached it; an error names the layer."""
-    if method.needs and statistics.unreached(name):
+    if method.needs and statistics.unreached(group.name):
         return nothing()
     try:
-        return method.choices(site.weight, statistics.of(name, method.needs))
+        stats = group.statistics(lambda name: statistics.of(name, method.needs), method.needs)
+        return group.method(method).choices(group.weight, stats)
     except ValueError as error:
-        raise CalibrationError(f"layer {name}: {error} Or leave the layer out with 'where'.") from error
+        raise CalibrationError(f"layer {group.name}: {error} Or leave the layer out with 'where'.") from error
 
 
 def dense_costs(weight: Tensor) -> dict[Unit, int]:
@@ -70,14 +78,51 @@ def dense_costs(weight: Tensor) -> dict[Unit, int]:
     return {"params": weight.numel(), "bytes": weight.numel() * weight.element_size(), "macs": weight.numel()}
 
 
-def matrix_costs(matrix: StructuredMatrix) -> dict[Unit, int]:
-    """What a structured matrix costs."""
-    return {"params": matrix.params, "bytes": matrix.nbytes, "macs": matrix.macs}
+def matrix_costs(*matrices: StructuredMatrix) -> dict[Unit, int]:
+    """What structured matrices cost together; what several have in common is stored once."""
+    known: dict[int, Place] = {}
+    again = [part for matrix in matrices for _, part, _ in shared_parts(matrix, "", known)]
+    return {
+        "params": sum(each.params for each in matrices) - sum(each.params for each in again),
+        "bytes": sum(each.nbytes for each in matrices) - sum(each.nbytes for each in again),
+        "macs": sum(each.macs for each in matrices),
+    }
 
 
 def measured_error(weight: Tensor, matrix: StructuredMatrix, choices: Choices) -> float:
     """Measure the damage of a matrix in place of a weight, in the units of the method."""
     return choices.error_of(weight.double() - matrix.dense().detach().double())
+
+
+def rows_of(
+    group: Together,
+    whole: StructuredMatrix,
+    parts: Sequence[StructuredMatrix],
+    choices: Choices,
+    predicted: float,
+    biases: int = 0,
+) -> dict[str, dict[str, Any]]:
+    """Describe each layer of a group that is compressed for a report, by name.
+
+    Of the predicted damage each has an equal share; what they store together is counted for the first.
+
+    Args:
+        group: the layers.
+        whole: the matrix that takes the place of theirs.
+        parts: that of each.
+        choices: of which it is one.
+        predicted: damage of the whole.
+        biases: how many numbers of new biases the one layer got.
+    """
+    changes = group.parts(group.weight.double() - whole.dense().detach().double())
+    rows, counted = {}, 0
+    for i, (site, part, change) in enumerate(zip(group.sites, parts, changes, strict=True)):
+        so_far = matrix_costs(*parts[: i + 1])["params"]
+        more = biases + so_far - counted - part.params
+        share, measured = predicted / len(parts), choices.error_of(change)
+        rows[site.name] = row_of(site.name, site.weight, part, share, measured, more)
+        counted = so_far
+    return rows
 
 
 def row_of(
@@ -86,15 +131,18 @@ def row_of(
     matrix: StructuredMatrix | None,
     predicted: float,
     measured: float,
-    biases: int = 0,
+    more: int = 0,
 ) -> dict[str, Any]:
-    """Describe a layer and the matrix that takes its place, or None, with its new biases, for a report."""
+    """Describe a layer and the matrix that takes its place, or None, for a report.
+
+    ``more`` numbers are stored beside the matrix, such as new biases, or fewer if some are another layer's.
+    """
     return {
         "name": name,
         "kind": "Dense" if matrix is None else type(matrix).__name__,
         "rank": min(weight.shape) if matrix is None else matrix.rank,
         "params_before": weight.numel(),
-        "params_after": weight.numel() if matrix is None else matrix.params + biases,
+        "params_after": weight.numel() if matrix is None else matrix.params + more,
         "predicted_error": predicted,
         "measured_error": measured,
     }

@@ -33,6 +33,7 @@ from .core.report import Report
 from .core.statistics import Batch, Statistics, Stats
 from .core.steps import Steps, write_tensors
 from .core.surgery import Where, replace, select
+from .core.together import Together
 from .matrices import StructuredMatrix
 from .models.blocks import Chain, find_blocks
 from .models.causal import check_tokens
@@ -104,6 +105,11 @@ def compress_folder(
     if method.shifts:
         raise ValueError(
             f"{type(method).__name__} gives layers a bias, which a stream cannot; compress the model in memory."
+        )
+    if method.layers > 1:
+        raise ValueError(
+            f"{type(method).__name__}(layers={method.layers}) fits blocks together, but a stream holds one at a "
+            "time; give layers=1, or compress the model in memory."
         )
     if of not in UNITS:
         raise ValueError(f"a stream is budgeted in {', '.join(UNITS)}, not in {of}.")
@@ -212,7 +218,8 @@ class _Run:
             with self._filled(part):
                 statistics = self._statistics(part)
                 for name, site in self.parts[part].items():
-                    choices, dense = choices_of(name, site, self.method, statistics), dense_costs(site.weight)
+                    choices = choices_of(Together((site,)), self.method, statistics)
+                    dense = dense_costs(site.weight)
                     totals[name] = choices.total
                     if self.method.needs and statistics.unreached(name):
                         unreached.append(name)
@@ -258,7 +265,7 @@ class _Run:
                 for name, (ladder, i) in picks.items():
                     site, matrix, measured = self.sites[name], None, 0.0
                     if statistics is not None and name in chosen:
-                        choices = offers.get(name) or choices_of(name, site, self.method, statistics)
+                        choices = offers.get(name) or choices_of(Together((site,)), self.method, statistics)
                         matrix = fitted[name] if name in fitted else choices.build(chosen[name])
                         measured = measured_error(site.weight, matrix, choices)
                     rows.append(row_of(name, site.weight, matrix, float(ladder.errors[i]), measured))
@@ -292,7 +299,7 @@ class _Run:
 
         def fit(name: str, weight: Tensor, new: Stats) -> StructuredMatrix:
             assert statistics is not None
-            offers[name] = choices_of(name, self.sites[name], self.method, statistics)
+            offers[name] = choices_of(Together((self.sites[name],)), self.method, statistics)
             return offers[name].refit(chosen[name], weight, {**statistics.of(name, self.method.needs), **new})
 
         fitted, _, after = self.order.block(i, chosen, fit, dense, now)

@@ -1,5 +1,6 @@
 """What is saved is what plain transformers loads, after ``import rankwise`` and only then."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+import rankwise
+from rankwise.compressors import OrthogonalDictionary
 from rankwise.core.surgery import fold, replace, select, structured
 from rankwise.matrices import Dense, Diagonal, LowRank, Permutation, PivotedLowRank, Product, Scaled, Sum
 from rankwise.models import load, predicted_bytes, save
@@ -154,6 +157,68 @@ def test_a_shared_matrix_is_written_once_and_shared_again(tmp_path):
         first, second = (structured(other)[f"model.layers.{i}.self_attn.q_proj"] for i in (0, 1))
         assert first.matrix is second.matrix
         same(output(other), output(model))
+
+
+def sharing_atoms(model: PreTrainedModel) -> PreTrainedModel:
+    """Compress so that the layers of two blocks share parts of their matrices."""
+    rankwise.compress(model, OrthogonalDictionary(layers=2), keep=0.6, data=IDS)
+    return model
+
+
+@pytest.mark.parametrize(
+    "make", [llama, lambda: llama(tie_word_embeddings=True), lambda: llama().bfloat16(), gpt2, bert]
+)
+def test_a_part_that_layers_share_is_written_once_and_shared_again(make, tmp_path):
+    model = sharing_atoms(make())
+    folder = save(model, tmp_path / "out")
+    assert predicted_bytes(model) == pytest.approx((folder / "model.safetensors").stat().st_size, abs=8)
+    other, _ = load(folder)
+    mine, theirs = structured(model), structured(other)
+    assert mine.keys() == theirs.keys()
+    shared = 0
+    for (one, first), (two, second) in itertools.combinations(mine.items(), 2):
+        for i, j in itertools.product(range(2), range(2)):
+            is_shared = first.matrix.parts[i] is second.matrix.parts[j]
+            assert (theirs[one].matrix.parts[i] is theirs[two].matrix.parts[j]) == is_shared
+            shared += is_shared
+    assert shared == len(mine) // 2
+    same(output(other), output(model))
+    again = save(other, tmp_path / "again")
+    assert (again / "model.safetensors").stat().st_size == (folder / "model.safetensors").stat().st_size
+    same(output(load(again)[0]), output(model))
+    dense = rankwise.export(folder, rankwise.exporters.Dense(), tmp_path / "dense")
+    same(output(type(model).from_pretrained(dense)), output(fold(model)))
+
+
+def test_the_body_alone_shares_parts_too(tmp_path):
+    model = sharing_atoms(llama())
+    body = AutoModel.from_pretrained(save(model, tmp_path / "out"))
+    with torch.no_grad():
+        same(body(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
+
+
+def test_damaged_records_of_what_is_shared_are_refused(tmp_path):
+    save(sharing_atoms(llama()), tmp_path / "out")
+    original = (tmp_path / "out" / "config.json").read_text()
+
+    def of(quantization):
+        return next(entry for entry in quantization["matrices"] if "shared" in entry)
+
+    owner = of(json.loads(original)["quantization_config"])["shared"].popitem()[1]
+    edits = {
+        "damaged entry": lambda q: of(q).update(shared=3),
+        r"damaged entry ": lambda q: of(q).update(shared={"members.0": "nowhere"}),
+        "which is none": lambda q: of(q).update(shared={"members.0": ["nowhere", "members.0"]}),
+        r"members\.7": lambda q: of(q).update(shared={"members.7": owner}),
+        r"said to be .* differ": lambda q: of(q).update(shared={"members.0": owner, "members.1": owner}),
+        "is not in the checkpoint": lambda q: of(q).pop("shared"),
+    }
+    for message, edit in edits.items():
+        (tmp_path / "out" / "config.json").write_text(original)
+        change(tmp_path / "out", edit)
+        with pytest.raises(ValueError, match=message) as caught:
+            load(tmp_path / "out")
+        assert "\n" not in str(caught.value)
 
 
 def test_tied_embeddings_are_written_once_and_stay_tied(tmp_path):

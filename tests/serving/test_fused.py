@@ -84,6 +84,8 @@ def test_damaged_layers_are_refused():
         fused.assemble([specs[name]], {**found, key: {0: torch.zeros(3, 3, 3)}})
     with pytest.raises(ValueError, match="share a matrix"):
         fused.specs_by_name([{"names": ["a", "b"], "spec": {}}])
+    with pytest.raises(ValueError, match="b, a share a matrix or part"):
+        fused.specs_by_name([{"names": ["b"], "spec": {}, "shared": {"members.1": ["a", "members.1"]}}])
 
 
 class LinearBase(nn.Module):

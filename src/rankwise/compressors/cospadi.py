@@ -22,6 +22,7 @@ class CoSpaDi(SparseDictionary):
         steps: turns of matching pursuit and K-SVD. The paper has about 60; a few serve nearly as well.
         pattern: where entries may stand. With 2:4, two of every four neighbours are kept, two bits say where each
             stands, and rows are always written.
+        layers: so many layers of one kind, one after the other, share their atoms; only in memory.
         powers: power iterations for an atom; the paper has about 8.
         picked_share: of a row's entries, how many matching pursuit takes at once; 0 takes one, as the paper does.
         input_shrinkage: see :class:`KroneckerFactoredSvd`.
@@ -29,8 +30,7 @@ class CoSpaDi(SparseDictionary):
         output_damping: see :class:`KroneckerFactoredSvd`.
 
     References: Makhov et al., "COSPADI: Compressing LLMs via Calibration-Guided Sparse Dictionary Learning",
-        2025, arXiv 2509.22075. ``CoSpaDi(steps=60, powers=8, picked_share=0)`` is nearest to it; its dictionaries
-        for several layers together are not included.
+        2025, arXiv 2509.22075. ``CoSpaDi(steps=60, powers=8, picked_share=0)`` is nearest to it.
     """
 
     steps: int = 3

@@ -38,6 +38,8 @@ class Mixed(Compressor):
     def __post_init__(self) -> None:
         if not self.methods or not all(isinstance(method, LossMetric) for method in self.methods):
             raise ValueError(f"methods must be some that measure errors by the loss, got {self.methods!r}.")
+        if any(method.layers > 1 for method in self.methods):
+            raise ValueError("the methods of a mix take one layer at a time; give all of them layers=1.")
         if len({(m.input_shrinkage, m.input_damping, m.output_damping) for m in self.methods}) > 1:
             raise ValueError(
                 "the methods of a mix must have the same input_shrinkage, input_damping, output_damping."

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.choices import Choices
+from ..core.methods import check_count
 from ..core.statistics import Stats
 from ..linalg import Metric, metric_norm
 from ..matrices import Dense, Product, SemiSparse, Sparse, StructuredMatrix
@@ -30,12 +31,15 @@ class SparseDictionary(LossMetric):
         steps: turns of choosing places, values and atoms.
         pattern: where entries may stand. With 2:4, two of every four neighbours are kept, two bits say where each
             stands, and rows are always written.
+        layers: so many layers of one kind, one after the other, share their atoms. Where the places of their
+            entries would not fill whole numbers, they do not.
     """
 
     share: float | None = None
     atoms_per_entry: float = 2.0
     steps: int = 8
     pattern: Pattern = "free"
+    layers: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,6 +49,7 @@ class SparseDictionary(LossMetric):
             raise ValueError(f"atoms_per_entry must be a finite number >= 1, got {self.atoms_per_entry}.")
         if self.steps < 1:
             raise ValueError(f"steps must be >= 1, got {self.steps}.")
+        check_count("layers", self.layers)
         if self.pattern not in get_args(Pattern):
             raise ValueError(f"pattern must be one of {', '.join(get_args(Pattern))}, got {self.pattern!r}.")
         if self.groups and self.atoms_per_entry != self.groups[1] / self.groups[0]:
@@ -77,6 +82,8 @@ class SparseDictionary(LossMetric):
             only = fitted.to(weight.dtype) if len(sizes) == 1 else None  # what is offered alone is wanted
         stored = [self._stored(weight, *size) for size in sizes]
         floats, places = torch.tensor(stored, dtype=torch.int64).view(-1, 2).T
+        atoms = torch.tensor([size[0] for size in sizes], dtype=torch.int64)
+        again = (self.layers - 1) * self._written(weight)[1] * atoms  # all layers use what is stored once
 
         def build(i: int, weight: Tensor, stats: Stats) -> StructuredMatrix:
             return self._fit(weight, self.metrics(stats), *sizes[i]).to(weight.dtype)
@@ -85,7 +92,7 @@ class SparseDictionary(LossMetric):
             costs={
                 "params": floats + (places + 1) // 2,
                 "bytes": floats * weight.element_size() + places,
-                "macs": floats,
+                "macs": floats + again,
             },
             errors=self.scale * torch.tensor(errors, dtype=torch.float64),
             total=self.scale * metric_norm(weight, *metrics),
@@ -93,6 +100,24 @@ class SparseDictionary(LossMetric):
             refit=build,
             error_of=self.error_of(stats),
         )
+
+    def axis(self, m: int, n: int) -> int | None:
+        """Let all that is written stand below each other."""
+        beside = self.groups is None and m < n
+        if beside:
+            return None if n % 16 else 1
+        return None if m % 2 else 0
+
+    def apart(self, matrix: StructuredMatrix) -> list[StructuredMatrix]:
+        """Give each layer its codes, and all the same atoms."""
+        if self.layers == 1:
+            return [matrix]
+        assert isinstance(matrix, Product)
+        left, right = matrix.parts
+        if isinstance(right, Sparse):
+            return [Product(left, codes) for codes in right.chunk(self.layers, 1)]
+        assert isinstance(left, (Sparse, SemiSparse))
+        return [Product(codes, right) for codes in left.chunk(self.layers)]
 
     def _written(self, weight: Tensor) -> tuple[int, int]:
         """How many rows are written, and how long they are."""

@@ -19,16 +19,26 @@ class Compressor(abc.ABC):
 
     ``needs`` names the statistics it reads. ``comparable`` says that its errors mean the same in every
     layer, so that an allocator may weigh one layer against another. ``shifts`` says that its choices have a mean,
-    so that layers may get a bias.
+    so that layers may get a bias. ``layers`` says how many layers of one kind it is given as one weight, see
+    :class:`~rankwise.core.together.Together`; it is then a field.
     """
 
     needs: ClassVar[tuple[type[Statistic], ...]] = ()
     comparable: ClassVar[bool] = False
     shifts: ClassVar[bool] = False
+    layers: int = 1
 
     @abc.abstractmethod
     def choices(self, weight: Tensor, stats: Stats) -> Choices:
         """Return the choices for an (m, n) weight."""
+
+    def axis(self, m: int, n: int) -> int | None:
+        """Say how (m, n) weights of layers stand in one: 0 below, 1 beside each other, None not at all."""
+        return None
+
+    def apart(self, matrix: StructuredMatrix) -> list[StructuredMatrix]:
+        """Cut a matrix of ``layers`` layers, made by a choice, into theirs, which share what is stored once."""
+        return [matrix]
 
 
 class Adapter(abc.ABC):

@@ -1,6 +1,7 @@
 """Running sums about the inputs and output gradients of layers, all filled by one pass over the data."""
 
 import abc
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median_low
@@ -49,6 +50,15 @@ class Statistic(abc.ABC):
         self.add(empty if x is None else x.float(), empty if grad is None else grad.float())
         self.count += len(given[0])
 
+    @classmethod
+    def joined(cls, layers: Sequence["Statistic"], apart: bool) -> "Statistic":
+        """Put together what was collected of layers: pooled, or each layer's own, one after the other.
+
+        Raises:
+            CalibrationError: if this statistic cannot be.
+        """
+        raise CalibrationError(f"{cls.__name__} cannot be put together for several layers; give layers=1.")
+
     def value(self) -> Tensor:
         """Return the mean over the rows, in float64.
 
@@ -90,6 +100,19 @@ class _Gram(Statistic):
         for low in range(0, rows.shape[1], self.block):
             high = min(low + self.block, rows.shape[1])
             self.sum[low:high, :high].addmm_(rows[:, low:high].mT, rows[:, :high])
+
+    @classmethod
+    def joined(cls, layers: Sequence["Statistic"], apart: bool) -> "Statistic":
+        """Second moment of the rows of all layers, or a block of its own for each layer."""
+        whole = copy.copy(layers[0])
+        if not apart:
+            whole.sum = torch.stack([layer.sum for layer in layers]).sum(0)
+            whole.count = sum(layer.count for layer in layers)
+        elif not all(layer.count for layer in layers):
+            whole.count = 0
+        else:
+            whole.sum = torch.block_diag(*[layer.sum * (whole.count / layer.count) for layer in layers])
+        return whole
 
     def value(self) -> Tensor:
         """Return the symmetric second moment, in float64."""

@@ -99,6 +99,34 @@ class StructuredMatrix(nn.Module, abc.ABC):
         return f"shape={self.shape}, rank={self.rank}"
 
 
+Place = tuple[str, str]  # a layer, and the path of a part inside its matrix, "" for the whole
+
+
+def shared_parts(
+    matrix: StructuredMatrix, layer: str, known: dict[int, Place]
+) -> list[tuple[str, StructuredMatrix, Place]]:
+    """Find what of a layer's matrix is a matrix met before, and remember the rest of it.
+
+    Args:
+        matrix: may be a part of others, or have such parts.
+        layer: that has it.
+        known: places of the matrices met before, by identity; those of this one are added.
+
+    Returns:
+        path inside the matrix, part, and former place of each such part; not of their own parts.
+    """
+    found: list[tuple[str, StructuredMatrix, Place]] = []
+    for path, part in matrix.named_modules():
+        inside = any(not outer or f"{path}.".startswith(f"{outer}.") for outer, _, _ in found)
+        if inside or not isinstance(part, StructuredMatrix):
+            continue
+        if id(part) in known:
+            found.append((path, part, known[id(part)]))
+        else:
+            known[id(part)] = layer, path
+    return found
+
+
 def autocast_of(device: torch.device) -> torch.dtype | None:
     """Return the type that torch casts to on a device at the moment, or None if it does not."""
     kind = device.type

@@ -76,6 +76,11 @@ class SemiSparse(StructuredMatrix):
         within = unpack(self.places, _bits(self.group))[:, :stored].long()
         return within + torch.arange(stored, device=within.device) // self.kept * self.group
 
+    def chunk(self, count: int) -> list[Self]:
+        """Cut into as many equal matrices below each other."""
+        parts = zip(self.values.detach().chunk(count), self.places.chunk(count), strict=True)
+        return [type(self)(v.clone(), p.clone(), kept=self.kept, group=self.group) for v, p in parts]
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) -> (..., m)."""
         return x @ self.dense().mT

@@ -69,6 +69,11 @@ class Sparse(StructuredMatrix):
         """(m, n) bool: where the kept entries stand."""
         return unpack(self.bitmap, 1).bool()[:, : self.shape[1]]
 
+    def chunk(self, count: int, axis: int = 0) -> list[Self]:
+        """Cut into as many equal matrices, below (axis 0) or beside each other."""
+        values, masks = self.dense().detach().chunk(count, axis), self.mask().chunk(count, axis)
+        return [self.from_dense(*each) for each in zip(values, masks, strict=True)]
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) -> (..., m)."""
         return x @ self.dense().mT

@@ -14,7 +14,7 @@ from ..core.stacks import Stack, stacks
 from ..core.surgery import StructuredLinear, structured
 from ..matrices import StructuredMatrix, from_spec
 from .load import check_files, config_from, kind_of
-from .quantizer import FORMAT, METHOD, install
+from .quantizer import FORMAT, METHOD, install, path_of, share
 
 
 class Folded(Mapping[str, Tensor]):
@@ -53,9 +53,8 @@ class Folded(Mapping[str, Tensor]):
                 kind = kind_of(config)
                 model = kind._from_config(config) if hasattr(kind, "_from_config") else kind.from_config(config)
             sharing = install(model, groups, torch.float32, f"{model.base_model_prefix}.")
+            share(model, sharing)
             found = structured(model)
-            for name, owner in sharing.items():
-                found[name].matrix = found[owner].matrix
             self._stacks = dict(stacks(model))
             self._revert = partial(revert_weight_conversion, model)
             for path, stack in self._stacks.items():
@@ -63,7 +62,10 @@ class Folded(Mapping[str, Tensor]):
                 self._cut |= dict.fromkeys(self._revert({path: whole}), path)
             written = _written(model, found, tuple(f"{path}." for path in self._stacks))
             self.layers = {written[name]: layer for name, layer in found.items()}
-            self._owners = {written[name]: written[owner] for name, owner in sharing.items()}
+            paths = {
+                (name, part): path_of(written[name], part) for each in sharing.items() for name, part in each
+            }
+            self._owners = {paths[place]: paths[owner] for place, owner in sharing.items()}
         for name in self.layers:
             if f"{name}.weight" not in self._files:
                 raise ValueError(f"{self.folder}: layer {name} is not in the checkpoint; it is incomplete.")
@@ -111,11 +113,10 @@ class Folded(Mapping[str, Tensor]):
 
     def matrix(self, name: str) -> StructuredMatrix:
         """Return the structured matrix of a layer, with its values in the types of the file."""
-        owner = self._owners.get(name, name)
         matrix = from_spec(self.layers[name].matrix.spec(), device="meta")
         values = {}
         for key, like in matrix.state_dict().items():
-            path = f"{owner}.matrix.{key}"
+            path = self._place(f"{name}.matrix.{key}")
             if path not in self._files:
                 raise ValueError(f"{path} is not in the checkpoint; it is incomplete.")
             values[key] = self._stored(path)
@@ -130,8 +131,15 @@ class Folded(Mapping[str, Tensor]):
                 try:
                     part.check()
                 except ValueError as error:
-                    raise ValueError(f"{f'{owner}.matrix.{path}'.rstrip('.')}: {error}") from error
+                    raise ValueError(f"{f'{name}.matrix.{path}'.rstrip('.')}: {error}") from error
         return matrix
+
+    def _place(self, path: str) -> str:
+        """Return under which name a tensor of a matrix is stored, which may be shared, as a whole or in part."""
+        for own, owner in self._owners.items():
+            if path.startswith(f"{own}."):
+                return owner + path.removeprefix(own)
+        return path
 
     def _of_stack(self, path: str) -> Mapping[str, Tensor]:
         """Return the tensors of an ordinary file that are cut from a 3-D parameter."""

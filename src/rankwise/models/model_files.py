@@ -16,7 +16,8 @@ from ..core.adapted import adapted
 from ..core.files import new_folder, sync, write_text
 from ..core.stacks import stacks
 from ..core.surgery import StructuredLinear, structured
-from .quantizer import FORMAT, METHOD, describe
+from ..matrices.base import Place, shared_parts
+from .quantizer import FORMAT, METHOD, describe, path_of
 from .quiet import quiet
 
 INDEX = "model.safetensors.index.json"
@@ -175,11 +176,10 @@ def tensors_of(model: Any) -> dict[str, Tensor]:
     from transformers.core_model_loading import revert_weight_conversion
 
     state = dict(model.state_dict())
-    owners: set[int] = set()
-    for name, layer in structured(model).items():
-        if id(layer.matrix) in owners:
-            state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.matrix.")}
-        owners.add(id(layer.matrix))
+    known: dict[int, Place] = {}
+    found = {name: shared_parts(layer.matrix, name, known) for name, layer in structured(model).items()}
+    elsewhere = tuple(f"{path_of(name, part)}." for name, parts in found.items() for part, _, _ in parts)
+    state = {key: tensor for key, tensor in state.items() if not key.startswith(elsewhere)}
     if isinstance(model, PreTrainedModel):
         for name, source in model.all_tied_weights_keys.items():
             if name in state and source in state and _place(state[name]) == _place(state[source]):

@@ -17,10 +17,12 @@ from torch import nn
 from ..core.surgery import StructuredLinear, set_module, structured, unstack
 from ..core.views import view_of
 from ..matrices import StructuredMatrix, from_spec
+from ..matrices.base import Place, shared_parts
 
 METHOD = "rankwise"
 FORMAT = 1
 TRIGGER = "transformers.quantizers.auto"
+Sharing = Mapping[Place, Place]
 
 
 def describe(model: nn.Module) -> list[dict[str, Any]]:
@@ -28,18 +30,24 @@ def describe(model: nn.Module) -> list[dict[str, Any]]:
 
     Layers that got a bias which their architecture lacks stand under ``"biased"`` too.
 
-    Layers that share a matrix stand in one entry; its tensors are stored under the first name.
+    Layers that share a matrix stand in one entry; its tensors are stored under the first name. Where a part of a
+    matrix is stored with another layer's, ``"shared"`` says where: ``{"members.1": ["layers.0", "members.1"]}``.
     """
     groups: dict[int, dict[str, Any]] = {}
+    known: dict[int, Place] = {}
     for name, layer in structured(model).items():
-        entry = groups.setdefault(id(layer.matrix), {"names": [], "spec": layer.matrix.spec()})
+        if id(layer.matrix) not in groups:
+            groups[id(layer.matrix)] = {"names": [], "spec": layer.matrix.spec()}
+            if found := shared_parts(layer.matrix, name, known):
+                groups[id(layer.matrix)]["shared"] = {part: list(place) for part, _, place in found}
+        entry = groups[id(layer.matrix)]
         entry["names"].append(name)
         if layer.biased:
             entry.setdefault("biased", []).append(name)
     return list(groups.values())
 
 
-def install(model: nn.Module, groups: Any, dtype: torch.dtype, prefix: str = "") -> dict[str, str]:
+def install(model: nn.Module, groups: Any, dtype: torch.dtype, prefix: str = "") -> Sharing:
     """Replace layers of a model by structured ones without values, ready to be loaded.
 
     Args:
@@ -49,14 +57,15 @@ def install(model: nn.Module, groups: Any, dtype: torch.dtype, prefix: str = "")
         prefix: of names in a model with a head, which its body alone lacks, such as ``model.``.
 
     Returns:
-        for each layer that will share a matrix, and has none yet, the layer that has it.
+        the place of each matrix that is stored elsewhere, and of which nothing is there yet: where it is.
 
     Raises:
         ValueError: if a layer does not exist, is no matrix, is named twice, or has another shape than its spec.
     """
     layers = dict(model.named_modules(remove_duplicate=False))
-    sharing: dict[str, str] = {}
-    for names, biased, spec in _entries(groups):
+    found: dict[str, str] = {}  # the layer of each name in the config
+    sharing: dict[Place, Place] = {}
+    for names, biased, spec, shared in _entries(groups):
         owner = None
         for written in names:
             spellings = (written, written.removeprefix(prefix), prefix + written)
@@ -72,25 +81,43 @@ def install(model: nn.Module, groups: Any, dtype: torch.dtype, prefix: str = "")
                 )
             new = layers[name] = _structured(name, layers[name], spec, dtype, written in biased)
             set_module(model, name, new)
-            if owner is None:
-                owner = name
-            else:
-                del new.matrix
-                sharing[name] = owner
+            found[written] = name
+            if owner is not None:
+                sharing[name, ""] = owner, ""
+                continue
+            owner = name
+            for part, (layer, inside) in shared.items():
+                sharing[name, part] = found.get(layer, ""), inside
+    specs = {place: _matrix(model, place).spec() for place in sharing}
+    for place in sharing:
+        _put(model, place, None)
+    for place, owner in sharing.items():
+        if specs[place] != _matrix(model, owner).spec():
+            raise ValueError(f"{path_of(*place)} in the config is said to be {path_of(*owner)}, but they differ.")
     return sharing
 
 
-def finish(model: nn.Module, sharing: Mapping[str, str]) -> None:
+def finish(model: nn.Module, sharing: Sharing) -> None:
     """Check the tensors that were loaded into the layers of :func:`install`, and share matrices again.
 
     Raises:
         ValueError: if a tensor was not in the checkpoint, or holds what its matrix cannot use.
     """
+    share(model, sharing)
     for name, layer in structured(model).items():
-        if name not in sharing:
+        if (name, "") not in sharing:
             _check_tensors(f"{name}.matrix", layer.matrix)
-    for name, owner in sharing.items():
-        model.get_submodule(name).matrix = model.get_submodule(owner).matrix
+
+
+def share(model: nn.Module, sharing: Sharing) -> None:
+    """Put matrices in the places where :func:`install` left nothing."""
+    for place, owner in sharing.items():
+        _put(model, place, _matrix(model, owner))
+
+
+def path_of(layer: str, part: str) -> str:
+    """Return the path of a part of a layer's matrix, "" for the whole."""
+    return f"{layer}.matrix.{part}".removesuffix(".")
 
 
 def register_when_ready() -> None:
@@ -123,7 +150,23 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-def _entries(groups: Any) -> Iterator[tuple[list[str], list[str], Any]]:
+def _matrix(model: nn.Module, place: Place) -> StructuredMatrix:
+    try:
+        found = model.get_submodule(path_of(*place))
+    except AttributeError:
+        found = None
+    if not isinstance(found, StructuredMatrix):
+        raise ValueError(f"matrices in the config share {path_of(*place)}, which is none; the file is damaged.")
+    return found
+
+
+def _put(model: nn.Module, place: Place, matrix: StructuredMatrix | None) -> None:
+    """Put a matrix in its place, or nothing, which keeps the place."""
+    holder, _, last = path_of(*place).rpartition(".")
+    model.get_submodule(holder)._modules[last] = matrix
+
+
+def _entries(groups: Any) -> Iterator[tuple[list[str], list[str], Any, dict[str, list[str]]]]:
     if not isinstance(groups, list):
         raise ValueError(f"matrices in the config must be a list of names and specs, got {str(groups)[:80]!r}.")
     for group in groups:
@@ -133,7 +176,14 @@ def _entries(groups: Any) -> Iterator[tuple[list[str], list[str], Any]]:
         biased = group.get("biased", [])
         if not isinstance(biased, list) or not set(map(str, biased)) <= set(names):
             raise ValueError(f"matrices in the config holds a damaged entry {str(group)[:80]!r}.")
-        yield names, biased, group.get("spec")
+        shared = group.get("shared", {})
+        if not isinstance(shared, dict) or not all(_is_place(place) for place in shared.values()):
+            raise ValueError(f"matrices in the config holds a damaged entry {str(group)[:80]!r}.")
+        yield names, biased, group.get("spec"), shared
+
+
+def _is_place(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
 
 
 def _structured(name: str, layer: nn.Module, spec: Any, dtype: torch.dtype, biased: bool) -> StructuredLinear:

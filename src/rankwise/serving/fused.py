@@ -19,13 +19,14 @@ def specs_by_name(groups: Any) -> dict[str, Spec]:
     """Return the spec of each layer from what ``quantization_config`` lists under ``matrices``.
 
     Raises:
-        ValueError: if layers share a matrix, whose tensors the file holds under one name only.
+        ValueError: if layers share a matrix or a part of one, which the file holds under one name only.
     """
     found = {}
     for group in groups:
-        if len(group["names"]) > 1:
+        sharing = [*group["names"], *(layer for layer, _ in group.get("shared", {}).values())]
+        if len(sharing) > 1:
             raise ValueError(
-                f"{', '.join(group['names'])} share a matrix; serve `rankwise export --to dense` instead."
+                f"{', '.join(sharing)} share a matrix or part of one; serve `rankwise export --to dense` instead."
             )
         found[group["names"][0]] = group["spec"]
     return found
