@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from contracts.examples import draw
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import rankwise
@@ -245,9 +246,33 @@ def test_with_a_trainer_that_is_stopped_and_goes_on(method: Adapter, tmp_path: P
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3") if again else None)
         assert callback.follower.done == 6
         states.append(model.state_dict())
+    moved = (tmp_path / "checkpoint-3").rename(tmp_path / "elsewhere")
+    model = llama()
+    rankwise.adapt(model, method)
+    trainer = trainer_of(model, tmp_path / "new", callbacks=[rankwise.trainer_callback(moved)])
+    trainer.train(resume_from_checkpoint=str(moved))
     assert same(*states)
+    assert same(states[0], model.state_dict())
     rankwise.finish(model)
     model.train()(torch.ones(1, 4, dtype=torch.long))
+
+
+@pytest.mark.slow
+def test_a_trainer_writes_what_layers_share_once(tmp_path: Path):
+    from tiny import llama
+
+    states = []
+    for again in (False, True):
+        model = llama()
+        rankwise.adapt(model, rankwise.adapters.Compacter(reduction=4))
+        trainer_of(model, tmp_path).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-3") if again else None
+        )
+        states.append(model.state_dict())
+    shared = [name for name in states[0] if name.endswith("mixers")]
+    written = load_file(tmp_path / "checkpoint-6" / "model.safetensors").keys()
+    assert [name for name in shared if name in written] == shared[:1]
+    assert same(*states)
 
 
 @pytest.mark.parametrize("name", ["AdaLora", "Sst"])

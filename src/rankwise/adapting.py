@@ -24,6 +24,7 @@ from .core.report import Report
 from .core.several import check_name, choose, join, used
 from .core.statistics import Batch, Statistics, Stats
 from .core.surgery import Site, Where, base_of, replace, select
+from .core.ties import declare_ties
 from .core.views import EmbeddingView
 from .matrices import Base, StructuredMatrix
 from .matrices.base import TooSmallError, check_rank
@@ -124,6 +125,7 @@ def _adapted(
         check_weights(select(model, compressed=True))
         whole = _whole(model, also, ())
         rows = insert(model, method, where, seed)
+        declare_ties(model)
         return _report(model, method, rows, len(rows), whole)
     if not isinstance(method, Adapter):
         raise TypeError(f"method must be an object from rankwise.adapters, got {method!r}.")
@@ -170,6 +172,7 @@ def _adapted(
                 join(model, site, name, made[path], method.lr)
         rank = ranks.get(path, getattr(method, "rank", None))
         rows.append({"name": path, "shape": list(bases[path].shape), "rank": rank, "trained": trained})
+    declare_ties(model)
     return _report(model, method, rows, len(made), whole, small)
 
 

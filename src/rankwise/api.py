@@ -37,6 +37,7 @@ from .core.report import Report
 from .core.statistics import Batch, Statistic, Statistics
 from .core.surgery import Site, StructuredLinear, Where, replace, select, structured
 from .core.surgery import fold as fold_layers
+from .core.ties import declare_ties
 from .core.together import together
 from .core.watch import collect
 from .exporters.base import Exporter, Source
@@ -231,6 +232,7 @@ def compress(
         rows |= rows_of(group, matrix, parts, choices[name], predicted, biases["params"])
     for name, matrix in matrices.items():
         replace(model, sites[name], matrix, shifts.get(name))
+    declare_ties(model)
     seconds["new matrices"] = time.perf_counter() - start
     curves = {name: c.spectrum.tolist() for name, c in choices.items() if c.spectrum is not None}
     report = report_of(

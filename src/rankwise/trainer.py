@@ -13,13 +13,16 @@ if TYPE_CHECKING:
 FILE = "rankwise_follower.safetensors"
 
 
-def trainer_callback() -> "TrainerCallback":
+def trainer_callback(checkpoint: str | Path | None = None) -> "TrainerCallback":
     """Return a callback for ``transformers.Trainer`` that calls :func:`rankwise.follow` and keeps its state.
 
     The Trainer may make the optimiser itself. Each of its checkpoints gets a file of what the schedules remember,
-    and a run that is taken up from a checkpoint of ``output_dir`` reads it. ``callback.follower`` is what
-    follows; after training it has stopped, with a warning if that ended before a budget was reached, and
-    :func:`rankwise.finish` takes the schedules away.
+    and a run that is taken up from a checkpoint reads it. ``callback.follower`` is what follows; after training
+    it has stopped, with a warning if that ended before a budget was reached, and :func:`rankwise.finish` takes
+    the schedules away.
+
+    Args:
+        checkpoint: the folder from which the run is taken up, unless it is one of ``output_dir``.
 
     Raises:
         ValueError: while training, as :func:`rankwise.follow` does, or if a checkpoint has no such file.
@@ -39,7 +42,7 @@ def trainer_callback() -> "TrainerCallback":
                     "load_best_model_at_end may take, the ranks are larger. Leave that out."
                 )
             if state.global_step:
-                self.follower.load_state_dict(load_tree(_folder(args, state) / FILE))
+                self.follower.load_state_dict(load_tree(Path(checkpoint or _folder(args, state)) / FILE))
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if self.follower is not None and state.is_world_process_zero:

@@ -183,6 +183,8 @@ def test_a_part_that_layers_share_is_written_once_and_shared_again(make, tmp_pat
             shared += is_shared
     assert shared == len(mine) // 2
     same(output(other), output(model))
+    other.save_pretrained(tmp_path / "plain")  # by transformers alone
+    same(output(load(tmp_path / "plain")[0]), output(model))
     again = save(other, tmp_path / "again")
     assert (again / "model.safetensors").stat().st_size == (folder / "model.safetensors").stat().st_size
     same(output(load(again)[0]), output(model))

@@ -12,6 +12,7 @@ from .rates import GENERAL
 from .report import Report
 from .several import choose, join, used
 from .surgery import Site, StructuredLinear, base_of, put_behind, replace, sizes_of, structured
+from .ties import declare_ties
 
 
 def adapted(model: nn.Module) -> Mapping[str, StructuredLinear]:
@@ -156,6 +157,7 @@ class Adaptation:
             with torch.no_grad():
                 parameter.copy_(value)
             parameter.requires_grad_(True)
+        declare_ties(model)
         totals = {
             "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "params": sum(p.numel() for p in model.parameters()),

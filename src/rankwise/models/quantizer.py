@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..core.surgery import StructuredLinear, set_module, structured, unstack
+from ..core.ties import declare_ties
 from ..core.views import view_of
 from ..matrices import StructuredMatrix, from_spec
 from ..matrices.base import Place, shared_parts
@@ -113,6 +114,7 @@ def share(model: nn.Module, sharing: Sharing) -> None:
     """Put matrices in the places where :func:`install` left nothing."""
     for place, owner in sharing.items():
         _put(model, place, _matrix(model, owner))
+    declare_ties(model)
 
 
 def path_of(layer: str, part: str) -> str:
