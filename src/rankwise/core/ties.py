@@ -1,5 +1,7 @@
 """Tensors that stand in several layers, as transformers is told of them."""
 
+from typing import Any
+
 from torch import nn
 
 from .extended import Extended
@@ -17,4 +19,5 @@ def declare_ties(model: nn.Module) -> None:
             continue
         names = layer.state_dict(keep_vars=True, prefix=f"{path}.")
         again = [name for name, tensor in names.items() if first.setdefault(id(tensor), name) != name]
-        layer._tied_weights_keys = {name.removeprefix(f"{path}."): first[id(names[name])] for name in again}
+        found: Any = layer
+        found._tied_weights_keys = {name.removeprefix(f"{path}."): first[id(names[name])] for name in again}
