@@ -155,7 +155,9 @@ def compress(
         a report with a row for each layer: kind, rank, params before and after, and the error that the method
         predicted and the one measured on the new matrix, both in the method's own units. Each expert of a mixture
         has rows of its own; multiply-adds count as if every token went through all experts. Experts that no token
-        of the data reached stay as they are, and are named in ``totals["unreached"]``.
+        of the data reached stay as they are, and are named in ``totals["unreached"]``. Of layers that are
+        compressed together, each has an equal share of the predicted error, and the first counts what they store
+        once.
 
     Raises:
         ValueError: if an argument is wrong, a weight is not finite, or the budget cannot be met.

@@ -1,7 +1,7 @@
 """The verb that says how a model can be trained in so much memory, before anything is made."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -11,28 +11,32 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .core.labels import given
-from .core.live import pass_bytes, without_numbers
+from .core.live import LiveBytes, pass_bytes, without_numbers
 from .core.memory import gradient_bytes, held_bytes
 from .core.modes import recomputing
+from .core.optimizer import Optimizer
 from .core.report import Report
+from .core.states import leaves
 from .core.transforms import Transform, state_bytes
 from .models.causal import check_causal
 from .models.fresh import causal_attention, fresh, read_config
-from .optimizers import adafactor, adam, frugal, galore, muon
+from .optimizers import adafactor, adam, adamw8bit, frugal, galore, muon, q_galore
 from .pretraining import parameter_groups
 
 CANDIDATES: Mapping[str, Transform] = {
     "adam": adam(),
+    "adamw8bit": adamw8bit(),
     "muon": muon(),
     "galore --set rank=0.5": galore(rank=0.5),
     "frugal": frugal(),
     "galore --set rank=0.25": galore(rank=0.25),
+    "q_galore --set rank=0.25": q_galore(rank=0.25),
     "galore --set rank=0.125": galore(rank=0.125),
     "adafactor": adafactor(),
 }
 """Optimisers by the words for ``rankwise train --optimizer``, those that keep most of the gradients first."""
 
-COPIES = {"hidden": 9, "other": 3}  # float32 copies of a stack that a step holds at most: Muon's and Adam's
+SAMPLE, STEPS = (2, 192, 192), 2  # what a step holds is counted on these; square ones have the largest factors
 STACK = 2**26  # bytes of gradients that are stepped together on a GPU
 MOST = 64  # sequences at a time
 GIB = 2**30
@@ -53,10 +57,9 @@ def plan(
 
     Nothing of the model's size is made. Weights and optimiser states are counted exactly. A forward and backward
     pass is run without numbers (fake tensors), and all that it holds at its worst moment is counted: activations,
-    gradients, logits, each as long as it lives, with an attention that makes no mask. A step is taken to hold
-    nine float32 copies of what is stepped together of hidden matrices, or three of the rest, the most that the
-    candidates given here by default hold. What libraries and kernels take and what fragments is left to
-    ``reserve``.
+    gradients, logits, each as long as it lives, with an attention that makes no mask. What a step holds beside
+    that is counted over some steps of a small matrix, and taken to grow with what is stepped together. What
+    libraries and kernels take and what fragments is left to ``reserve``.
 
     Savings are tried in this order, until ``batch`` fits: none; gradient checkpointing, which takes about a third
     more time; layer-wise steps, which do not clip; both. If none lets ``batch`` fit, the one with most sequences
@@ -96,13 +99,15 @@ def plan(
     if not candidates:
         raise ValueError("candidates is empty; give at least one transform by name.")
     config = _config(model)
+    others = step_bytes(adam(), dtype)
+    held = {name: (step_bytes(transform, dtype), others) for name, transform in candidates.items()}
     with without_numbers():
         network = fresh(config, dtype=dtype, attention=causal_attention()).train()
         check_causal(network, window, "only such models are planned")
         ways = [_Way.of(network, window, autocast, *each) for each in product((False, True), repeat=2)]
         weights = held_bytes(network)
         params = sum(p.numel() for p in network.parameters())
-    needs = [_Need.of(name, network, transform) for name, transform in candidates.items()]
+    needs = [_Need.of(name, network, transform, held[name]) for name, transform in candidates.items()]
     room = int(memory * (1 - reserve))
     rows = [_row(need, ways, weights, room, batch) for need in needs]
     fitting = [row for row in rows if row["fits"]]
@@ -110,6 +115,24 @@ def plan(
     totals = {"memory": memory, "reserve": reserve, "window": window, "params": params, "weights": weights}
     found = f"{len(fitting)} of {len(rows)} optimisers fit into {memory / GIB:.4g} GiB"
     return Report(f"{params / 1e6:,.1f}M parameters in {dtype}, {found}", rows, "plans", totals)
+
+
+def step_bytes(transform: Transform, dtype: torch.dtype) -> float:
+    """Count the bytes a number that a step of stacked matrices holds at most beside gradients and states."""
+    generator = Generator().manual_seed(0)
+    matrices = [nn.Parameter(each) for each in torch.randn(SAMPLE, generator=generator).to(dtype)]
+    optimizer = Optimizer([(matrices, transform)], lr=1e-3)
+    most = 0
+    with torch.random.fork_rng(devices=()):
+        for _ in range(STEPS):
+            grads = torch.randn(SAMPLE, generator=generator).to(dtype)
+            for matrix, grad in zip(matrices, grads, strict=True):
+                matrix.grad = grad
+            states = [leaf for state in optimizer.state.values() for leaf in leaves(state)]
+            with LiveBytes([*matrices, grads, *states]) as live:
+                optimizer.step()
+            most = max(most, live.peak - live.now)
+    return most / grads.numel()
 
 
 @dataclass(frozen=True)
@@ -161,8 +184,8 @@ class _Need:
     single: int
 
     @classmethod
-    def of(cls, name: str, model: nn.Module, transform: Transform) -> "_Need":
-        """Count it."""
+    def of(cls, name: str, model: nn.Module, transform: Transform, held: Sequence[float]) -> "_Need":
+        """Count it; ``held`` is what a step holds for each number of hidden matrices, and of the others."""
         groups = [
             ([torch.empty_like(p, device="meta") for _, p in group["params"]], group["transform"])
             for group in parameter_groups(model, transform)
@@ -172,8 +195,8 @@ class _Need:
         for i, (params, _) in enumerate(groups):
             largest = max(p.numel() for p in params)
             together = min(sum(p.numel() for p in params), STACK // params[0].element_size())
-            copies = 4 * COPIES["other" if i else "hidden"]
-            whole, single = max(whole, copies * max(largest, together)), max(single, copies * largest)
+            each = held[1 if i else 0]
+            whole, single = max(whole, int(each * max(largest, together))), max(single, int(each * largest))
         return cls(name, state, whole + gradient_bytes(model), single)
 
 
