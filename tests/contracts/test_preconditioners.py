@@ -353,8 +353,9 @@ class TestWrongArguments:
         state = handle.state_dict()
         with pytest.raises(ValueError, match="not of"):
             handle.load_state_dict({**state, "method": {**state["method"], "kind": "Other"}})
-        with pytest.raises(ValueError, match="other layers: elsewhere"):
-            handle.load_state_dict({**state, "curvature": {**state["curvature"], "elsewhere": {}}})
+        for others in (nn.Sequential(nn.Linear(2, 7)), nn.Sequential(*small(), nn.Linear(2, 2))):
+            with pytest.raises(ValueError, match=r"other layers, \d in all: .* \(here "):
+                rankwise.precondition(others, method).load_state_dict(state)
 
     @pytest.mark.parametrize(
         ("options", "words"),

@@ -192,6 +192,7 @@ class Conditioning:
         """
         return {
             "method": self.method.form(),
+            "layers": self._sizes(),
             "steps": self.steps,
             "skipped": self.skipped,
             "inverted": sorted(self.curvatures.inverted),
@@ -215,6 +216,10 @@ class Conditioning:
         if others := [name for name in sorted(kept.keys() | own.keys()) if kept.get(name) != own.get(name)]:
             words = "; ".join(f"{name}={kept.get(name)}, not of {own.get(name)}" for name in others)
             raise ValueError(f"the state is of {own['kind']} with {words}; make the handle with the same.")
+        there, here = state["layers"], self._sizes()
+        if others := [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]:
+            words = ", ".join(f"{name} {there.get(name)} (here {here.get(name)})" for name in others[:3])
+            raise ValueError(f"the state is of other layers, {len(others)} in all: {words}.")
         self.curvatures.load(state["curvature"], state["inverted"])
         self.steps, self.skipped = state["steps"], state["skipped"]
         self.discard()
@@ -228,6 +233,10 @@ class Conditioning:
     def __repr__(self) -> str:
         """Name the method and count the layers."""
         return f"Conditioning({type(self.method).__name__}, {len(self.layers)} layers, {self.steps} steps)"
+
+    def _sizes(self) -> dict[str, list[int]]:
+        """Return the [m, n] of each layer."""
+        return {name: [*layer.shape] for name, layer in self.layers.items()}
 
     def _look(self) -> None:
         """Let the next step see what it needs."""
