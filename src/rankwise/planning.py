@@ -132,7 +132,7 @@ def step_bytes(transform: Transform, dtype: torch.dtype) -> float:
             with LiveBytes([*matrices, grads, *states]) as live:
                 optimizer.step()
             most = max(most, live.peak - live.now)
-    return most / grads.numel()
+    return most / sum(matrix.numel() for matrix in matrices)
 
 
 @dataclass(frozen=True)
