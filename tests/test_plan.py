@@ -91,11 +91,28 @@ def step_peak(params: list[nn.Parameter], transform: Transform) -> int:
 @pytest.mark.parametrize(("dtype", "count"), [(torch.float32, 1), (torch.bfloat16, 2)])
 def test_steps_of_other_matrices_hold_what_is_counted(name: str, dtype: torch.dtype, count: int):
     """One matrix of another shape, or two that are stacked: at most as much a number, and not much less."""
-    said = step_bytes(CANDIDATES[name], dtype)  # also makes the tables of 8-bit numbers, which are made once
+    said = step_bytes(CANDIDATES[name], dtype)
     params = [nn.Parameter(torch.randn(160, 240).to(dtype)) for _ in range(count)]
     held = step_peak(params, CANDIDATES[name]) / (count * 160 * 240)
     assert held <= 1.01 * said
     assert held + (4 if count == 1 else 0) >= 0.6 * said  # one alone is not copied into a stack
+
+
+def test_a_rank_is_counted_as_its_share_of_the_side():
+    """Also where the rank is above the side of what is counted on."""
+    said = [step_bytes(galore(rank=rank), torch.bfloat16, 1024) for rank in (256, 0.25)]
+    assert said[0] == said[1] > step_bytes(adam(), torch.bfloat16)
+    rows = [
+        plan(
+            "llama:hidden=512,layers=1,heads=4,intermediate=512,vocab=20", GIB, window=8, candidates={"": kind}
+        ).rows
+        for kind in (galore(rank=256), galore(rank=0.5))
+    ]
+    assert rows[0][0]["step"] == rows[1][0]["step"]
+
+
+def test_counting_a_step_is_the_same_every_time():
+    assert step_bytes(adamw8bit(), torch.bfloat16) == step_bytes(adamw8bit(), torch.bfloat16)
 
 
 def test_counting_a_step_draws_no_random_number():

@@ -173,6 +173,11 @@ def compress(
     """
     check_arguments(method, keep, of)
     check_function("allocate", allocate, "a function from rankwise.allocators")
+    if of == "latency" and method.layers > 1:
+        raise ValueError(
+            f"{type(method).__name__}(layers={method.layers}) cannot be budgeted by latency, as what layers "
+            "share is stored once and applied by each; give layers=1, or of='macs'."
+        )
     sites = select(model, where)
     check_weights(sites)
     order = order_of(sequential, method, sites, lambda: Chain(model, find_blocks(model)))
@@ -195,7 +200,7 @@ def compress(
     choices = {name: _with_bias(offer, sites[name]) for name, offer in choices.items()}
     seconds["factorisation"] = time.perf_counter() - start
     start = time.perf_counter()
-    dense = {name: dense_costs(group.weight) for name, group in groups.items()}
+    dense = {name: dense_costs(*[site.weight for site in group.sites]) for name, group in groups.items()}
     timed: dict[str, Latency] = {}
     if of == "latency":
         timed = latencies(choices, {name: group.weight for name, group in groups.items()}, timer)

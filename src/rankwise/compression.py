@@ -70,12 +70,14 @@ def choices_of(group: Together, method: Compressor, statistics: Statistics) -> C
         stats = group.statistics(lambda name: statistics.of(name, method.needs), method.needs)
         return group.method(method).choices(group.weight, stats)
     except ValueError as error:
-        raise CalibrationError(f"layer {group.name}: {error} Or leave the layer out with 'where'.") from error
+        names = ", ".join(site.name for site in group.sites)
+        raise CalibrationError(f"layer {names}: {error} Or leave the layer out with 'where'.") from error
 
 
-def dense_costs(weight: Tensor) -> dict[Unit, int]:
-    """What an (m, n) weight costs as it is."""
-    return {"params": weight.numel(), "bytes": weight.numel() * weight.element_size(), "macs": weight.numel()}
+def dense_costs(*weights: Tensor) -> dict[Unit, int]:
+    """What (m, n) weights cost as they are."""
+    numbers = sum(weight.numel() for weight in weights)
+    return {"params": numbers, "bytes": sum(weight.nbytes for weight in weights), "macs": numbers}
 
 
 def matrix_costs(*matrices: StructuredMatrix) -> dict[Unit, int]:

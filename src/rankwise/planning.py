@@ -1,7 +1,8 @@
 """The verb that says how a model can be trained in so much memory, before anything is made."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -18,6 +19,7 @@ from .core.optimizer import Optimizer
 from .core.report import Report
 from .core.states import leaves
 from .core.transforms import Transform, state_bytes
+from .core.writing import usual_write
 from .models.causal import check_causal
 from .models.fresh import causal_attention, fresh, read_config
 from .optimizers import adafactor, adam, adamw8bit, frugal, galore, muon, q_galore
@@ -36,7 +38,7 @@ CANDIDATES: Mapping[str, Transform] = {
 }
 """Optimisers by the words for ``rankwise train --optimizer``, those that keep most of the gradients first."""
 
-SAMPLE, STEPS = (2, 192, 192), 2  # what a step holds is counted on these; square ones have the largest factors
+SAMPLE, STEPS = (192, 192), 2  # what a step holds is counted on these; square ones have the largest factors
 STACK = 2**26  # bytes of gradients that are stepped together on a GPU
 MOST = 64  # sequences at a time
 GIB = 2**30
@@ -99,15 +101,18 @@ def plan(
     if not candidates:
         raise ValueError("candidates is empty; give at least one transform by name.")
     config = _config(model)
-    others = step_bytes(adam(), dtype)
-    held = {name: (step_bytes(transform, dtype), others) for name, transform in candidates.items()}
     with without_numbers():
         network = fresh(config, dtype=dtype, attention=causal_attention()).train()
         check_causal(network, window, "only such models are planned")
         ways = [_Way.of(network, window, autocast, *each) for each in product((False, True), repeat=2)]
         weights = held_bytes(network)
         params = sum(p.numel() for p in network.parameters())
-    needs = [_Need.of(name, network, transform, held[name]) for name, transform in candidates.items()]
+        counts = {name: _Counts.of(network, transform) for name, transform in candidates.items()}
+    others = step_bytes(adam(), dtype)
+    needs = [
+        _Need.of(name, counts[name], (step_bytes(transform, dtype, counts[name].side), others))
+        for name, transform in candidates.items()
+    ]
     room = int(memory * (1 - reserve))
     rows = [_row(need, ways, weights, room, batch) for need in needs]
     fitting = [row for row in rows if row["fits"]]
@@ -117,22 +122,78 @@ def plan(
     return Report(f"{params / 1e6:,.1f}M parameters in {dtype}, {found}", rows, "plans", totals)
 
 
-def step_bytes(transform: Transform, dtype: torch.dtype) -> float:
-    """Count the bytes a number that a step of stacked matrices holds at most beside gradients and states."""
-    generator = Generator().manual_seed(0)
-    matrices = [nn.Parameter(each) for each in torch.randn(SAMPLE, generator=generator).to(dtype)]
-    optimizer = Optimizer([(matrices, transform)], lr=1e-3)
-    most = 0
+def step_bytes(transform: Transform, dtype: torch.dtype, side: int = SAMPLE[-1]) -> float:
+    """Count the bytes a number that a step of matrices holds at most beside gradients and states.
+
+    Args:
+        transform: of the matrices.
+        dtype: of the matrices.
+        side: the shorter one of those that are meant, of which a rank takes the same share here.
+    """
+    generator, write = Generator().manual_seed(0), usual_write(dtype)
+    transform = _of_side(transform, side)
+
+    def peak(matrices: list[nn.Parameter], optimizer: Optimizer) -> int:
+        for matrix in matrices:
+            matrix.grad = torch.randn(SAMPLE, generator=generator).to(dtype)
+        grads = [matrix.grad for matrix in matrices if matrix.grad is not None]
+        states = [leaf for state in optimizer.state.values() for leaf in leaves(state)]
+        with LiveBytes([*matrices, *grads, *states]) as live:
+            optimizer.step()
+        return live.peak - live.now
+
+    most, first = 0.0, True
     with torch.random.fork_rng(devices=()):
-        for _ in range(STEPS):
-            grads = torch.randn(SAMPLE, generator=generator).to(dtype)
-            for matrix, grad in zip(matrices, grads, strict=True):
-                matrix.grad = grad
-            states = [leaf for state in optimizer.state.values() for leaf in leaves(state)]
-            with LiveBytes([*matrices, grads, *states]) as live:
-                optimizer.step()
-            most = max(most, live.peak - live.now)
-    return most / sum(matrix.numel() for matrix in matrices)
+        for count in (1, 1, 2):  # the first time also makes what is made once for all, and does not count
+            matrices = [nn.Parameter(torch.randn(SAMPLE, generator=generator).to(dtype)) for _ in range(count)]
+            optimizer = Optimizer([(matrices, transform)], lr=1e-3, write=write)
+            held = max(peak(matrices, optimizer) for _ in range(STEPS))
+            most, first = (0.0 if first else max(most, held / (count * matrices[0].numel()))), False
+    return most
+
+
+def _of_side(transform: Any, side: int) -> Any:
+    """Return a transform whose ranks, where they are numbers of directions, are shares of a side instead."""
+    changed: dict[str, Any] = {}
+    for field in dataclasses.fields(transform):
+        value = getattr(transform, field.name)
+        if field.name in ("rank", "above") and isinstance(value, int):
+            changed[field.name] = min(value / side, 1.0)
+        elif dataclasses.is_dataclass(value):
+            changed[field.name] = _of_side(value, side)
+    return dataclasses.replace(transform, **changed)
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """How many numbers and bytes an optimiser is about.
+
+    Args:
+        state: bytes between steps.
+        gradients: their bytes.
+        groups: for each group the numbers of the largest parameter, and of what is stepped together.
+        side: the shorter side of the largest hidden matrix.
+    """
+
+    state: int
+    gradients: int
+    groups: list[tuple[int, int]]
+    side: int
+
+    @classmethod
+    def of(cls, model: nn.Module, transform: Transform) -> "_Counts":
+        """Count it, without numbers."""
+        groups = [
+            ([torch.empty_like(p, device="meta") for _, p in group["params"]], group["transform"])
+            for group in parameter_groups(model, transform)
+        ]
+        state, sizes = sum(state_bytes(kind, *params) for params, kind in groups), []
+        for params, _ in groups:
+            largest = max(p.numel() for p in params)
+            together = min(sum(p.numel() for p in params), STACK // params[0].element_size())
+            sizes.append((largest, max(largest, together)))
+        hidden = max(groups[0][0], key=lambda p: p.numel())
+        return cls(state, gradient_bytes(model), sizes, min(hidden.flatten(1).shape))
 
 
 @dataclass(frozen=True)
@@ -184,20 +245,12 @@ class _Need:
     single: int
 
     @classmethod
-    def of(cls, name: str, model: nn.Module, transform: Transform, held: Sequence[float]) -> "_Need":
-        """Count it; ``held`` is what a step holds for each number of hidden matrices, and of the others."""
-        groups = [
-            ([torch.empty_like(p, device="meta") for _, p in group["params"]], group["transform"])
-            for group in parameter_groups(model, transform)
-        ]
-        state = sum(state_bytes(kind, *params) for params, kind in groups)
-        whole, single = 0, 0
-        for i, (params, _) in enumerate(groups):
-            largest = max(p.numel() for p in params)
-            together = min(sum(p.numel() for p in params), STACK // params[0].element_size())
-            each = held[1 if i else 0]
-            whole, single = max(whole, int(each * max(largest, together))), max(single, int(each * largest))
-        return cls(name, state, whole + gradient_bytes(model), single)
+    def of(cls, name: str, counts: _Counts, held: tuple[float, float]) -> "_Need":
+        """Put it together; ``held`` is what a step holds for a number of hidden matrices, and of the others."""
+        each = [held[min(i, 1)] for i in range(len(counts.groups))]
+        single = max(int(size * largest) for size, (largest, _) in zip(each, counts.groups, strict=True))
+        whole = max(int(size * together) for size, (_, together) in zip(each, counts.groups, strict=True))
+        return cls(name, counts.state, whole + counts.gradients, single)
 
 
 def _row(need: _Need, ways: list[_Way], weights: int, room: int, wanted: int) -> dict[str, Any]:

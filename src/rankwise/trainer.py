@@ -1,5 +1,6 @@
 """Following adapters in transformers' Trainer, checkpoints included."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ def trainer_callback(checkpoint: str | Path | None = None) -> "TrainerCallback":
     the schedules away.
 
     Args:
-        checkpoint: the folder from which the run is taken up, unless it is one of ``output_dir``.
+        checkpoint: the folder from which the run is taken up, for one that is not in ``output_dir``.
 
     Raises:
         ValueError: while training, as :func:`rankwise.follow` does, or if a checkpoint has no such file.
@@ -42,7 +43,7 @@ def trainer_callback(checkpoint: str | Path | None = None) -> "TrainerCallback":
                     "load_best_model_at_end may take, the ranks are larger. Leave that out."
                 )
             if state.global_step:
-                self.follower.load_state_dict(load_tree(Path(checkpoint or _folder(args, state)) / FILE))
+                self.follower.load_state_dict(load_tree(_resumed(checkpoint, args, state) / FILE))
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if self.follower is not None and state.is_world_process_zero:
@@ -54,6 +55,26 @@ def trainer_callback(checkpoint: str | Path | None = None) -> "TrainerCallback":
                 self.follower.stop()
 
     return Following()
+
+
+def _resumed(checkpoint: str | Path | None, args: Any, state: Any) -> Path:
+    """Return the checkpoint that is taken up: the given one if it is of this step, else that of ``output_dir``.
+
+    Raises:
+        ValueError: if there is none of this step.
+    """
+    own = _folder(args, state)
+    if checkpoint is None:
+        return own
+    step = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    if step == state.global_step:
+        return Path(checkpoint)
+    if not own.is_dir():
+        raise ValueError(
+            f"{checkpoint} is of step {step}, but training goes on at step {state.global_step}; give "
+            "trainer_callback the folder that resume_from_checkpoint names."
+        )
+    return own
 
 
 def _folder(args: Any, state: Any) -> Path:

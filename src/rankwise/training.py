@@ -107,13 +107,13 @@ def heal(
     batches = portions([data], window) if isinstance(data, Tensor) else batches_of(data)
     check_tokens(model, batches)
     train, held = parted(batches, held_out, seed, most=MOST_ASIDE)
-    trained = {
-        f"{name}.matrix.{key}": parameter
-        for name, matrix in matrices.items()
-        for key, parameter in matrix.named_parameters()
-        if base_of(matrix) is None or parameter.requires_grad
-    }
-    known = {id(parameter) for matrix in matrices.values() for parameter in matrix.parameters()}
+    trained: dict[str, nn.Parameter] = {}
+    known: set[int] = set()
+    for name, matrix in matrices.items():
+        for key, parameter in matrix.named_parameters():
+            if id(parameter) not in known and (base_of(matrix) is None or parameter.requires_grad):
+                trained[f"{name}.matrix.{key}"] = parameter  # layers may share it
+            known.add(id(parameter))
     chosen = {n: p for n, p in model.named_parameters() if also is not None and also(n) and id(p) not in known}
     folder = None if checkpoint is None else Path(checkpoint)
     if folder is not None:

@@ -239,6 +239,30 @@ def test_a_loop_that_does_not_end_its_steps_is_told():
         loss_of(model, batches()[0]).backward()
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_after_a_failure_a_saved_state_is_gone_on_with(accumulate: int):
+    model, optimizer = made(galore(rank=4, every=3))
+    layers = Layerwise(optimizer, accumulate=accumulate)
+    start = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    ends = []
+    for fails in (False, True):
+        if fails:
+            poisoned = model.model.layers[0].mlp.up_proj.weight.register_hook(lambda grad: grad * torch.nan)
+            with pytest.raises(FloatingPointError, match="go on from the last checkpoint"):
+                loss_of(model, batches()[0]).backward()
+            poisoned.remove()
+        model.load_state_dict(start[0])
+        optimizer.load_state_dict(start[1])
+        optimizer.zero_grad()
+        for part in batches()[:accumulate]:
+            loss_of(model, part).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ends.append([p.detach().clone() for p in model.parameters()])
+    layers.remove()
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch):
     _, optimizer = made(adam())
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)

@@ -1,11 +1,13 @@
 """Layers that are compressed as one matrix: which stand together, what is known of them, and what they share."""
 
+import copy
 import dataclasses
 
 import pytest
 import torch
 from contracts.examples import draw
 from contracts.problems import correlated, fill
+from tiny import ids, llama
 from torch import Generator, Tensor, nn
 
 import rankwise
@@ -17,7 +19,7 @@ from rankwise.core.statistics import InputGram, InputMean, OutputGradGram
 from rankwise.core.surgery import select, structured
 from rankwise.core.together import together
 from rankwise.linalg import Metric, metric_norm
-from rankwise.matrices import Product
+from rankwise.matrices import Product, Sparse, from_spec
 
 KINDS = [CoSpaDi, OrthogonalDictionary]
 PATTERNS: list[Pattern] = ["free", "2:4"]
@@ -119,12 +121,15 @@ def test_what_layers_have_in_common_is_pooled_and_the_rest_is_their_own():
         outputs.append(OutputGradGram(3, 4))
         outputs[-1].update(None, grad)
     every = torch.cat([x for x, _ in rows]).double()
-    pooled = InputGram.joined(inputs, apart=False).value()
+    whole = InputGram.pooled(inputs)
+    pooled = whole.value()
+    assert whole.size == pytest.approx(float(every.square().sum()) / len(every), rel=1e-5)
     torch.testing.assert_close(pooled, every.mT @ every / len(every), rtol=1e-5, atol=1e-6)
-    own = OutputGradGram.joined(outputs, apart=True).value()
-    torch.testing.assert_close(own, torch.block_diag(*[each.value() for each in outputs]), rtol=1e-6, atol=1e-7)
+    own = OutputGradGram.blocks(outputs, [1.0, 2.0, 0.5]).value()
+    blocks = [each.value() * scale for each, scale in zip(outputs, (1.0, 2.0, 0.5), strict=True)]
+    torch.testing.assert_close(own, torch.block_diag(*blocks), rtol=1e-6, atol=1e-7)
     with pytest.raises(CalibrationError, match="InputMean"):
-        InputMean.joined([InputMean(3, 4)], apart=False)
+        InputMean.pooled([InputMean(3, 4)])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -150,6 +155,8 @@ def test_the_damage_of_each_layer_is_measured_in_the_metric_of_all():
     layers = structured(net)
     grams = [[stats.layers[f"{i}.up"][need].value() for need in method.needs] for i in (0, 1)]
     inputs = sum(gram for gram, _ in grams) / 2
+    shares = [gram.trace() / inputs.trace() for gram, _ in grams]
+    grams = [(gram, share * grad) for (gram, grad), share in zip(grams, shares, strict=True)]
     inputs = inputs.lerp(inputs.diagonal().diag(), method.input_shrinkage)
     whole = torch.block_diag(*[gram for _, gram in grams])
     outputs = [gram + method.output_damping * whole.diagonal().mean() * torch.eye(48) for _, gram in grams]
@@ -160,6 +167,65 @@ def test_the_damage_of_each_layer_is_measured_in_the_metric_of_all():
         assert row["measured_error"] == pytest.approx(wanted, rel=1e-6)
     measured = sum(row["measured_error"] for row in report.rows)
     assert measured == pytest.approx(sum(row["predicted_error"] for row in report.rows), rel=1e-6)
+
+
+def test_damage_is_measured_in_the_same_units_whatever_is_common():
+    """Inputs 100 times as large, gradients as small: what is said is within 4 times the layer's own damage."""
+    net, method = blocks(2), OrthogonalDictionary(layers=2)
+    stats = rankwise.calibrate(net, method.needs, data=[correlated(300, 32, 3)])
+    for name in ("1.up", "1.down"):
+        own = copy.deepcopy(stats.layers[name])
+        own[InputGram].sum *= 1e4
+        own[OutputGradGram].sum *= 1e-4
+        stats = dataclasses.replace(stats, layers={**stats.layers, name: own})
+    dense = {name: site.weight for name, site in select(net).items()}
+    report = rankwise.compress(net, method, keep=0.5, data=stats)
+    for row in report.rows:
+        change = dense[row["name"]] - structured(net)[row["name"]].matrix.dense().detach()
+        alone = KroneckerFactoredSvd().error_of(stats.of(row["name"], method.needs))(change)
+        assert 0.25 < row["measured_error"] / alone < 4
+
+
+def test_a_layer_of_which_nothing_is_kept_is_saved_and_loaded():
+    spec = Sparse.from_dense(torch.zeros(4, 6)).spec()
+    again = from_spec(spec)
+    assert spec["kept"] == 0
+    assert torch.equal(again.dense(), torch.zeros(4, 6))
+    again.check()
+
+
+def test_atoms_are_healed_once(tmp_path):
+    torch.manual_seed(0)
+    model, before = llama(), llama()
+    rankwise.compress(model, OrthogonalDictionary(layers=2), keep=0.6, data=ids())
+    distinct = {id(p): p.numel() for layer in structured(model).values() for p in layer.matrix.parameters()}
+    report = rankwise.heal(model, before, data=ids(), budget=60.0, steps=2, checkpoint=tmp_path)
+    assert report.totals["trained"] == sum(distinct.values())
+
+
+def test_an_adapter_does_not_go_into_atoms_that_layers_share():
+    model = llama()
+    rankwise.compress(model, OrthogonalDictionary(layers=2), keep=0.6, data=ids())
+    rankwise.adapt(model, rankwise.adapters.FactorLora(rank=2))
+    with pytest.raises(ValueError, match=r"layers .*layers\.0.* and .*layers\.1.* share a part"):
+        rankwise.absorb(model, data=ids())
+
+
+def test_plain_transformers_saves_what_had_an_adapter(tmp_path):
+    model = llama()
+    rankwise.compress(model, OrthogonalDictionary(layers=2), keep=0.6, data=ids())
+    rankwise.adapt(model, rankwise.adapters.Lora(rank=2), name="one")
+    rankwise.use(model, None)
+    rankwise.remove_adapter(model, "one")
+    model.save_pretrained(tmp_path)
+
+
+def test_errors_name_all_layers_of_a_group():
+    net, method = blocks(2), OrthogonalDictionary(layers=2)
+    stats = rankwise.calibrate(net, method.needs, data=[correlated(300, 32, 3)])
+    stats.layers["1.up"][OutputGradGram].sum.fill_(torch.nan)
+    with pytest.raises(CalibrationError, match=r"layer 0.up, 1.up: "):
+        rankwise.compress(net, method, keep=0.5, data=stats)
 
 
 @pytest.mark.parametrize("of", ["bytes", "macs", "params"])
@@ -189,6 +255,8 @@ def test_what_cannot_share_says_so(tmp_path):
         rankwise.compress_folder(
             tmp_path / "none", tmp_path / "out", method, keep=0.5, data=torch.zeros(1, 8).long()
         )
+    with pytest.raises(ValueError, match="layers=1"):
+        compressed(method, of="latency")
     with pytest.raises(ValueError, match="layers=1"):
         Mixed(methods=(KroneckerFactoredSvd(), method))
     for wrong in (0, 1.5, True):

@@ -192,6 +192,21 @@ def test_a_part_that_layers_share_is_written_once_and_shared_again(make, tmp_pat
     same(output(type(model).from_pretrained(dense)), output(fold(model)))
 
 
+def test_a_weight_that_layers_share_may_share_parts_with_others(tmp_path):
+    model = llama(num_hidden_layers=3)
+    first, second = (model.get_submodule(f"model.layers.{i}.mlp.up_proj") for i in (1, 2))
+    second.weight = first.weight
+    sharing_atoms(model)
+    layers = structured(model)
+    one, two, three = (layers[f"model.layers.{i}.mlp.up_proj"].matrix for i in range(3))
+    assert two is three
+    assert one.parts[1] is two.parts[1]
+    folder = save(model, tmp_path / "out")
+    same(output(load(folder)[0]), output(model))
+    dense = rankwise.export(folder, rankwise.exporters.Dense(), tmp_path / "dense")
+    same(output(LlamaForCausalLM.from_pretrained(dense)), output(fold(model)))
+
+
 def test_the_body_alone_shares_parts_too(tmp_path):
     model = sharing_atoms(llama())
     body = AutoModel.from_pretrained(save(model, tmp_path / "out"))
@@ -209,8 +224,9 @@ def test_damaged_records_of_what_is_shared_are_refused(tmp_path):
     owner = of(json.loads(original)["quantization_config"])["shared"].popitem()[1]
     edits = {
         "damaged entry": lambda q: of(q).update(shared=3),
-        r"damaged entry ": lambda q: of(q).update(shared={"members.0": "nowhere"}),
-        "which is none": lambda q: of(q).update(shared={"members.0": ["nowhere", "members.0"]}),
+        "damaged entry .*nowhere": lambda q: of(q).update(shared={"members.0": "nowhere"}, spec=None),
+        "nowhere, which is none": lambda q: of(q).update(shared={"members.0": ["nowhere", "members.0"]}),
+        "both said to be elsewhere": lambda q: of(q).update(shared={"": owner, "members.1": owner}),
         r"members\.7": lambda q: of(q).update(shared={"members.7": owner}),
         r"said to be .* differ": lambda q: of(q).update(shared={"members.0": owner, "members.1": owner}),
         "is not in the checkpoint": lambda q: of(q).pop("shared"),

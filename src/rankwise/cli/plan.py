@@ -57,7 +57,12 @@ def plan(
             "--gradient-checkpointing" * best["checkpointing"],
             "--autocast" * autocast,
         ]
-        words = [f"--optimizer {best['optimizer']}", f"--batch {best['batch']}", f"--window {window}", *flags]
+        words = [
+            f"--optimizer {best['optimizer']}",
+            f"--batch {min(batch, best['batch'])}",
+            f"--window {window}",
+            *flags,
+        ]
         typer.echo(
             f"rankwise train {shlex.quote(model)} --dtype {dtype} {' '.join(filter(None, words))} --data ..."
         )

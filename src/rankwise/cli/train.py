@@ -140,13 +140,13 @@ def train(
         network, words_of = _model(model, tokenizer, data, precision, seed, state)
     from .. import models, pretraining
     from ..core.optimizer import Optimizer
-    from ..core.writing import Nearest, StochasticRounding
+    from ..core.writing import usual_write
     from ..models.causal import check_causal
     from ..preconditioning import precondition as conditioned
 
     check_causal(network, window, "only such models learn texts")
     network.to(place)
-    write = StochasticRounding(seed) if network.dtype == torch.bfloat16 else Nearest()
+    write = usual_write(network.dtype, seed)
     if network.dtype == torch.bfloat16:
         say("steps are rounded to torch.bfloat16 at random, so that small ones count on average")
     ids = _ids("--data", data, words_of)

@@ -22,7 +22,8 @@ class CoSpaDi(SparseDictionary):
         steps: turns of matching pursuit and K-SVD. The paper has about 60; a few serve nearly as well.
         pattern: where entries may stand. With 2:4, two of every four neighbours are kept, two bits say where each
             stands, and rows are always written.
-        layers: so many layers of one kind, one after the other, share their atoms; only in memory.
+        layers: so many layers of one kind, one after the other, share their atoms; only in memory, of which it
+            takes the square of their number.
         powers: power iterations for an atom; the paper has about 8.
         picked_share: of a row's entries, how many matching pursuit takes at once; 0 takes one, as the paper does.
         input_shrinkage: see :class:`KroneckerFactoredSvd`.

@@ -24,7 +24,8 @@ class OrthogonalDictionary(SparseDictionary):
         steps: turns of choosing places, values and atoms.
         pattern: where entries may stand. With 2:4, two of every four neighbours are kept, two bits say where each
             stands, and rows are always written.
-        layers: so many layers of one kind, one after the other, share their atoms; only in memory.
+        layers: so many layers of one kind, one after the other, share their atoms; only in memory, of which it
+            takes the square of their number.
         input_shrinkage: see :class:`KroneckerFactoredSvd`.
         input_damping: see :class:`KroneckerFactoredSvd`.
         output_damping: see :class:`KroneckerFactoredSvd`.

@@ -216,7 +216,7 @@ class Conditioning:
         if others := [name for name in sorted(kept.keys() | own.keys()) if kept.get(name) != own.get(name)]:
             words = "; ".join(f"{name}={kept.get(name)}, not of {own.get(name)}" for name in others)
             raise ValueError(f"the state is of {own['kind']} with {words}; make the handle with the same.")
-        there, here = state["layers"], self._sizes()
+        there, here = state.get("layers", {}), self._sizes()
         if others := [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]:
             words = ", ".join(f"{name} {there.get(name)} (here {here.get(name)})" for name in others[:3])
             raise ValueError(f"the state is of other layers, {len(others)} in all: {words}.")

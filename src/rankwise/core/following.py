@@ -12,6 +12,7 @@ from .methods import Course, Schedule, State
 from .report import Report
 from .several import forget, layers_with, take_off
 from .surgery import base_of, restack, set_module, structured
+from .ties import declare_ties
 
 Group = tuple[Schedule, Mapping[str, Scheduled]]
 
@@ -186,6 +187,7 @@ def finished(model: nn.Module, groups: Sequence[Group]) -> Report:
     for each in empty:  # at last, since other names may change by it
         _take_off(model, each, plain)
     restack(model)
+    declare_ties(model)
     return Report(f"{len(rows)} matrices are finished", rows, "matrices", {"rank": sum(r["rank"] for r in rows)})
 
 

@@ -124,7 +124,9 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check([p for group in self.param_groups for p in group["params"] if p.grad is not None])
-        stepped = [(group, [p for p in members if p.grad is not None]) for group, members in self._stackable()]
+        stepped = [
+            (group, each) for group, members in self._stackable() for each in _together(members, self.state)
+        ]
         self._begin([params for _, params in stepped])
         for group, params in stepped:
             self._advance(group, params)
@@ -339,24 +341,31 @@ class Optimizer(torch.optim.Optimizer):
             self.write.put(own, owned(parts, bounded), written)
 
     def _stacked(self, parts: list[Part]) -> Stack:
-        """Return the states of parameters in one stack, of which the states of each are views."""
+        """Return the states of parameters in one stack, of which the states of each are views.
+
+        One alone of a larger stack stays a part of it. What users have put in place of a state counts.
+        """
         params = [part.param for part in parts]
         stack = self._stacks.get(params[0])
-        known = all(
-            self._stacks.get(p) is stack and p in self.state for p in params
-        )  # a schedule may drop states
-        if stack is None or not known or not stack.holds(params):
-            states = [self.state[part.param] or self._first(part) for part in parts]
+        if stack is not None and all(
+            self._stacks.get(p) is stack and stack.knows(p, self.state.get(p)) for p in params
+        ):
+            if stack.holds(params):
+                return stack
             if len(params) == 1:
-                whole = map_state(lambda value: value.unsqueeze(0), states[0])
-                self.state[params[0]] = states[0]
-            else:
-                whole = map_state(stacked_values, *states)
-                for i, param in enumerate(params):
-                    self.state[param] = map_state(lambda value, i=i: value[i], whole)
-            shape = as_matrices(shape_of(parts[0]).expand(len(params), *parts[0].shape))
-            stack = Stack(tuple(parts), read_only(whole), shape)
-            self._stacks.update(dict.fromkeys(params, stack))
+                return stack.alone(params[0])
+        states = [self.state[part.param] or self._first(part) for part in parts]
+        if len(params) == 1:
+            whole = map_state(lambda value: value.unsqueeze(0), states[0])
+            self.state[params[0]] = states[0]
+        else:
+            whole = map_state(stacked_values, *states)
+            for i, param in enumerate(params):
+                self.state[param] = map_state(lambda value, i=i: value[i], whole)
+        shape = as_matrices(shape_of(parts[0]).expand(len(params), *parts[0].shape))
+        handed = {param: leaves(self.state[param]) for param in params}
+        stack = Stack(tuple(parts), read_only(whole), shape, handed)
+        self._stacks.update(dict.fromkeys(params, stack))
         return stack
 
     def _first(self, part: Part) -> State:
@@ -373,6 +382,16 @@ class Optimizer(torch.optim.Optimizer):
             return {}
         blank = blank_state(part.transform, shape_of(part))
         return with_written(blank, self.write.init(param, torch.tensor([0])))
+
+
+def _together(members: Sequence[Tensor], states: Mapping[Tensor, Any]) -> list[list[Tensor]]:
+    """Say which parameters that have gradients are stepped together: all, or each alone.
+
+    Where others that were stepped before have none, as experts that are not chosen, a stack would be a copy.
+    """
+    stepped = [param for param in members if param.grad is not None]
+    waiting = any(param.grad is None and param.requires_grad and param in states for param in members)
+    return [[param] for param in stepped] if waiting else [stepped]
 
 
 def _first_not_finite(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor | None:

@@ -9,6 +9,7 @@ from ..matrices import Base, Dense, Scheduled, Several, StructuredMatrix
 from ..matrices.several import Rows, Weights, is_weights
 from .extended import refuse_extended
 from .surgery import Site, StructuredLinear, base_of, replace, restack, set_module, structured, take_hooks
+from .ties import declare_ties
 from .views import SliceView
 
 Chosen = str | Weights | None
@@ -79,6 +80,7 @@ def drop(model: nn.Module, name: str) -> None:
     for path in layers_with(model):
         forget(model, path, name, plain)
     restack(model)
+    declare_ties(model)
 
 
 def forget(model: nn.Module, path: str, name: str, plain: dict[int, nn.Module]) -> None:

@@ -9,18 +9,36 @@ from torch import Tensor
 
 from .directions import Direction, Factors, formed
 from .parts import Part
-from .states import State
+from .states import State, leaves, map_state
 from .transforms import as_matrices, working_type
 from .writing import Write
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stack:
-    """Parameters that were last stepped together, their states, and a tensor without values of their shape."""
+    """Parameters that were last stepped together, their states, and a tensor without values of their shape.
+
+    ``handed`` are the tensors that each parameter's own state consists of, views of the stack's.
+    """
 
     parts: tuple[Part, ...]
     state: State
     shape: Tensor
+    handed: Mapping[Tensor, list[Tensor]] = dataclasses.field(default_factory=dict)
+
+    def knows(self, param: Tensor, state: State | None) -> bool:
+        """Whether a parameter's own state is still what was handed out: nobody has put other tensors there."""
+        own = self.handed.get(param)
+        if own is None or state is None:
+            return False
+        found = leaves(state)
+        return len(found) == len(own) and all(a is b for a, b in zip(found, own, strict=True))
+
+    def alone(self, param: Tensor) -> "Stack":
+        """Return views that belong to one of the parameters."""
+        i = next(i for i, part in enumerate(self.parts) if part.param is param)
+        state = map_state(lambda value: value[i : i + 1], self.state)
+        return Stack((self.parts[i],), read_only(state), self.shape[i : i + 1])
 
     def holds(self, params: list[Tensor]) -> bool:
         """Whether it is of these parameters and no others."""

@@ -50,14 +50,32 @@ class Statistic(abc.ABC):
         self.add(empty if x is None else x.float(), empty if grad is None else grad.float())
         self.count += len(given[0])
 
+    @property
+    def size(self) -> float:
+        """How large the rows are, for a statistic that can be put together for several layers."""
+        raise self._of_one_layer()
+
     @classmethod
-    def joined(cls, layers: Sequence["Statistic"], apart: bool) -> "Statistic":
-        """Put together what was collected of layers: pooled, or each layer's own, one after the other.
+    def pooled(cls, layers: Sequence["Statistic"]) -> "Statistic":
+        """Return what would have been collected of the rows of all layers.
 
         Raises:
-            CalibrationError: if this statistic cannot be.
+            CalibrationError: if this statistic cannot be put together.
         """
-        raise CalibrationError(f"{cls.__name__} cannot be put together for several layers; give layers=1.")
+        raise cls._of_one_layer()
+
+    @classmethod
+    def blocks(cls, layers: Sequence["Statistic"], scales: Sequence[float]) -> "Statistic":
+        """Return what was collected of each layer, times a scale, as that of features of its own.
+
+        Raises:
+            CalibrationError: if this statistic cannot be put together.
+        """
+        raise cls._of_one_layer()
+
+    @classmethod
+    def _of_one_layer(cls) -> CalibrationError:
+        return CalibrationError(f"{cls.__name__} cannot be put together for several layers; give layers=1.")
 
     def value(self) -> Tensor:
         """Return the mean over the rows, in float64.
@@ -101,17 +119,26 @@ class _Gram(Statistic):
             high = min(low + self.block, rows.shape[1])
             self.sum[low:high, :high].addmm_(rows[:, low:high].mT, rows[:, :high])
 
+    @property
+    def size(self) -> float:
+        """The mean squared length of a row."""
+        return float(self.sum.diagonal().double().sum()) / max(self.count, 1)
+
     @classmethod
-    def joined(cls, layers: Sequence["Statistic"], apart: bool) -> "Statistic":
-        """Second moment of the rows of all layers, or a block of its own for each layer."""
+    def pooled(cls, layers: Sequence[Statistic]) -> Statistic:
+        """The second moment of all rows."""
         whole = copy.copy(layers[0])
-        if not apart:
-            whole.sum = torch.stack([layer.sum for layer in layers]).sum(0)
-            whole.count = sum(layer.count for layer in layers)
-        elif not all(layer.count for layer in layers):
-            whole.count = 0
-        else:
-            whole.sum = torch.block_diag(*[layer.sum * (whole.count / layer.count) for layer in layers])
+        whole.sum = torch.stack([layer.sum for layer in layers]).sum(0)
+        whole.count = sum(layer.count for layer in layers)
+        return whole
+
+    @classmethod
+    def blocks(cls, layers: Sequence[Statistic], scales: Sequence[float]) -> Statistic:
+        """The second moments along the diagonal."""
+        whole = copy.copy(layers[0])
+        whole.count = min(layer.count for layer in layers)
+        factors = [scale * whole.count / max(each.count, 1) for each, scale in zip(layers, scales, strict=True)]
+        whole.sum = torch.block_diag(*[each.sum * factor for each, factor in zip(layers, factors, strict=True)])
         return whole
 
     def value(self) -> Tensor:

@@ -160,6 +160,7 @@ class Layerwise:
             *(p.register_post_accumulate_grad_hook(lambda p: self._arrive(p)) for p in self._parameters),
             optimizer.register_step_pre_hook(lambda *_: self._flush()),
             optimizer.register_step_post_hook(lambda *_: self._begin()),
+            optimizer.register_load_state_dict_post_hook(lambda *_: self._begin()),
         ]
 
     def __enter__(self) -> Self:
@@ -255,9 +256,9 @@ class Layerwise:
         if count > self.accumulate:
             raise RuntimeError(
                 f"a parameter of shape {tuple(param.shape)} got {count} gradients, but a step takes "
-                f"{self.accumulate}; call optimizer.step() after each step, or set accumulate. If one call runs "
-                "several backward passes over it, as target projection does for recurrent or shared layers, it "
-                "cannot be stepped layer by layer."
+                f"{self.accumulate}; call optimizer.step() after each step, layers.discard() after a backward "
+                "pass that failed, or set accumulate. If one call runs several backward passes over it, as "
+                "target projection does for recurrent or shared layers, it cannot be stepped layer by layer."
             )
         if self._scale is not None and param.grad is not None:
             param.grad.mul_(self._scale.to(param.grad.device))
@@ -267,6 +268,7 @@ class Layerwise:
             if count == self.accumulate:
                 self._finish(param)
         except FloatingPointError as error:
+            self._begin()
             raise FloatingPointError(
                 f"{str(error).partition(';')[0]}; other parameters may have been stepped already: go on from the "
                 "last checkpoint, with a lower lr or with clip, which looks at all gradients first."

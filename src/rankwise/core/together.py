@@ -1,6 +1,7 @@
 """Layers of one kind that are compressed as one matrix, so that they can share a part of it."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
@@ -47,14 +48,21 @@ class Together:
     def statistics(self, of: Callable[[str], Stats], needs: Iterable[type[Statistic]]) -> Stats:
         """Put together what was collected of each layer.
 
-        What the layers have in common, such as inputs where outputs stand below each other, is pooled; of the
-        other side each layer has its own block.
+        What the layers have in common, such as inputs where outputs stand below each other, is pooled. Of the
+        other side each layer has its own block, multiplied by how much larger its own of the former is than the
+        pooled one, so that damage is measured in the same units in all layers.
         """
         found = [of(site.name) for site in self.sites]
         if len(found) == 1:
             return found[0]
         own = "output" if self.axis == 0 else "input"
-        return {need: need.joined([stats[need] for stats in found], apart=need.side == own) for need in needs}
+        pooled = {need: need.pooled([stats[need] for stats in found]) for need in needs if need.side != own}
+        sizes = {need: whole.size or 1.0 for need, whole in pooled.items()}
+        scales = [math.prod(stats[need].size / size for need, size in sizes.items()) for stats in found]
+        blocks = {
+            need: need.blocks([stats[need] for stats in found], scales) for need in needs if need.side == own
+        }
+        return {**pooled, **blocks}
 
     def parts(self, change: Tensor) -> list[Tensor]:
         """Return a change of the whole weight for each layer, zero outside it."""
@@ -84,7 +92,8 @@ def together(sites: Mapping[str, Site], method: Compressor, unreached: Iterable[
     groups: list[tuple[list[Site], int]] = []
     for name, site in sites.items():
         axis = None if method.layers == 1 or name in alone else method.axis(*sizes_of(site))
-        kind = name if axis is None else (NUMBER.sub("*", name), sizes_of(site), site.matrix.dtype)
+        alike = NUMBER.sub("*", name), sizes_of(site), site.matrix.dtype, site.matrix.device
+        kind = name if axis is None else alike
         if kind not in runs or len(runs[kind]) == method.layers:
             runs[kind] = []
             groups.append((runs[kind], axis or 0))

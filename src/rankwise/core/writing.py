@@ -118,6 +118,11 @@ class StochasticRounding(Write):
         put_at_random(params, values, self.seed, state)
 
 
+def usual_write(dtype: torch.dtype, seed: int = 0) -> Write:
+    """Return how steps go into parameters of a type unless something else is asked for."""
+    return StochasticRounding(seed) if dtype == torch.bfloat16 else Nearest()
+
+
 def put_at_random(params: Sequence[Tensor], values: Sequence[Tensor], seed: int, state: State) -> None:
     """Write values into parameters; bfloat16 is rounded at random."""
     places = zip(state["index"].tolist(), state["count"].tolist(), strict=True)
@@ -135,7 +140,7 @@ def whole(direction: Direction) -> Tensor:
 def written(param: Tensor, direction: Direction, keep: float, factor: float, generator: Generator) -> None:
     """Write a step into one parameter; bfloat16 is rounded at random."""
     if param.dtype == torch.bfloat16:
-        value = (param.float() * keep).add_(whole(direction), alpha=factor)
+        value = param.float().mul_(keep).add_(whole(direction), alpha=factor)
         param.copy_(stochastic_bfloat16(value, generator))
     else:
         Nearest()([param], [direction], keep, factor, {})

@@ -19,8 +19,11 @@ def orthonormal(values: Tensor) -> Tensor:
 
 def power_steps(values: Tensor, basis: Tensor, steps: int) -> Tensor:
     """Return bases of the leading left singular vectors of (..., m, n), by block power steps from (..., m, r)."""
+    largest = torch.linalg.vector_norm(values, torch.inf, dim=(-2, -1), keepdim=True)
+    power = -torch.frexp(largest).exponent  # a power of two changes no digit, and squares do not overflow
     for _ in range(steps):
-        basis = orthonormal(values @ (values.mT @ basis))
+        inner = torch.ldexp(values.mT @ basis, power)
+        basis = orthonormal(torch.ldexp(values @ inner, power))
     return basis
 
 

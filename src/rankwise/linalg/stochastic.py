@@ -21,8 +21,9 @@ def stochastic_bfloat16(values: Tensor, generator: Generator) -> Tensor:
     """
     shape, device = values.shape, values.device
     noise = torch.randint(2**DROPPED, shape, dtype=torch.int32, device=device, generator=generator)
-    cut = (values.view(torch.int32) + noise) & -(2**DROPPED)
-    return torch.where(values.isfinite(), cut.view(torch.float32), values).bfloat16()
+    rounded = noise.add_(values.view(torch.int32)).bitwise_and_(-(2**DROPPED)).view(torch.float32).bfloat16()
+    del noise
+    return torch.where(values.isfinite(), rounded, values.bfloat16())
 
 
 def integer_grid(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -152,11 +152,11 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
 LARGEST = 2**28  # of a size; products of two and their bytes still fit in 64 bits
 
 
-def size(spec: Mapping[str, Any], name: str, *, largest: int = LARGEST) -> int:
-    """Read a positive integer from a spec, or say what is wrong with it."""
+def size(spec: Mapping[str, Any], name: str, *, least: int = 1, largest: int = LARGEST) -> int:
+    """Read an integer from a spec, or say what is wrong with it."""
     value = spec.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"spec of {spec.get('kind')} needs a positive integer {name!r}, got {value!r}.")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"spec of {spec.get('kind')} needs an integer {name!r} >= {least}, got {value!r}.")
     if value > largest:
         raise ValueError(f"spec of {spec.get('kind')}: {name} must be <= {largest}, got {value}.")
     return value

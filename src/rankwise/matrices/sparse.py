@@ -98,7 +98,7 @@ class Sparse(StructuredMatrix):
     def empty(cls, spec: Mapping[str, Any], **where: Any) -> Self:
         """The spec's number of entries, not initialised, at the first places."""
         m, n = shape_of(spec)
-        kept = size(spec, "kept", largest=m * n)
+        kept = size(spec, "kept", least=0, largest=m * n)
         values = torch.empty(kept, **where)
         with torch.device("cpu"):  # the bitmap has values, also where a model is built without any
             bitmap = pack((torch.arange(m * n) < kept).view(m, n), 1)

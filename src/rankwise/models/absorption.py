@@ -1,7 +1,7 @@
 """Adapters put into the stored numbers of the matrices under them, without a number more."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
@@ -10,9 +10,11 @@ from torch import nn
 from ..core.adapted import in_use
 from ..core.extended import refuse_extended
 from ..core.progress import track
-from ..core.surgery import Site, base_of, fold, refuse_followed, replace, select
+from ..core.surgery import Site, base_of, fold, refuse_followed, replace, select, structured
+from ..core.ties import declare_ties
 from ..linalg import Metric, recompressed
 from ..matrices import ChangedFactors, Dense, LowRank, PivotedLowRank, StructuredMatrix, Sum
+from ..matrices.base import Place, shared_parts
 from ..matrices.thin import bare
 from .low_rank_change import change_of
 
@@ -55,6 +57,7 @@ def absorb_adapters(
     """
     made: dict[str, StructuredMatrix] = {}
     rows, used = [], in_use(model)
+    _refuse_shared(model, used)
     for name, site in track(sites.items(), "new matrices"):
         base = base_of(site.matrix)
         assert base is not None
@@ -73,7 +76,21 @@ def absorb_adapters(
     for name, site in sites.items():
         replace(model, site, made[name].requires_grad_(True))
     fold(model, lambda layer: isinstance(layer.matrix, Dense))
+    declare_ties(model)
     return rows
+
+
+def _refuse_shared(model: nn.Module, used: Container[str]) -> None:
+    """Raise ValueError if an adapter changes a matrix a part of which is also another layer's."""
+    known: dict[int, Place] = {}
+    for name, layer in structured(model).items():
+        base = base_of(layer.matrix)
+        for part, _, (other, _) in shared_parts(layer.matrix if base is None else base.matrix, name, known):
+            if part and (name in used or other in used):
+                raise ValueError(
+                    f"layers {other} and {name} share a part of their matrices, which cannot take in two "
+                    "changes; write them out with rankwise.fold, or keep the adapter beside them."
+                )
 
 
 @torch.no_grad()

@@ -138,7 +138,7 @@ class Folded(Mapping[str, Tensor]):
         """Return under which name a tensor of a matrix is stored, which may be shared, as a whole or in part."""
         for own, owner in self._owners.items():
             if path.startswith(f"{own}."):
-                return owner + path.removeprefix(own)
+                return self._place(owner + path.removeprefix(own))
         return path
 
     def _of_stack(self, path: str) -> Mapping[str, Tensor]:

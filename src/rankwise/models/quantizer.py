@@ -88,13 +88,14 @@ def install(model: nn.Module, groups: Any, dtype: torch.dtype, prefix: str = "")
                 continue
             owner = name
             for part, (layer, inside) in shared.items():
-                sharing[name, part] = found.get(layer, ""), inside
-    specs = {place: _matrix(model, place).spec() for place in sharing}
+                if layer not in found:
+                    raise ValueError(
+                        f"{part} of layer {written} is said to be of {layer}, which is none; it is damaged."
+                    )
+                sharing[name, part] = found[layer], inside
+    _check_sharing(model, sharing)
     for place in sharing:
         _put(model, place, None)
-    for place, owner in sharing.items():
-        if specs[place] != _matrix(model, owner).spec():
-            raise ValueError(f"{path_of(*place)} in the config is said to be {path_of(*owner)}, but they differ.")
     return sharing
 
 
@@ -160,6 +161,25 @@ def _matrix(model: nn.Module, place: Place) -> StructuredMatrix:
     if not isinstance(found, StructuredMatrix):
         raise ValueError(f"matrices in the config share {path_of(*place)}, which is none; the file is damaged.")
     return found
+
+
+def _check_sharing(model: nn.Module, sharing: Sharing) -> None:
+    """Raise unless all that is stored elsewhere is there, as a matrix like the one that is missing."""
+    parts: dict[str, list[str]] = {}
+    for layer, part in sharing:
+        parts.setdefault(layer, []).append(part)
+
+    def absent(layer: str, part: str) -> int:
+        return sum(not other or f"{part}.".startswith(f"{other}.") for other in parts.get(layer, []))
+
+    for place, owner in sharing.items():
+        if absent(*place) > 1 or absent(*owner):
+            raise ValueError(
+                f"{path_of(*place)} and {path_of(*owner)} are both said to be elsewhere; it is damaged."
+            )
+    for place, owner in sharing.items():
+        if _matrix(model, place).spec() != _matrix(model, owner).spec():
+            raise ValueError(f"{path_of(*place)} in the config is said to be {path_of(*owner)}, but they differ.")
 
 
 def _put(model: nn.Module, place: Place, matrix: StructuredMatrix | None) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..core.methods import check_finite
 from ..core.states import State
 from ..core.subspaces import Carry, Projector, Refresh
-from ..core.transforms import Transform, by_shape, check_rank
+from ..core.transforms import Transform, by_shape, check_rank, check_unread
 from ..projectors import RandomRows, Reset
 from .adam import adam
 from .project import Rest, project
@@ -32,6 +32,7 @@ class Outside(Rest):
 
     def init(self, param: Tensor, index: Tensor) -> State:
         """The state of the transform."""
+        check_unread(self.transform, "on the rest of a gradient")
         return self.transform.init(param, index)
 
     def update(self, rest: Tensor, low: Tensor, direction: Tensor, state: State) -> Tensor:

@@ -23,6 +23,11 @@ class Transposed(Transform):
         """The state of the transposed."""
         return self.inner.init(param.mT, index)
 
+    @property
+    def reads_param(self) -> bool:
+        """As what it shows them to."""
+        return self.inner.reads_param
+
     def update(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
         """(k, m, n) -> (k, m, n)."""
         return self.inner.update(grad.mT, state, param.mT).mT

@@ -10,7 +10,7 @@ from ..core.directions import Direction, add_to, formed
 from ..core.methods import check_finite
 from ..core.states import State
 from ..core.subspaces import Carry, Projector, Refresh, Subspace
-from ..core.transforms import Entries, Transform, by_shape, wide
+from ..core.transforms import Entries, Transform, by_shape, check_unread, wide
 from ..projectors import Backoff, Every, Keep, Rotate
 from ..projectors.bases import ChosenRows
 
@@ -106,6 +106,7 @@ def begin(subspace: Subspace, inner: Transform, param: Tensor, index: Tensor) ->
     """Return the states of a subspace of parameters (k, s, l), and of what runs inside of it."""
     if inner.constrains:
         raise ValueError("what constrains weights cannot run inside a projection; chain it behind that.")
+    check_unread(inner, "inside a projection")
     subspace.check(inner, param)
     return {"subspace": subspace.init(param, index), "inner": inner.init(subspace.blank(param), index)}
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..core.states import State
-from ..core.transforms import Transform, by_shape
+from ..core.transforms import Transform, by_shape, check_unread
 from .adam import adam
 
 
@@ -33,6 +33,8 @@ class WeightNorm(Transform):
     def init(self, param: Tensor, index: Tensor) -> State:
         """The states of both, c, and what is known of the lengths between a step and its end."""
         lengths = param[..., 0]
+        for part in (self.direction, self.magnitude):
+            check_unread(part, "on directions and lengths")
         return {
             "direction": self.direction.init(param, index),
             "magnitude": self.magnitude.init(lengths, index),
