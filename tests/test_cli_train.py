@@ -91,6 +91,21 @@ def test_a_loaded_model_and_json_lines(folder: Path, text: Path, tmp_path: Path)
         assert result.exit_code == 0, result.output
 
 
+def test_what_is_no_hidden_matrix_gets_what_is_named(text: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[Any] = []
+    real = rankwise.pretraining.parameter_groups
+    monkeypatch.setattr(
+        rankwise.pretraining,
+        "parameter_groups",
+        lambda *given, **named: seen.append(named["other"]) or real(*given, **named),
+    )
+    result = train(WORDS, "--data", text, "--optimizer", "muon", "--set", "other=sign", "--steps", 1)
+    assert result.exit_code == 0, result.output
+    assert "others sign" in result.stderr
+    assert train(WORDS, "--data", text, "--optimizer", "muon", "--steps", 1).exit_code == 0
+    assert seen == [rankwise.optimizers.sign(), rankwise.optimizers.adam()]
+
+
 def test_a_killed_run_goes_on(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """With a tokenizer that was trained, too."""
     words = [f"{WORDS},vocab=280", "--data", text, "--rank", 4, "--every", 1, "--layerwise"]

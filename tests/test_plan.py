@@ -19,6 +19,7 @@ from rankwise.core.live import LiveBytes, pass_bytes, without_numbers
 from rankwise.core.modes import recomputing
 from rankwise.core.states import leaves
 from rankwise.core.transforms import Transform
+from rankwise.core.writing import usual_write
 from rankwise.models.fresh import causal_attention, fresh
 from rankwise.optimizers import adafactor, adam, adamw8bit, galore, muon, q_galore
 from rankwise.planning import CANDIDATES, GIB, plan, step_bytes
@@ -75,7 +76,7 @@ def test_less_is_held_layer_by_layer_and_with_checkpointing():
 
 def step_peak(params: list[nn.Parameter], transform: Transform) -> int:
     """The most that any of three steps holds beside gradients and states."""
-    optimizer, peaks = Optimizer([(params, transform)], lr=0.1), []
+    optimizer, peaks = Optimizer([(params, transform)], lr=0.1, write=usual_write(params[0].dtype)), []
     for _ in range(3):
         for param in params:
             param.grad = torch.randn(param.shape).to(param.dtype)
@@ -88,20 +89,20 @@ def step_peak(params: list[nn.Parameter], transform: Transform) -> int:
 
 
 @pytest.mark.parametrize("name", CANDIDATES)
-@pytest.mark.parametrize(("dtype", "count"), [(torch.float32, 1), (torch.bfloat16, 2)])
+@pytest.mark.parametrize(("dtype", "count"), [(torch.float32, 2), (torch.bfloat16, 1)])
 def test_steps_of_other_matrices_hold_what_is_counted(name: str, dtype: torch.dtype, count: int):
     """One matrix of another shape, or two that are stacked: at most as much a number, and not much less."""
     said = step_bytes(CANDIDATES[name], dtype)
     params = [nn.Parameter(torch.randn(160, 240).to(dtype)) for _ in range(count)]
     held = step_peak(params, CANDIDATES[name]) / (count * 160 * 240)
     assert held <= 1.01 * said
-    assert held + (4 if count == 1 else 0) >= 0.6 * said  # one alone is not copied into a stack
+    assert held >= 0.6 * said
 
 
 def test_a_rank_is_counted_as_its_share_of_the_side():
     """Also where the rank is above the side of what is counted on."""
     said = [step_bytes(galore(rank=rank), torch.bfloat16, 1024) for rank in (256, 0.25)]
-    assert said[0] == said[1] > step_bytes(adam(), torch.bfloat16)
+    assert said[0] == said[1] != step_bytes(adam(), torch.bfloat16)
     rows = [
         plan(
             "llama:hidden=512,layers=1,heads=4,intermediate=512,vocab=20", GIB, window=8, candidates={"": kind}
@@ -135,7 +136,7 @@ def test_a_real_step_takes_what_is_planned(layerwise: bool):
     model = fresh(words, dtype=torch.bfloat16).train()
     kinds = {"galore": galore(rank=0.25)}
     groups = parameter_groups(model, kinds["galore"])
-    optimizer = Optimizer(groups, lr=0.1, stack_bytes=2**26)
+    optimizer = Optimizer(groups, lr=0.1, stack_bytes=2**26, write=usual_write(torch.bfloat16))
     layers = rankwise.Layerwise(optimizer) if layerwise else None
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:
         for _ in range(2):
@@ -197,7 +198,8 @@ def test_a_model_is_planned_by_its_config(folder: Path):
     options: dict[str, Any] = {"window": 32, "candidates": {"galore": galore(rank=0.25)}}
     one, two = (plan(source, 2**30, **options).rows for source in (model, folder / "config.json"))
     assert one == two
-    state = Optimizer(parameter_groups(model, galore(rank=0.25)), lr=0.1).state_bytes()
+    groups = parameter_groups(model.bfloat16(), galore(rank=0.25))
+    state = Optimizer(groups, lr=0.1, write=usual_write(torch.bfloat16)).state_bytes()
     assert one[0]["state"] * GIB == state
     model.config.quantization_config = {"quant_method": "rankwise"}
     with pytest.raises(ValueError, match="compressed or quantised"):

@@ -187,8 +187,10 @@ class _Counts:
             ([torch.empty_like(p, device="meta") for _, p in group["params"]], group["transform"])
             for group in parameter_groups(model, transform)
         ]
-        state, sizes = sum(state_bytes(kind, *params) for params, kind in groups), []
-        for params, _ in groups:
+        state, sizes, place = 0, [], torch.zeros(1, dtype=torch.int64)
+        for params, kind in groups:
+            rounding = usual_write(params[0].dtype).init(params[0], place)
+            state += state_bytes(kind, *params) + len(params) * sum(leaf.nbytes for leaf in leaves(rounding))
             largest = max(p.numel() for p in params)
             together = min(sum(p.numel() for p in params), STACK // params[0].element_size())
             sizes.append((largest, max(largest, together)))

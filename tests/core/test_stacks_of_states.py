@@ -1,6 +1,7 @@
 """States of parameters that are stepped together: in one place, also where some have no gradient."""
 
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -83,6 +84,22 @@ def test_a_state_that_a_user_empties_begins_again():
     optimizer.step()
     steps = [int(optimizer.state[param]["step"]) for param in params]
     assert steps == [1, 3]
+
+
+def test_wrong_arguments_are_named():
+    (param,) = experts(1)
+    optimizer = Optimizer([([param], adam())], lr=0.1)
+    for group, words in (
+        ({"lr": float("inf")}, "lr must be a finite number >= 0"),
+        ({"weight_decay": None}, "weight_decay must be a finite number >= 0, got None"),
+        ({"params": nn.Linear(2, 2)}, r"parameters of Linear, as by model.parameters\(\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            optimizer.add_param_group({"params": experts(1), "transform": adam(), **group})
+        assert len(optimizer.param_groups) == 1
+    wrong: Any = "stochastic"
+    with pytest.raises(TypeError, match=r"write must be an object such as StochasticRounding\(\)"):
+        Optimizer([([param], adam())], lr=0.1, write=wrong)
 
 
 READING = {

@@ -263,6 +263,20 @@ def test_after_a_failure_a_saved_state_is_gone_on_with(accumulate: int):
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
+def test_clipping_sees_all_that_trains():
+    model, optimizer = made(adam())
+    model.lm_head.weight.requires_grad_(False)
+    layers = Layerwise(optimizer, clip=1.0)
+    model.lm_head.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="make it again after that"):
+        layers.backward(lambda: loss_of(model, batches()[0]))
+    layers.remove()
+    alone = nn.Parameter(torch.ones(3))
+    layers = Layerwise(Optimizer([([alone], adam())], lr=0.1), clip=1.0)
+    with pytest.raises(ValueError, match="reaches no parameter"):
+        layers.backward(lambda: torch.ones(2, requires_grad=True).sum())
+
+
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch):
     _, optimizer = made(adam())
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)

@@ -153,9 +153,15 @@ def train(
     judges: Any = 0.05
     if eval_:
         judges = batches_of(_ids("--eval", eval_, words_of), window=window, tokens=batch * window)
-    groups = pretraining.parameter_groups(network, transform, lr=lr, other_lr=other_lr, weight_decay=weight_decay)
+    named = next((word.partition("=")[2] for word in words if word.startswith("other=")), "adam")
+    other: Any = optimizers.adam() if named == "adam" else getattr(transform, "other", None)
+    if other is None:
+        raise ValueError(f"--set other={named}: {optimizer} has no such part; leave it out.")
+    groups = pretraining.parameter_groups(
+        network, transform, other=other, lr=lr, other_lr=other_lr, weight_decay=weight_decay
+    )
     numbers = [sum(p.numel() for _, p in group["params"]) for group in groups]
-    say(f"{numbers[0]:,} numbers in matrices get {optimizer}, {sum(numbers[1:]):,} others adam")
+    say(f"{numbers[0]:,} numbers in matrices get {optimizer}, {sum(numbers[1:]):,} others {named}")
     handle = None if conditioner is None else conditioned(network, conditioner, seed=seed)
     with contextlib.nullcontext() if logs is None else tensorboard(logs) as observe:
         try:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .parts import Part
 from .states import State, described, map_state
@@ -24,6 +24,8 @@ def as_group(given: Any) -> Group:
         group = {"params": given[0], "transform": given[1]}
     else:
         raise ValueError(f"give pairs of parameters and a transform, or groups; got {type(given).__name__}.")
+    if isinstance(group.get("params"), nn.Module):
+        raise ValueError(f"give the parameters of {type(group['params']).__name__}, as by model.parameters().")
     if not isinstance(group.get("transform"), Transform):
         raise ValueError(f"each group needs a transform, such as adam(); got {group.get('transform')!r}.")
     return group
@@ -32,8 +34,9 @@ def as_group(given: Any) -> Group:
 def check_group(group: Group) -> None:
     """Raise unless a group can be stepped."""
     for name in ("lr", "weight_decay"):
-        if not float(group[name]) >= 0:
-            raise ValueError(f"{name} must be >= 0, got {group[name]}.")
+        value = group[name]
+        if not isinstance(value, (int, float, Tensor)) or not 0 <= float(value) < float("inf"):
+            raise ValueError(f"{name} must be a finite number >= 0, got {value!r}.")
     for param in group["params"]:
         if not param.is_floating_point():
             raise ValueError(f"parameters must be real floating-point numbers, got {param.dtype}.")

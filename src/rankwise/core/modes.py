@@ -40,11 +40,13 @@ def recomputing(model: nn.Module, wanted: bool) -> Iterator[None]:
         raise ValueError(
             f"{type(model).__name__} has no activation_checkpointing_enable; leave gradient_checkpointing out."
         )
+    before = bool(getattr(model, "is_activation_checkpointing", False))
     model.activation_checkpointing_enable({"use_reentrant": False})
     try:
         yield
     finally:
-        model.activation_checkpointing_disable()
+        if not before:
+            model.activation_checkpointing_disable()
 
 
 @contextmanager

@@ -70,6 +70,8 @@ class Optimizer(torch.optim.Optimizer):
         write: Write = Nearest(),  # noqa: B008 (frozen)
         compiled: bool = False,
     ) -> None:
+        if not isinstance(write, Write):
+            raise TypeError(f"write must be an object such as StochasticRounding(), got {write!r}.")
         self.stack_bytes, self.write, self.compiled = stack_bytes, write, compiled
         self._forget()
         if isinstance(params, Tensor):

@@ -222,7 +222,14 @@ class Layerwise:
             )
 
     def _norm(self, loss: Loss) -> Tensor:
-        """Return the 2-norm of the gradient of all parameters, of which one at a time is there."""
+        """Return the 2-norm of the gradient of all parameters, of which one at a time is there.
+
+        Raises:
+            ValueError: if others train than did when this was made, or none has a gradient.
+        """
+        train = {p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad}
+        if train - {*self._parameters}:
+            raise ValueError("parameters train that did not when Layerwise was made; make it again after that.")
         norms: dict[Tensor, Tensor] = {}
 
         def measure(param: Tensor) -> None:
@@ -231,13 +238,15 @@ class Layerwise:
             param.grad = None
 
         self._arrive = measure
-        device = self._parameters[0].device
+        device = self._parameters[0].device if self._parameters else torch.device("cpu")
         try:
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 value = _backward(loss)
         finally:
             self._arrive = self._collect
         found = [norms[p].to(device) for p in self._parameters if p in norms]
+        if not found:
+            raise ValueError("the loss reaches no parameter of the optimiser that trains.")
         norm = torch.linalg.vector_norm(torch.stack(found), 2)
         if not bool(norm.isfinite()):
             raise NothingChanged(float(value))

@@ -75,6 +75,8 @@ def _nearest(values: Tensor, signed: Tensor, bits: int) -> Tensor:
 
     Their upper 16 bits tell the code up to one, and a comparison the rest: much faster than a search.
     """
+    if values.is_meta:  # only counted; tables that are made now would be kept without their values
+        return torch.zeros_like(values, dtype=torch.int32)
     upper = ((values.view(torch.int32) >> 16) & (SHORT - 1)).add_(signed.int() * SHORT)
     codes = _starts(bits, values.device)[upper]
     return codes + (values > _middles(bits, values.device)[codes + (signed.int() << bits)])

@@ -17,8 +17,7 @@ class WeightNorm(Transform):
     V begins as W. With u = V_i / |V_i| the gradient of g_i is G_i u, that of V_i is c_i (G_i - (G_i u) u) with
     c_i = g_i / |V_i|, so that V = W / c needs no copy: c is kept, and W - lr c d is c times V after a step d.
     Then rows get their new lengths. Weight decay acts on V and g, as it would on parameters. A row of zeros has
-    no
-    direction: it takes the steps of V itself until it has one.
+    no direction: it takes the steps of V itself until it has one.
 
     Args:
         direction: of the steps of V; must not read parameters.
