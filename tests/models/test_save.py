@@ -207,13 +207,6 @@ def test_a_weight_that_layers_share_may_share_parts_with_others(tmp_path):
     same(output(LlamaForCausalLM.from_pretrained(dense)), output(fold(model)))
 
 
-def test_the_body_alone_shares_parts_too(tmp_path):
-    model = sharing_atoms(llama())
-    body = AutoModel.from_pretrained(save(model, tmp_path / "out"))
-    with torch.no_grad():
-        same(body(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
-
-
 def test_damaged_records_of_what_is_shared_are_refused(tmp_path):
     save(sharing_atoms(llama()), tmp_path / "out")
     original = (tmp_path / "out" / "config.json").read_text()
@@ -299,8 +292,9 @@ def test_a_loaded_model_is_an_ordinary_one(tmp_path):
     same(output(load(tmp_path / "folded")[0]), output(model))
 
 
-def test_the_body_alone_can_be_loaded(tmp_path):
-    model = compress(llama())
+@pytest.mark.parametrize("small", [compress, sharing_atoms])
+def test_the_body_alone_can_be_loaded(small, tmp_path):
+    model = small(llama())
     body = AutoModel.from_pretrained(save(model, tmp_path / "out"))
     with torch.no_grad():
         same(body(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
