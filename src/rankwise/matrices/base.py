@@ -156,7 +156,8 @@ def size(spec: Mapping[str, Any], name: str, *, least: int = 1, largest: int = L
     """Read an integer from a spec, or say what is wrong with it."""
     value = spec.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"spec of {spec.get('kind')} needs an integer {name!r} >= {least}, got {value!r}.")
+        what = "a positive integer" if least == 1 else f"an integer >= {least} as"
+        raise ValueError(f"spec of {spec.get('kind')} needs {what} {name!r}, got {value!r}.")
     if value > largest:
         raise ValueError(f"spec of {spec.get('kind')}: {name} must be <= {largest}, got {value}.")
     return value
