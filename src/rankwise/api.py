@@ -171,13 +171,8 @@ def compress(
     >>> [row["rank"] for row in report.rows], round(report.totals["keep"]["params"], 2)
     ([15, 5], 0.74)
     """
-    check_arguments(method, keep, of)
+    check_arguments(method, keep, of, sequential)
     check_function("allocate", allocate, "a function from rankwise.allocators")
-    if of == "latency" and method.layers > 1:
-        raise ValueError(
-            f"{type(method).__name__}(layers={method.layers}) cannot be budgeted by latency, as what layers "
-            "share is stored once and applied by each; give layers=1, or of='macs'."
-        )
     sites = select(model, where)
     check_weights(sites)
     order = order_of(sequential, method, sites, lambda: Chain(model, find_blocks(model)))

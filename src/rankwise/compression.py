@@ -20,13 +20,26 @@ from .models.blocks import Chain
 from .models.sequential import Sequential, strength_of
 
 
-def check_arguments(method: Compressor, keep: float, of: Unit) -> None:
-    """Raise if a method, a share or a unit is wrong."""
+def check_arguments(method: Compressor, keep: float, of: Unit, sequential: bool | float = False) -> None:
+    """Raise if a method, a share or a unit is wrong, or they do not go together."""
     if not isinstance(method, Compressor):
         raise TypeError(f"method must be an object from rankwise.compressors, got {method!r}.")
     check_keep(keep)
     if of not in BUDGETS:
         raise ValueError(f"of must be one of {', '.join(BUDGETS)}, got {of!r}.")
+    if sequential is not False:
+        if method.shifts:
+            raise ValueError(f"{type(method).__name__} gives layers a bias, which cannot be sequential.")
+        if method.layers > 1:
+            raise ValueError(
+                f"{type(method).__name__}(layers={method.layers}) fits blocks together, which cannot be "
+                "sequential; give layers=1."
+            )
+    if of == "latency" and method.layers > 1:
+        raise ValueError(
+            f"{type(method).__name__}(layers={method.layers}) cannot be budgeted by latency, as what layers "
+            "share is stored once and applied by each; give layers=1, or of='macs'."
+        )
 
 
 def check_keep(keep: float) -> None:
@@ -52,13 +65,6 @@ def order_of(
     """
     if sequential is False:
         return None
-    if method.shifts:
-        raise ValueError(f"{type(method).__name__} gives layers a bias, which cannot be sequential.")
-    if method.layers > 1:
-        raise ValueError(
-            f"{type(method).__name__}(layers={method.layers}) fits blocks together, which cannot be sequential; "
-            "give layers=1."
-        )
     return Sequential(chain(), sites, method.needs, strength_of(sequential))
 
 

@@ -99,7 +99,7 @@ def compress_folder(
         CalibrationError: if the data does not reach a layer, or a number is not finite.
         OSError: if the disk is full; finished steps are kept.
     """
-    check_arguments(method, keep, of)
+    check_arguments(method, keep, of, sequential)
     check_function("allocate", allocate, "a function from rankwise.allocators")
     check_function("labels", labels, "a function from rankwise.core.labels")
     if method.shifts:

@@ -102,6 +102,7 @@ def compress(
     sizes = judging(bool(eval_), max_tokens, eval_window)
     at_least("--latency-rows", latency_rows, 1)
     from .. import allocators, compressors
+    from ..compression import check_arguments
     from ..core.latency import time_matrices
 
     unit: Unit = pick("--of", of, {name: name for name in BUDGETS})
@@ -159,6 +160,7 @@ def compress(
         figures = {**report.totals, "perplexity": {}, "file_bytes": file_bytes(out)}
         show(report, model, figures, json, html_at)
         return
+    check_arguments(chosen, keep, unit, sequential)
     work = Work.begin(model, precision, calibration, evaluation, limit=limit, **sizes)
     network = work.network
     check_matches("--where", where, layer_names(network))
