@@ -97,11 +97,6 @@ def matrix_costs(*matrices: StructuredMatrix) -> dict[Unit, int]:
     }
 
 
-def measured_error(weight: Tensor, matrix: StructuredMatrix, choices: Choices) -> float:
-    """Measure the damage of a matrix in place of a weight, in the units of the method."""
-    return choices.error_of(weight.double() - matrix.dense().detach().double())
-
-
 def rows_of(
     group: Together,
     whole: StructuredMatrix,

@@ -18,10 +18,10 @@ from .compression import (
     dense_costs,
     described,
     matrix_costs,
-    measured_error,
     order_of,
     report_of,
     row_of,
+    rows_of,
 )
 from .core import labels as label_kinds
 from .core.choices import UNITS, Allocator, Choices, Ladder, Unit, spend
@@ -263,16 +263,17 @@ class _Run:
                 offers: dict[str, Choices] = {}
                 fitted, after = self._in_order(part, chosen, statistics, offers)
                 for name, (ladder, i) in picks.items():
-                    site, matrix, measured = self.sites[name], None, 0.0
-                    if statistics is not None and name in chosen:
-                        choices = offers.get(name) or choices_of(Together((site,)), self.method, statistics)
-                        matrix = fitted[name] if name in fitted else choices.build(chosen[name])
-                        measured = measured_error(site.weight, matrix, choices)
-                    rows.append(row_of(name, site.weight, matrix, float(ladder.errors[i]), measured))
-                    costs[name] = dense_costs(site.weight) if matrix is None else matrix_costs(matrix)
-                    if matrix is not None:
-                        replace(self.model, site, matrix)
-                        groups.append({"names": list(site.names), "spec": matrix.spec()})
+                    site, group = self.sites[name], Together((self.sites[name],))
+                    if statistics is None or name not in chosen:
+                        rows.append(row_of(name, site.weight, None, 0.0, 0.0))
+                        costs[name] = dense_costs(site.weight)
+                        continue
+                    choices = offers.get(name) or choices_of(group, self.method, statistics)
+                    matrix = fitted[name] if name in fitted else choices.build(chosen[name])
+                    rows += rows_of(group, matrix, [matrix], choices, float(ladder.errors[i])).values()
+                    costs[name] = matrix_costs(matrix)
+                    replace(self.model, site, matrix)
+                    groups.append({"names": list(site.names), "spec": matrix.spec()})
                 tensors = self._values(part)
                 write_tensors(folder / SHARD, tensors)
                 verify(tensors, folder)

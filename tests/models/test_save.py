@@ -98,6 +98,19 @@ def change(folder: Path, edit) -> None:
     path.write_text(json.dumps(config))
 
 
+def refused(folder: Path, edits) -> None:
+    """Each change of the quantization_config is refused with its message, in one line."""
+    original = (folder / "config.json").read_text()
+    for message, edit in edits.items():
+        (folder / "config.json").write_text(original)
+        change(folder, edit)
+        with pytest.raises(ValueError, match=message) as caught:
+            load(folder)
+        assert "\n" not in str(caught.value)
+        with pytest.raises((ValueError, RuntimeError)):
+            AutoModelForCausalLM.from_pretrained(folder)
+
+
 CASES = {
     "llama": (llama, PivotedLowRank),
     "llama factors": (llama, LowRank),
@@ -209,12 +222,12 @@ def test_a_weight_that_layers_share_may_share_parts_with_others(tmp_path):
 
 def test_damaged_records_of_what_is_shared_are_refused(tmp_path):
     save(sharing_atoms(llama()), tmp_path / "out")
-    original = (tmp_path / "out" / "config.json").read_text()
 
     def of(quantization):
         return next(entry for entry in quantization["matrices"] if "shared" in entry)
 
-    owner = of(json.loads(original)["quantization_config"])["shared"].popitem()[1]
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    owner = of(written["quantization_config"])["shared"].popitem()[1]
     edits = {
         "damaged entry": lambda q: of(q).update(shared=3),
         "damaged entry .*nowhere": lambda q: of(q).update(shared={"members.0": "nowhere"}, spec=None),
@@ -224,12 +237,7 @@ def test_damaged_records_of_what_is_shared_are_refused(tmp_path):
         r"said to be .* differ": lambda q: of(q).update(shared={"members.0": owner, "members.1": owner}),
         "is not in the checkpoint": lambda q: of(q).pop("shared"),
     }
-    for message, edit in edits.items():
-        (tmp_path / "out" / "config.json").write_text(original)
-        change(tmp_path / "out", edit)
-        with pytest.raises(ValueError, match=message) as caught:
-            load(tmp_path / "out")
-        assert "\n" not in str(caught.value)
+    refused(tmp_path / "out", edits)
 
 
 def test_tied_embeddings_are_written_once_and_stay_tied(tmp_path):
@@ -337,15 +345,7 @@ def test_specs_of_a_wrong_shape_or_layer_are_refused(tmp_path):
         r"model\.layers\.0\.self_attn\.k_proj\.matrix\.left": lambda q: entry(q)["spec"].update(rank=4),
         r"model\.layers\.0\.self_attn\.k_proj": lambda q: q["matrices"].remove(entry(q)),
     }
-    original = (tmp_path / "out" / "config.json").read_text()
-    for message, edit in edits.items():
-        (tmp_path / "out" / "config.json").write_text(original)
-        change(tmp_path / "out", edit)
-        with pytest.raises(ValueError, match=message) as caught:
-            load(tmp_path / "out")
-        assert "\n" not in str(caught.value)
-        with pytest.raises((ValueError, RuntimeError)):
-            AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    refused(tmp_path / "out", edits)
 
 
 @pytest.mark.parametrize("damage", ["missing", "shape", "kind", "order"])

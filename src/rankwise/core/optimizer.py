@@ -19,7 +19,17 @@ from torch import Tensor
 from .groups import Group, as_group, check_group, restored, with_written
 from .kernels import check_compiler, compiling
 from .parts import Part, agreed, part_of
-from .stacked import Stack, each_direction, gradients, joined, owned, read_only, shape_of, stacked_values
+from .stacked import (
+    Stack,
+    each_direction,
+    gradients,
+    joined,
+    owned,
+    read_only,
+    shape_of,
+    stacked_values,
+    together,
+)
 from .states import State, described, leaves, map_state
 from .transforms import Transform, as_matrices, blank_state, working_type
 from .writing import Nearest, Write
@@ -127,7 +137,7 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         self._check([p for group in self.param_groups for p in group["params"] if p.grad is not None])
         stepped = [
-            (group, each) for group, members in self._stackable() for each in _together(members, self.state)
+            (group, each) for group, members in self._stackable() for each in together(members, self.state)
         ]
         self._begin([params for _, params in stepped])
         for group, params in stepped:
@@ -384,16 +394,6 @@ class Optimizer(torch.optim.Optimizer):
             return {}
         blank = blank_state(part.transform, shape_of(part))
         return with_written(blank, self.write.init(param, torch.tensor([0])))
-
-
-def _together(members: Sequence[Tensor], states: Mapping[Tensor, Any]) -> list[list[Tensor]]:
-    """Say which parameters that have gradients are stepped together: all, or each alone.
-
-    Where others that were stepped before have none, as experts that are not chosen, a stack would be a copy.
-    """
-    stepped = [param for param in members if param.grad is not None]
-    waiting = any(param.grad is None and param.requires_grad and param in states for param in members)
-    return [[param] for param in stepped] if waiting else [stepped]
 
 
 def _first_not_finite(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor | None:

@@ -52,6 +52,16 @@ class Stack:
         return joined(write.read([part.value() for part in self.parts]))
 
 
+def together(members: Sequence[Tensor], states: Mapping[Tensor, State]) -> list[list[Tensor]]:
+    """Say which parameters that have gradients are stepped together: all, or each alone.
+
+    Where others that were stepped before have none, as experts that are not chosen, a stack would be a copy.
+    """
+    stepped = [param for param in members if param.grad is not None]
+    waiting = any(param.grad is None and param.requires_grad and param in states for param in members)
+    return [[param] for param in stepped] if waiting else [stepped]
+
+
 def joined(values: Sequence[Tensor]) -> Tensor:
     """Stack tensors of one shape; one alone is not copied."""
     stack = values[0].unsqueeze(0) if len(values) == 1 else torch.stack(list(values))

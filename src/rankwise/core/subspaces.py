@@ -201,3 +201,12 @@ class Subspace:
         low = self.blank(torch.empty_like(param, device="meta"))
         eye = low.new_empty(len(low), low.shape[-2], low.shape[-2])
         self.carry(inner, inner.init(low, torch.zeros(len(low), dtype=torch.int64)), lambda: eye, low)
+
+
+def check_unread(transform: Transform, where: str) -> None:
+    """Raise ValueError if a transform reads the values of parameters, which are not there, as in a projection."""
+    if transform.reads_param:
+        raise ValueError(
+            f"{type(transform).__name__} reads the values of parameters, which it cannot {where}; take another "
+            "one there."
+        )

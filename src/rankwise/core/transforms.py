@@ -14,15 +14,6 @@ from .directions import Direction, formed
 from .states import State, leaves
 
 
-def check_unread(transform: "Transform", where: str) -> None:
-    """Raise ValueError if a transform reads the values of parameters, which are not there, as in a projection."""
-    if transform.reads_param:
-        raise ValueError(
-            f"{type(transform).__name__} reads the values of parameters, which it cannot {where}; take another "
-            "one there."
-        )
-
-
 class Transform(abc.ABC):
     """Turns gradients into the directions of steps: ``param -= lr * direction``.
 

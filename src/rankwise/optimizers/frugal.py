@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..core.methods import check_finite
 from ..core.states import State
-from ..core.subspaces import Carry, Projector, Refresh
-from ..core.transforms import Transform, by_shape, check_rank, check_unread
+from ..core.subspaces import Carry, Projector, Refresh, check_unread
+from ..core.transforms import Transform, by_shape, check_rank
 from ..projectors import RandomRows, Reset
 from .adam import adam
 from .project import Rest, project

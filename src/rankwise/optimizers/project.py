@@ -9,8 +9,8 @@ from torch import Tensor
 from ..core.directions import Direction, add_to, formed
 from ..core.methods import check_finite
 from ..core.states import State
-from ..core.subspaces import Carry, Projector, Refresh, Subspace
-from ..core.transforms import Entries, Transform, by_shape, check_unread, wide
+from ..core.subspaces import Carry, Projector, Refresh, Subspace, check_unread
+from ..core.transforms import Entries, Transform, by_shape, wide
 from ..projectors import Backoff, Every, Keep, Rotate
 from ..projectors.bases import ChosenRows
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..core.states import State
-from ..core.transforms import Transform, by_shape, check_unread
+from ..core.subspaces import check_unread
+from ..core.transforms import Transform, by_shape
 from .adam import adam
 
 
