@@ -479,7 +479,7 @@ def test_a_state_of_something_else_is_refused():
     ("make", "text"),
     [
         (lambda p: Optimizer([(p, adam())], lr=-1.0), "lr must be a finite number >= 0"),
-        (lambda p: Optimizer([(p, adam())], lr=0.1, weight_decay=-1.0), "weight_decay must be a finite number >= 0"),
+        (lambda p: Optimizer([(p, adam())], lr=0.1, weight_decay=-1.0), "weight_decay must be a finite"),
         (lambda p: Optimizer([{"params": p}], lr=0.1), "each group needs a transform"),
         (lambda p: Optimizer([p[0]], lr=0.1), "give pairs"),
         (lambda p: Optimizer(p[0], lr=0.1), "give pairs"),
