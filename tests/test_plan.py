@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from mixtures import MIXTURES
 from test_cli import folder as folder
 from test_cli import refused, run
 from test_cli import text as text
@@ -127,6 +128,22 @@ def test_states_in_few_bits_can_be_planned():
     rows = {row["optimizer"]: row for row in plan(WORDS, 2**30, window=16, candidates=kinds).rows}
     assert rows["adam"]["state"] > 0
     assert rows["adamw8bit"]["state"] < rows["adam"]["state"]
+
+
+@pytest.mark.parametrize("name", ["qwen3 moe", "gpt-oss"])
+def test_experts_are_planned_as_the_matrices_that_they_are(name: str, tmp_path: Path):
+    model = MIXTURES[name]().bfloat16()
+    model.config.save_pretrained(tmp_path)
+    groups = parameter_groups(model, galore(rank=0.25))
+    optimizer = Optimizer(groups, lr=0.1, write=usual_write(torch.bfloat16))
+    (row,) = plan(str(tmp_path), 2**40, batch=2, window=16, candidates={"galore": galore(rank=0.25)}).rows
+    assert row["state"] * GIB == optimizer.state_bytes()
+    loss_of(model, 2, 16)().backward()
+    optimizer.step()
+    assert (
+        sum(leaf.nbytes for state in optimizer.state.values() for leaf in leaves(state))
+        == optimizer.state_bytes()
+    )
 
 
 @pytest.mark.parametrize("layerwise", [False, True])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from mixtures import MIXTURES
 from tiny import ids, llama
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from rankwise.core.running import Run
 from rankwise.core.supervised import Supervised
 from rankwise.core.transforms import Transform
 from rankwise.linalg import expanded
-from rankwise.optimizers import adam, galore, muon
+from rankwise.optimizers import adam, batched, galore, muon, transposed
 from rankwise.preconditioners import MFac, Sngd
 
 
@@ -68,17 +69,33 @@ def test_attention_and_mlp_matrices_are_hidden():
     assert [name for name, _ in parameter_groups(model, muon())[0]["params"]] == ["lm_head.weight"]
 
 
-def test_structured_matrices_are_hidden_and_stacked_experts_are_not():
+def test_structured_matrices_and_stacked_experts_are_hidden():
     model = tiny()
     rankwise.compress(model, PlainSvd(), keep=0.5, where=lambda name, _: name.endswith("up_proj"))
     found = [name for name in hidden_matrices(model) if "up_proj" in name]
     assert found
     assert all(".matrix." in name for name in found)
-    name, make = next(iter(MIXTURES.items()))
-    mixture = make()
-    stacked = {name for name, p in mixture.named_parameters() if p.ndim == 3}
-    assert stacked, name
-    assert not stacked & set(hidden_matrices(mixture))
+    for name, transform in (("mixtral", batched(muon())), ("gpt-oss", batched(transposed(muon())))):
+        mixture = MIXTURES[name]()
+        stacked = {path for path, p in mixture.named_parameters() if p.ndim == 3}
+        (group,) = (
+            each for each in parameter_groups(mixture, muon()) if stacked & {path for path, _ in each["params"]}
+        )
+        assert {path for path, _ in group["params"]} == stacked
+        assert group["transform"] == transform
+
+
+def test_what_is_stored_as_in_by_out_steps_so():
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=16)
+    )
+    hidden = parameter_groups(model, muon())[0]
+    assert hidden["transform"] == transposed(muon())
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name, _ in hidden["params"]} == {
+        "c_attn",
+        "c_fc",
+        "c_proj",
+    }
 
 
 def test_it_learns_and_says_what_it_took():

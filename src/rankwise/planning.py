@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from .core.hidden import hidden_matrices
 from .core.labels import given
 from .core.live import LiveBytes, pass_bytes, without_numbers
 from .core.memory import gradient_bytes, held_bytes
@@ -171,31 +173,33 @@ class _Counts:
     Args:
         state: bytes between steps.
         gradients: their bytes.
-        groups: for each group the numbers of the largest parameter, and of what is stepped together.
+        groups: for each group whether it is of hidden matrices, the numbers of the largest parameter, and of what
+            is stepped together.
         side: the shorter side of the largest hidden matrix.
     """
 
     state: int
     gradients: int
-    groups: list[tuple[int, int]]
+    groups: list[tuple[bool, int, int]]
     side: int
 
     @classmethod
     def of(cls, model: nn.Module, transform: Transform) -> "_Counts":
         """Count it, without numbers."""
-        groups = [
-            ([torch.empty_like(p, device="meta") for _, p in group["params"]], group["transform"])
-            for group in parameter_groups(model, transform)
-        ]
-        state, sizes, place = 0, [], torch.zeros(1, dtype=torch.int64)
-        for params, kind in groups:
+        hidden, state, sizes, sides = hidden_matrices(model), 0, [], {}
+        place = torch.zeros(1, dtype=torch.int64)
+        for group in parameter_groups(model, transform):
+            params = [torch.empty_like(p, device="meta") for _, p in group["params"]]
+            kind, inside = group["transform"], group["params"][0][0] in hidden
             rounding = usual_write(params[0].dtype).init(params[0], place)
             state += state_bytes(kind, *params) + len(params) * sum(leaf.nbytes for leaf in leaves(rounding))
-            largest = max(p.numel() for p in params)
-            together = min(sum(p.numel() for p in params), STACK // params[0].element_size())
-            sizes.append((largest, max(largest, together)))
-        hidden = max(groups[0][0], key=lambda p: p.numel())
-        return cls(state, gradient_bytes(model), sizes, min(hidden.flatten(1).shape))
+            largest = max(params, key=lambda p: p.numel())
+            together = min(sum(p.numel() for p in params), STACK // largest.element_size())
+            sizes.append((inside, largest.numel(), max(largest.numel(), together)))
+            if inside:
+                matrix = kind.shaped(largest[None]).shape[-2:]
+                sides[math.prod(matrix)] = min(matrix)
+        return cls(state, gradient_bytes(model), sizes, sides[max(sides)])
 
 
 @dataclass(frozen=True)
@@ -249,9 +253,10 @@ class _Need:
     @classmethod
     def of(cls, name: str, counts: _Counts, held: tuple[float, float]) -> "_Need":
         """Put it together; ``held`` is what a step holds for a number of hidden matrices, and of the others."""
-        each = [held[min(i, 1)] for i in range(len(counts.groups))]
-        single = max(int(size * largest) for size, (largest, _) in zip(each, counts.groups, strict=True))
-        whole = max(int(size * together) for size, (_, together) in zip(each, counts.groups, strict=True))
+        of_hidden, of_others = held
+        sizes = [(of_hidden if inside else of_others, *numbers) for inside, *numbers in counts.groups]
+        single = max(int(size * largest) for size, largest, _ in sizes)
+        whole = max(int(size * together) for size, _, together in sizes)
         return cls(name, counts.state, whole + counts.gradients, single)
 
 

@@ -14,7 +14,7 @@ from .core.adapted import refuse_adapted
 from .core.conditioning import Conditioning
 from .core.data import batches_of, digest_of_batches, parted
 from .core.fingerprint import fingerprint
-from .core.hidden import hidden_matrices
+from .core.hidden import Form, hidden_matrices
 from .core.labels import Labels, given
 from .core.memory import layerwise_gradient_bytes
 from .core.modes import recomputing
@@ -28,6 +28,7 @@ from .core.report import Report
 from .core.running import Observe
 from .core.statistics import Batch
 from .core.stepping import Layerwise
+from .core.stored import batched, transposed
 from .core.supervision import train_supervised
 from .core.transforms import Transform
 from .models.causal import check_tokens
@@ -49,8 +50,9 @@ def parameter_groups(
     """Give hidden matrices one transform and all else another, as the papers of matrix optimisers do.
 
     Hidden matrices are what linear layers and convolutions multiply with: attention and MLP matrices. Embeddings,
-    the output head, norms, biases and stacked experts are the others; see
-    :func:`rankwise.core.hidden.hidden_matrices`. Norms, biases and other vectors do not decay.
+    the output head, norms and biases are the others; see :func:`rankwise.core.hidden.hidden_matrices`. Stacked
+    experts step as the matrices that they are (``batched``), and what is stored as (in, out) as (out, in)
+    (``transposed``). Norms, biases and other vectors do not decay.
 
     Args:
         model: any module.
@@ -61,7 +63,8 @@ def parameter_groups(
         weight_decay: of hidden matrices, embeddings and heads.
 
     Returns:
-        groups for :class:`rankwise.Optimizer`, up to three: hidden matrices, other matrices, vectors.
+        groups for :class:`rankwise.Optimizer`: hidden matrices, one group for each form in which they are kept,
+        then other matrices, then vectors.
 
     Raises:
         ValueError: if there is no hidden matrix.
@@ -72,18 +75,29 @@ def parameter_groups(
     >>> [[name for name, _ in group["params"]] for group in groups]
     [['1.weight'], ['0.weight'], ['1.bias', '2.weight', '2.bias']]
     """
-    hidden = hidden_matrices(model)
-    rest = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in hidden}
+    forms = hidden_matrices(model)
+    every = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rest = {name: p for name, p in every.items() if name not in forms}
     tables = {name: p for name, p in rest.items() if p.ndim >= 2}
     vectors = {name: p for name, p in rest.items() if p.ndim < 2}
     rates = [lr, lr if other_lr is None else other_lr]
     first, second = ({} if rate is None else {"lr": rate} for rate in rates)
+    kept = [
+        ([(name, every[name]) for name, own in forms.items() if own == form], _of_form(transform, form))
+        for form in dict.fromkeys(forms.values())
+    ]
     groups: list[dict[str, Any]] = [
-        {"params": list(hidden.items()), "transform": transform, "weight_decay": weight_decay, **first},
+        *({"params": own, "transform": kind, "weight_decay": weight_decay, **first} for own, kind in kept),
         {"params": list(tables.items()), "transform": other, "weight_decay": weight_decay, **second},
         {"params": list(vectors.items()), "transform": other, "weight_decay": 0.0, **second},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _of_form(transform: Transform, form: Form) -> Transform:
+    """The transform of matrices (out, in) for parameters that keep them in another form."""
+    transform = transposed(transform) if form.transposed else transform
+    return batched(transform) if form.batched else transform
 
 
 def train(

@@ -18,6 +18,7 @@ import rankwise
 from rankwise import Layerwise, Optimizer, optimizers, projectors
 from rankwise.core.memory import optimizer_bytes
 from rankwise.core.states import described, leaves, map_state
+from rankwise.core.stored import Batched
 from rankwise.core.transforms import Transform, by_shape, chain, wide
 from rankwise.core.writing import Write
 from rankwise.optimizers import (
@@ -72,6 +73,12 @@ SETTINGS: dict[str, list[Transform]] = {
     "apollo_mini": [apollo_mini(every=4)],
     "aro": [aro(), aro(base=sign(), beta=0.5)],
     "auon": [auon(), auon(released=True, gamma=1.5)],
+    "batched": [
+        optimizers.batched(muon()),
+        optimizers.batched(galore(rank=2, every=4)),
+        optimizers.batched(optimizers.transposed(q_galore(rank=2, every=3))),
+        optimizers.batched(chain(adam(), optimizers.soft_cap(limit=1.5))),
+    ],
     "dct_adamw": [dct_adamw(rank=2), dct_adamw(rank=0.5, feedback=True, every=3, carry=Keep())],
     "fira": [fira(rank=2, every=4), fira(rank=0.5, every=3, removes=0.25, inner=sgd(beta=0.9))],
     "frugal": [
@@ -140,6 +147,7 @@ SETTINGS: dict[str, list[Transform]] = {
         optimizers.weight_norm(inner=galore(rank=2, every=4), magnitude=sgd(beta=0.9)),
     ],
     "soap": [soap(every=3), soap(every=Every(2, together=True), largest=7)],
+    "transposed": [optimizers.transposed(muon()), optimizers.transposed(adamp()), optimizers.transposed(adam())],
     "trion": [trion(rank=2), trion(rank=0.5, every=3, projector=Svd())],
 }
 SHAPES = [(6, 9), (6, 9), (6, 9), (9, 6), (5, 3, 2, 2), (7,), (7,), (), (1, 4), (0, 3)]
@@ -222,6 +230,8 @@ def test_shapes_types_and_gradients_stay(transform: Transform):
 
 
 def test_convolutions_are_matrices(transform: Transform):
+    if isinstance(transform, Batched):
+        pytest.skip("a parameter of more axes is a stack of matrices then")
     for dim in (3, 4):
         shape = (5, 3, 2, 2)[:dim]
         (conv,) = parameters(shapes=[shape])
@@ -233,6 +243,42 @@ def test_convolutions_are_matrices(transform: Transform):
                 p.grad = torch.randn(flat.shape, generator=generator, dtype=p.dtype).view(p.shape)
                 optimizer.step()
         torch.testing.assert_close(conv.detach().flatten(1), flat.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_slices_of_a_batched_parameter_step_as_parameters_of_their_own(transform: Transform):
+    """At their places, so that they take turns and draw as these do, in one stack with another and alone."""
+    twins = parameters(shapes=[(4, 6, 9), (4, 6, 9)])
+    slices = [nn.Parameter(part.detach().clone()) for p in twins for part in p]
+    for size in (0, 2**22):
+        whole = Optimizer([(twins, optimizers.batched(transform))], lr=0.05, weight_decay=0.1, stack_bytes=size)
+        apart = Optimizer([(slices, transform)], lr=0.05, weight_decay=0.1)
+        for step in range(5):
+            give_gradients(twins, step)
+            for part, grad in zip(slices, [g for p in twins if p.grad is not None for g in p.grad], strict=True):
+                part.grad = grad.clone()
+            whole.step()
+            apart.step()
+        same([part for p in twins for part in p], slices, rtol=1e-8, atol=1e-9)
+
+
+def test_transposed_is_the_transpose(transform: Transform):
+    (p,) = parameters(shapes=[(6, 9)])
+    q = nn.Parameter(p.detach().mT.contiguous())
+    one = Optimizer([([p], transform)], lr=0.05, weight_decay=0.1)
+    two = Optimizer([([q], optimizers.transposed(transform))], lr=0.05, weight_decay=0.1)
+    for step in range(1, 7):  # the gradient of step 0 is p itself, which leaves weight_norm nothing but rounding
+        give_gradients([p], step)
+        assert p.grad is not None
+        q.grad = p.grad.mT.contiguous()
+        one.step()
+        two.step()
+    same([p], [q.mT], rtol=1e-8, atol=1e-9)
+
+
+def test_nothing_stands_around_batched():
+    p = nn.Parameter(torch.zeros(2, 3, 4))
+    with pytest.raises(ValueError, match="outermost"):
+        Optimizer([([p], chain(optimizers.batched(sgd()), sign()))], lr=0.1)
 
 
 def test_stacked_is_one_by_one(transform: Transform):

@@ -139,6 +139,7 @@ def train(
         say(f"loading {model}")
         network, words_of = _model(model, tokenizer, data, precision, seed, state)
     from .. import models, pretraining
+    from ..core.hidden import hidden_matrices
     from ..core.optimizer import Optimizer
     from ..core.writing import usual_write
     from ..models.causal import check_causal
@@ -160,8 +161,10 @@ def train(
     groups = pretraining.parameter_groups(
         network, transform, other=other, lr=lr, other_lr=other_lr, weight_decay=weight_decay
     )
-    numbers = [sum(p.numel() for _, p in group["params"]) for group in groups]
-    say(f"{numbers[0]:,} numbers in matrices get {optimizer}, {sum(numbers[1:]):,} others {named}")
+    inside, numbers = hidden_matrices(network), [0, 0]
+    for name, p in (pair for group in groups for pair in group["params"]):
+        numbers[name not in inside] += p.numel()
+    say(f"{numbers[0]:,} numbers in matrices get {optimizer}, {numbers[1]:,} others {named}")
     handle = None if conditioner is None else conditioned(network, conditioner, seed=seed)
     with contextlib.nullcontext() if logs is None else tensorboard(logs) as observe:
         try:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .parts import Part
 from .states import State, described, map_state
+from .stored import refuse_batched_inside
 from .transforms import Transform
 
 Group = dict[str, Any]
@@ -41,6 +42,7 @@ def check_group(group: Group) -> None:
         if not param.is_floating_point():
             raise ValueError(f"parameters must be real floating-point numbers, got {param.dtype}.")
     described(group["transform"])
+    refuse_batched_inside(group["transform"])
 
 
 def with_written(state: State, written: State) -> State:

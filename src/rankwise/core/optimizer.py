@@ -22,16 +22,16 @@ from .parts import Part, agreed, part_of
 from .stacked import (
     Stack,
     each_direction,
-    gradients,
     joined,
     owned,
     read_only,
     shape_of,
+    stacked_gradients,
     stacked_values,
     together,
 )
 from .states import State, described, leaves, map_state
-from .transforms import Transform, as_matrices, blank_state, working_type
+from .transforms import Transform, blank_state, working_type
 from .writing import Nearest, Write
 
 
@@ -183,7 +183,7 @@ class Optimizer(torch.optim.Optimizer):
         if not param.numel() or part.layout:
             return None
         stack = self._stacked([part])
-        return part.transform.reduce(gradients([part]), stack.state, stack.seen(self.write))
+        return part.transform.reduce(stacked_gradients([part]), stack.state, stack.seen(self.write))
 
     def _group_of(self, param: Tensor, needs_gradient: bool) -> Group:
         self._stackable()
@@ -342,13 +342,13 @@ class Optimizer(torch.optim.Optimizer):
             reduced = parts[0].reduced(lambda grad: transform.reduce(grad, stack.state, values))
         with compiling(self.compiled):
             if reduced is None:
-                direction = transform.update_unformed(gradients(parts), stack.state, values)
+                direction = transform.update_unformed(stacked_gradients(parts), stack.state, values)
             else:
                 direction = transform.update_reduced(reduced, stack.state, values)
         own, written = [part.own for part in parts], stack.state.get("write", {})
         self.write(own, each_direction(parts, direction), 1 - lr * decay, -lr, written)
         if transform.constrains:
-            now = joined([part.value() for part in parts]).to(direction.dtype)
+            now = joined([part.value() for part in parts], transform).to(direction.dtype)
             bounded = transform.constrain(now, stack.state, lr, decay)
             self.write.put(own, owned(parts, bounded), written)
 
@@ -374,7 +374,7 @@ class Optimizer(torch.optim.Optimizer):
             whole = map_state(stacked_values, *states)
             for i, param in enumerate(params):
                 self.state[param] = map_state(lambda value, i=i: value[i], whole)
-        shape = as_matrices(shape_of(parts[0]).expand(len(params), *parts[0].shape))
+        shape = parts[0].transform.shaped(shape_of(parts[0]).expand(len(params), *parts[0].shape))
         handed = {param: leaves(self.state[param]) for param in params}
         stack = Stack(tuple(parts), read_only(whole), shape, handed)
         self._stacks.update(dict.fromkeys(params, stack))
@@ -383,7 +383,7 @@ class Optimizer(torch.optim.Optimizer):
     def _first(self, part: Part) -> State:
         """Return the state of one parameter before its first step."""
         index = torch.tensor([self._places[part.param][1]])
-        value = joined([part.like()]).to(working_type(part.param.dtype))
+        value = joined([part.like()], part.transform).to(working_type(part.param.dtype))
         state = with_written(part.transform.init(value, index), self.write.init(part.param, index))
         return map_state(lambda leaf: leaf.squeeze(0), state)
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .transforms import Transform, as_matrices, working_type
+from .transforms import Transform, working_type
 
 
 class Part:
@@ -181,7 +181,7 @@ class Local(_Sharded):
 
     def _whole(self) -> Tensor:
         """Return a tensor of the shape that the state of the whole parameter would have."""
-        return as_matrices(torch.empty((1, *self.param.shape), device="meta"))[0]
+        return self.transform.shaped(torch.empty((1, *self.param.shape), device="meta"))[0]
 
 
 class Gathered(_Sharded):
@@ -214,7 +214,7 @@ class Gathered(_Sharded):
         assert mine is not None
         padded = torch.zeros(self.shape, dtype=working_type(mine.dtype), device=mine.device)
         padded.narrow(dim, start, mine.shape[dim]).copy_(mine)
-        low = reduce(as_matrices(padded.unsqueeze(0)))
+        low = reduce(self.transform.shaped(padded.unsqueeze(0)))
         if low is not None:
             dist.all_reduce(low, group=self.param.device_mesh.get_group(axis))
             self.exchanged = low.nbytes
@@ -240,7 +240,7 @@ def part_of(param: Tensor, transform: Transform) -> Part:
     Raises:
         ValueError: if it is sharded in a way that is not supported.
     """
-    acting = transform.acting_on(as_matrices(torch.empty((1, *param.shape), device="meta")))
+    acting = transform.acting_on(transform.shaped(torch.empty((1, *param.shape), device="meta")))
     if not is_sharded(param):
         return Part(param, acting)
     from torch.distributed.tensor import Replicate, Shard

@@ -10,7 +10,7 @@ from torch import Tensor
 from .directions import Direction, Factors, formed
 from .parts import Part
 from .states import State, leaves, map_state
-from .transforms import as_matrices, working_type
+from .transforms import Transform, working_type
 from .writing import Write
 
 
@@ -49,7 +49,7 @@ class Stack:
         """Return the parameters, or only their shape where their values are not read."""
         if not self.parts[0].transform.reads_param:
             return self.shape
-        return joined(write.read([part.value() for part in self.parts]))
+        return joined(write.read([part.value() for part in self.parts]), self.parts[0].transform)
 
 
 def together(members: Sequence[Tensor], states: Mapping[Tensor, State]) -> list[list[Tensor]]:
@@ -62,15 +62,16 @@ def together(members: Sequence[Tensor], states: Mapping[Tensor, State]) -> list[
     return [[param] for param in stepped] if waiting else [stepped]
 
 
-def joined(values: Sequence[Tensor]) -> Tensor:
-    """Stack tensors of one shape; one alone is not copied."""
+def joined(values: Sequence[Tensor], transform: Transform) -> Tensor:
+    """Stack tensors of one shape as a transform sees them; one alone is not copied."""
     stack = values[0].unsqueeze(0) if len(values) == 1 else torch.stack(list(values))
-    return as_matrices(stack.detach())
+    return transform.shaped(stack.detach())
 
 
-def gradients(parts: Sequence[Part]) -> Tensor:
+def stacked_gradients(parts: Sequence[Part]) -> Tensor:
     """Stack the gradients of parameters of one shape, in the type of steps."""
-    return joined([part.gradient() for part in parts]).to(working_type(parts[0].param.dtype))
+    gradients = [part.gradient() for part in parts]
+    return joined(gradients, parts[0].transform).to(working_type(parts[0].param.dtype))
 
 
 def owned(parts: Sequence[Part], seen: Tensor) -> list[Tensor]:

@@ -99,6 +99,10 @@ class Transform(abc.ABC):
                 "or carry=Reset()."
             )
 
+    def shaped(self, param: Tensor) -> Tensor:
+        """Return parameters (k, ...), or their gradients, in the shape in which ``update`` is to see them."""
+        return as_matrices(param)
+
     def acting_on(self, param: Tensor) -> "Transform":
         """Return the transform that acts on parameters (k, ...) of this shape, with the same state."""
         return self
@@ -374,7 +378,7 @@ def state_bytes(transform: Transform, *params: Tensor) -> int:
 
 def blank_state(transform: Transform, param: Tensor) -> State:
     """Return a parameter's first state (1, ...) on the meta device, of the true one's shapes and types."""
-    shape = as_matrices(param.unsqueeze(0)).shape
+    shape = transform.shaped(param.unsqueeze(0)).shape
     like = torch.empty(shape, dtype=working_type(param.dtype), device="meta")
     return transform.init(like, torch.zeros(1, dtype=torch.int64))
 

@@ -1,5 +1,6 @@
 """Optimisers as compositions of transforms, for :class:`rankwise.Optimizer`. Each call returns a transform."""
 
+from ..core.stored import batched, transposed
 from .adafactor import adafactor
 from .adam import adam
 from .adamp import adamp, sgdp
@@ -42,6 +43,7 @@ __all__ = [
     "apollo_mini",
     "aro",
     "auon",
+    "batched",
     "dct_adamw",
     "fira",
     "frugal",
@@ -67,6 +69,7 @@ __all__ = [
     "spectral_hammer",
     "spectral_normalize",
     "stiefel",
+    "transposed",
     "trion",
     "tscnc",
     "weight_norm",

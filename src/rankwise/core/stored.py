@@ -1,0 +1,152 @@
+"""Matrices that a parameter keeps in another form than (out, in): several in one, or transposed."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .directions import Direction, formed
+from .states import State, map_state
+from .transforms import Seen, Transform, as_matrices
+
+
+@dataclass(frozen=True)
+class Batched(Transform):
+    """Step each slice of parameters (e, m, n) as a matrix of its own; see :func:`batched`.
+
+    States are those of e matrices: each tensor has the axes (k, e, ...).
+    """
+
+    inner: Transform
+
+    def shaped(self, param: Tensor) -> Tensor:
+        """Keep the axis of slices: (k, e, m, n)."""
+        return param.flatten(3) if param.ndim > 4 else param
+
+    def acting_on(self, param: Tensor) -> Transform:
+        """What steps each number alone needs no slices; nor does what is no stack."""
+        if param.ndim < 4:
+            return self.inner.acting_on(as_matrices(param))
+        inner = self.inner.acting_on(param.flatten(0, 1))
+        return inner if inner.elementwise else Batched(inner)
+
+    def init(self, param: Tensor, index: Tensor) -> State:
+        """The states of all slices, whose places follow each other."""
+        own = self.acting_on(param)
+        if not isinstance(own, Batched):
+            return own.init(as_matrices(param), index)
+        k, e = param.shape[:2]
+        places = (index[:, None] * e + index.new_tensor(range(e))).flatten()
+        state = own.inner.init(param.flatten(0, 1), places)
+        return {"slices": map_state(lambda leaf: leaf.view(k, e, *leaf.shape[1:]), state)}
+
+    def update(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
+        """(k, e, m, n) -> (k, e, m, n)."""
+        if grad.ndim < 4:
+            return self.inner.update(grad, state, param)
+        return self.inner.update(grad.flatten(0, 1), _slices(state), param.flatten(0, 1)).view(grad.shape)
+
+    def reduce(self, grad: Tensor, state: State, param: Tensor) -> Tensor | None:
+        """The reduced forms of the slices, (k e, ...)."""
+        if grad.ndim < 4:
+            return self.inner.reduce(grad, state, param)
+        return self.inner.reduce(grad.flatten(0, 1), _slices(state), param.flatten(0, 1))
+
+    def update_reduced(self, low: Tensor, state: State, param: Tensor) -> Direction:
+        """(k e, ...) -> (k, e, m, n)."""
+        if param.ndim < 4:
+            return self.inner.update_reduced(low, state, param)
+        seen = self.inner.update_reduced(low, _slices(state), param.flatten(0, 1))
+        return formed(seen).view(param.shape)
+
+    @property
+    def reads_param(self) -> bool:
+        """Whether the inner transform does."""
+        return self.inner.reads_param
+
+    @property
+    def constrains(self) -> bool:
+        """Whether the inner transform does."""
+        return self.inner.constrains
+
+    def constrain(self, param: Tensor, state: State, lr: float, weight_decay: float) -> Tensor:
+        """The inner constraint on each slice."""
+        if param.ndim < 4:
+            return self.inner.constrain(param, state, lr, weight_decay)
+        bounded = self.inner.constrain(param.flatten(0, 1), _slices(state), lr, weight_decay)
+        return bounded.view(param.shape)
+
+
+def _slices(state: State) -> State:
+    """Views (k e, ...) of states (k, e, ...), so that what is written into them stays."""
+    return map_state(lambda leaf: leaf.view(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]), state["slices"])
+
+
+@dataclass(frozen=True)
+class Transposed(Seen):
+    """Show matrices that are stored as (in, out) as (out, in); see :func:`transposed`."""
+
+    def there(self, values: Tensor) -> Tensor:
+        """(k, in, out) -> (k, out, in); vectors stay."""
+        return values.mT if values.ndim > 2 else values
+
+    def back(self, seen: Direction, like: Tensor) -> Direction:
+        """(k, out, in) -> (k, in, out)."""
+        return seen.mT if like.ndim > 2 else seen
+
+    def acting_on(self, param: Tensor) -> Transform:
+        """What steps each number alone needs no order."""
+        inner = self.inner.acting_on(self.there(param))
+        return inner if inner.elementwise else Transposed(inner)
+
+
+def batched(transform: Transform) -> Transform:
+    """Treat parameters (e, m, n) as e matrices, as those of a mixture's experts are, which step side by side.
+
+    Without it such a parameter counts as one matrix (e, m n), as a convolution's does. All other parameters get
+    the transform itself.
+
+    >>> import torch
+    >>> from rankwise.core.transforms import state_bytes
+    >>> from rankwise.optimizers import galore
+    >>> experts, expert = torch.zeros(4, 32, 64), torch.zeros(32, 64)
+    >>> state_bytes(batched(galore(rank=8)), experts) == 4 * state_bytes(galore(rank=8), expert)
+    True
+
+    Args:
+        transform: of each matrix. It stands outermost: no other transform is put around what this returns.
+    """
+    return transform if isinstance(transform, Batched) else Batched(transform)
+
+
+def transposed(transform: Transform) -> Transform:
+    """Treat matrices as stored in the order (in, out), as those of GPT-2 are.
+
+    It matters to transforms that tell rows from columns, such as the length of Muon's steps. With ``batched`` it
+    is for stacks (e, in, out). All that are no matrices get the transform itself.
+
+    >>> from rankwise.optimizers import muon
+    >>> transposed(batched(muon())) == batched(transposed(muon()))
+    True
+
+    Args:
+        transform: of matrices (out, in).
+    """
+    return Batched(Transposed(transform.inner)) if isinstance(transform, Batched) else Transposed(transform)
+
+
+def refuse_batched_inside(transform: Transform) -> None:
+    """Raise ValueError if something stands around ``batched``, which would never see an axis of slices."""
+    if any(isinstance(part, Batched) for part in _inside(transform)):
+        raise ValueError(f"batched(...) stands inside {type(transform).__name__}; put it outermost.")
+
+
+def _inside(value: Any) -> Iterator[Any]:
+    """What stands in the fields of a transform, at any depth."""
+    parts = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    for part in [each for found in parts for each in (found if isinstance(found, tuple) else (found,))]:
+        if dataclasses.is_dataclass(part) and not isinstance(part, type):
+            yield part
+            yield from _inside(part)
