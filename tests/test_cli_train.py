@@ -199,6 +199,8 @@ def test_figures_go_to_tensorboard(text: Path, tmp_path: Path, monkeypatch: pyte
         (["--rank", 4, "--set", "inner=galore"], ["--set inner: must be one of", "adafactor"]),
         (["--rank", 4, "--set", "projector=keep"], ["--set projector: must be one of", "warm-power"]),
         (["--optimizer", "adam", "--set", "betas=0.9"], ["--set betas: must be float,float"]),
+        (["--optimizer", "adam", "--rank", 4], ["--rank: adam has no rank"]),
+        (["--optimizer", "soap", "--set", "every=backoff"], ["--set every: must be int, got 'backoff'"]),
         (["--rank", 4, "--lr", 0], ["--lr must be a positive number"]),
         (["--rank", 4, "--warmup", 1], ["warmup must be >= 0 and < 1"]),
         (["--rank", 4, "--layerwise", "--clip", 1, "--accumulate", 2], ["cannot be clipped; leave clip out"]),

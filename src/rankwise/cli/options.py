@@ -302,7 +302,7 @@ def _has_words(kind: Any) -> bool:
     """Whether values of a type can be written as one word."""
     if get_origin(kind) is tuple:
         return all(each in (bool, int, float) for each in get_args(kind))
-    return kind in NAMED or get_origin(kind) is not Callable
+    return kind in NAMED or kind in PARTS or not (get_origin(kind) is Callable or dataclasses.is_dataclass(kind))
 
 
 def _parts(kind: type) -> dict[str, Callable[[], Any]]:

@@ -119,6 +119,8 @@ def train(
 
     words = [*(settings or []), *([] if rank is None else [f"rank={rank}"])]
     recipe = pick("--optimizer", optimizer, registry(optimizers))
+    if rank is not None and not any(each.name == "rank" for each in settable(recipe)):
+        raise ValueError(f"--rank: {optimizer} has no rank; leave it out, or take a projection such as galore.")
     lacks = any(each.name == "rank" and each.default is Parameter.empty for each in settable(recipe))
     if lacks and not any(word.startswith("rank=") for word in words):
         say(f"{optimizer} gets rank={SHARE}, a share of the shorter side of each matrix; --rank gives another")
