@@ -21,10 +21,15 @@ def check_causal(model: nn.Module, window: int, instead: str) -> Any:
     from transformers import PreTrainedModel
 
     kind = type(model).__name__
-    if not isinstance(model, PreTrainedModel) or not model.can_generate() or model.config.is_encoder_decoder:
+    if not isinstance(model, PreTrainedModel) or not continues_texts(model):
         raise ValueError(f"{kind} is not a causal language model of transformers; {instead}.")
     _check_positions(model, window)
     return model
+
+
+def continues_texts(model: Any) -> bool:
+    """Whether a model of transformers says that it predicts the next tokens of what it is given."""
+    return model.can_generate() and not model.config.is_encoder_decoder
 
 
 def check_tokens(model: nn.Module, batches: Sequence[Batch]) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..core.labels import UNLABELLED, Labels, given, in_place
 from ..core.statistics import Batch
+from .causal import continues_texts
 
 
 def are_ahead(model: nn.Module) -> bool:
@@ -15,8 +16,8 @@ def are_ahead(model: nn.Module) -> bool:
 
     Such is a model, or what is wrapped in it, that transformers can generate with, unless it has an encoder.
     """
-    outermost: Any = _of_transformers(model)
-    return outermost is not None and outermost.can_generate() and not outermost.config.is_encoder_decoder
+    outermost = _of_transformers(model)
+    return outermost is not None and continues_texts(outermost)
 
 
 def placed(loss: Labels, model: nn.Module, batches: Sequence[Batch]) -> Labels:
