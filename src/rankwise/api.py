@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 from . import measures as known_measures
 from .allocators import uniform, water_filling
 from .compression import (
+    bias_costs,
     budget_words,
     check_arguments,
     check_weights,
@@ -23,9 +24,11 @@ from .compression import (
     report_of,
     row_of,
     rows_of,
+    shift_of,
+    with_bias,
 )
 from .core import labels as label_kinds
-from .core.choices import UNITS, Allocator, Choices, Ladder, Unit, cost_of, spend
+from .core.choices import UNITS, Allocator, Ladder, Unit, cost_of, spend
 from .core.data import batches_of
 from .core.extended import extended
 from .core.files import new_folder
@@ -35,7 +38,7 @@ from .core.methods import Compressor, Measure, check_function
 from .core.progress import track
 from .core.report import Report
 from .core.statistics import Batch, Statistic, Statistics
-from .core.surgery import Site, StructuredLinear, Where, replace, select, structured
+from .core.surgery import StructuredLinear, Where, replace, select, structured
 from .core.surgery import fold as fold_layers
 from .core.ties import declare_ties
 from .core.together import together
@@ -192,7 +195,7 @@ def compress(
     choices = {
         name: choices_of(group, method, statistics) for name, group in track(groups.items(), "factorisation")
     }
-    choices = {name: _with_bias(offer, sites[name]) for name, offer in choices.items()}
+    choices = {name: with_bias(offer, sites[name]) for name, offer in choices.items()}
     seconds["factorisation"] = time.perf_counter() - start
     start = time.perf_counter()
     dense = {name: dense_costs(*[site.weight for site in group.sites]) for name, group in groups.items()}
@@ -227,7 +230,8 @@ def compress(
             continue
         matrix = refitted[name] if name in refitted else choices[name].build(indices[name])
         parts = group.method(method).apart(matrix)
-        biases, shifts[name] = _bias_costs(choices[name], sites[name]), _shift(sites[name], matrix, choices[name])
+        biases = bias_costs(choices[name], sites[name])
+        shifts[name] = shift_of(sites[name], matrix, choices[name])
         after[name] = {unit: cost + biases[unit] for unit, cost in matrix_costs(*parts).items()}
         matrices |= {site.name: part for site, part in zip(group.sites, parts, strict=True)}
         predicted = float(ladders[name].errors[picks[name]])
@@ -381,22 +385,3 @@ def sampled(model: nn.Module, data: str, tokens: int, window: int, seed: int) ->
     if data != "self":
         raise ValueError(f"data must be 'self', token ids or batches, got {data!r}; tokenize a text first.")
     return sample(model, tokens=tokens, window=window, seed=seed)
-
-
-def _bias_costs(choices: Choices, site: Site) -> dict[Unit, int]:
-    """What the biases cost that a layer gets where it had none."""
-    count = 0 if choices.mean is None else site.unbiased * site.weight.shape[0]
-    return {"params": count, "bytes": count * site.weight.element_size(), "macs": 0}
-
-
-def _with_bias(choices: Choices, site: Site) -> Choices:
-    """Add to the costs of choices those of the biases that come with them."""
-    extra = _bias_costs(choices, site)
-    return dataclasses.replace(choices, costs={unit: cost + extra[unit] for unit, cost in choices.costs.items()})
-
-
-def _shift(site: Site, matrix: StructuredMatrix | None, choices: Choices) -> Tensor | None:
-    """How far the bias of a layer moves (m,), so that the mean of its outputs stays."""
-    if matrix is None or choices.mean is None:
-        return None
-    return (site.weight.double() - matrix.dense().detach().double()) @ choices.mean

@@ -97,6 +97,25 @@ def matrix_costs(*matrices: StructuredMatrix) -> dict[Unit, int]:
     }
 
 
+def bias_costs(choices: Choices, site: Site) -> dict[Unit, int]:
+    """What the biases cost that a layer gets where it had none."""
+    count = 0 if choices.mean is None else site.unbiased * site.weight.shape[0]
+    return {"params": count, "bytes": count * site.weight.element_size(), "macs": 0}
+
+
+def with_bias(choices: Choices, site: Site) -> Choices:
+    """Add to the costs of choices those of the biases that come with them."""
+    extra = bias_costs(choices, site)
+    return dataclasses.replace(choices, costs={unit: cost + extra[unit] for unit, cost in choices.costs.items()})
+
+
+def shift_of(site: Site, matrix: StructuredMatrix | None, choices: Choices) -> Tensor | None:
+    """How far the bias of a layer moves (m,), so that the mean of its outputs stays."""
+    if matrix is None or choices.mean is None:
+        return None
+    return (site.weight.double() - matrix.dense().detach().double()) @ choices.mean
+
+
 def rows_of(
     group: Together,
     whole: StructuredMatrix,
