@@ -41,6 +41,14 @@ def test_it_is_the_matrix(sizes: tuple[int, int, int, int], tokens: bool, chunk:
     torch.testing.assert_close(u.products(matrix), one @ matrix.flatten())
 
 
+@pytest.mark.parametrize("chunk", [1, 1 << 24])
+@pytest.mark.parametrize("tokens", [False, True])
+def test_lengths_of_large_matrices_with_few_positions(tokens: bool, chunk: int, monkeypatch):
+    monkeypatch.setattr("rankwise.linalg.khatri_rao.CHUNK", chunk)
+    u = samples(5, 3, tokens, m=16, n=20)
+    torch.testing.assert_close(u.squared_norms(), written_out(u).square().sum(1))
+
+
 @pytest.mark.parametrize("tokens", [False, True])
 def test_ways_of_sharing_are_one_where_there_is_one_position(tokens: bool):
     u = samples(5, 1, tokens)

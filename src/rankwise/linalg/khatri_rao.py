@@ -59,8 +59,15 @@ class KhatriRao:
         if self.gradients.shape[1] == 1:
             size = 1.0 if self.one_hot else self.inputs.square().sum((1, 2))
             return self.gradients.square().sum((1, 2)) * size
-        positions = self.gradients @ self.gradients.mT  # (R, T, T)
-        return (positions * self._alike()).sum((1, 2))
+        (m, n), t = self.shape, self.gradients.shape[1]
+        written_out = m * n < t * (m + n)
+        step = max(1, CHUNK // max(1, m * n if written_out else t * t))
+        parts = (
+            KhatriRao(x, g, n) for x, g in zip(self.inputs.split(step), self.gradients.split(step), strict=True)
+        )
+        if written_out:
+            return torch.cat([part.matrices().square().sum((1, 2)) for part in parts])
+        return torch.cat([(part._alike() * (part.gradients @ part.gradients.mT)).sum((1, 2)) for part in parts])
 
     def _alike(self) -> Tensor:
         """Inner products of the inputs of each sample, (R, T, T)."""
