@@ -14,6 +14,7 @@ from contracts.examples import draw
 from safetensors.torch import load_file, save_file
 from tiny import gpt2, ids, llama
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner
 
 import rankwise
@@ -313,6 +314,55 @@ def test_too_little_memory_is_refused(memory: str, tmp_path: Path):
         rankwise.export(
             written(tmp_path, model), Merged(base=str(tmp_path / "base"), memory=memory), tmp_path / "o"
         )
+
+
+def test_too_little_memory_for_what_has_no_adapter_is_refused(tmp_path: Path):
+    model = seeded(lambda: llama(vocab_size=3000))
+    model.save_pretrained(tmp_path / "base")
+    rankwise.adapt(model, LoraAdapter(rank=2), where=lambda name, _: name.endswith("k_proj"))
+    adapter, base = written(tmp_path, model), str(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"embed_tokens.weight takes \d+ bytes of memory at least"):
+        rankwise.export(adapter, Merged(base=base, memory="100KB"), tmp_path / "out")
+    rankwise.export(adapter, Merged(base=base, memory="400KB"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("to", [Merged, Delta, Lora])
+def test_what_peft_trained_apart_from_what_it_is_tied_to_is_refused(to, tmp_path: Path):
+    model = seeded(llama)
+    model.save_pretrained(tmp_path / "base")
+    rankwise.adapt(model, LoraAdapter(rank=2), also=lambda name: "embed" in name)
+    adapter = written(tmp_path, moved(model), "peft")
+    file, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+    save_file({name: value for name, value in load_file(file).items() if "lm_head" not in name}, file)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"ensure_weight_tying": False}))
+    with pytest.raises(ValueError, match=r"lm_head.weight is tied to a parameter that was trained without it"):
+        rankwise.export(adapter, to(base=str(tmp_path / "base")), tmp_path / "out")
+
+
+def test_what_is_tied_is_replaced_wherever_the_files_hold_it(tmp_path: Path):
+    model = seeded(llama)
+    model.save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file, {"format": "pt"})
+    rankwise.adapt(model, LoraAdapter(rank=2), also=lambda name: "embed" in name)
+    adapter = written(tmp_path, moved(model))
+    rankwise.export(adapter, Merged(base=str(tmp_path / "base")), tmp_path / "out")
+    merged = rankwise.load(tmp_path / "out")[0]
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    torch.testing.assert_close(logits(merged), logits(model))
+
+
+def test_a_model_with_an_encoder_is_merged(tmp_path: Path):
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "vocab_size": 64}
+    model = seeded(lambda: T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)))
+    model.save_pretrained(tmp_path / "base")
+    rankwise.adapt(model, LoraAdapter(rank=2))
+    rankwise.export(written(tmp_path, moved(model)), Merged(base=str(tmp_path / "base")), tmp_path / "out")
+    batch = {"input_ids": ids(), "decoder_input_ids": ids()}
+    with torch.no_grad():
+        merged = T5ForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+        torch.testing.assert_close(merged(**batch).logits, model(**batch).logits)
 
 
 MEASURE = """

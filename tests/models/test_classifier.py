@@ -111,6 +111,48 @@ def test_loaded_and_folded_it_is_one_too(case: tuple[Path, Any, Tensor]):
     torch.testing.assert_close(opened(folder / "out"), logits, rtol=1e-4, atol=1e-5)
 
 
+def test_one_output_alone_has_no_classes(tmp_path: Path):
+    """As that of a reward model."""
+    config = language_model().config
+    config.num_labels, config.pad_token_id = 1, 1
+    model, again = (LlamaForSequenceClassification(config).eval() for _ in range(2))
+    again.load_state_dict(model.state_dict())
+    rankwise.adapt(model, Lora(rank=2), also=lambda name: is_head(model, name))
+    with torch.no_grad():
+        for i, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+            parameter.add_(0.1 * draw(*parameter.shape, seed=i).float())
+        logits = model(torch.arange(24).view(2, 12)).logits
+    rankwise.save(model, tmp_path / "adapter", format="rankwise")
+    assert read_labels(tmp_path / "adapter") == ()
+    (tmp_path / "adapter" / "labels.json").write_text('["LABEL_0"]')  # as written before
+    rankwise.load_adapter(again, tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.equal(again(torch.arange(24).view(2, 12)).logits, logits)
+
+
+@pytest.mark.parametrize("to", [rankwise.exporters.Merged, rankwise.exporters.Absorbed])
+def test_classes_have_the_names_of_the_adapter(to: Any, tmp_path: Path):
+    """Though the base has them in another order."""
+    config = language_model().config
+    config.num_labels, config.pad_token_id = 2, 1
+    config.id2label, config.label2id = {0: "a", 1: "b"}, {"a": 0, "b": 1}
+    rankwise.save(LlamaForSequenceClassification(config), tmp_path / "base", worded())
+    model, _ = load_classifier(tmp_path / "base", ("a", "b"))
+    model.config.id2label, model.config.label2id = {0: "b", 1: "a"}, {"b": 0, "a": 1}
+    method = Lora(rank=2) if to is rankwise.exporters.Merged else FactorLora(rank=2)
+    if to is rankwise.exporters.Absorbed:
+        rankwise.compress(model, PlainSvd(), keep=0.7, where=lambda name, _: not is_head(model, name))
+        rankwise.save(model, tmp_path / "small", worded())
+        base = tmp_path / "small"
+    else:
+        base = tmp_path / "base"
+    rankwise.adapt(model, method, also=lambda name: is_head(model, name))
+    rankwise.save(model, tmp_path / "adapter", format="rankwise")
+    rankwise.export(tmp_path / "adapter", to(base=str(base)), tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert found["id2label"] == {"0": "b", "1": "a"}
+
+
 def test_as_a_lora_it_has_head_and_labels(case: tuple[Path, Any, Tensor]):
     folder, _, logits = case
     rankwise.export(folder / "adapter", rankwise.exporters.Lora(base=str(folder / "base")), folder / "out")
@@ -134,7 +176,7 @@ def test_what_it_is_not_put_on_is_named(case: tuple[Path, Any, Tensor]):
     rankwise.load_adapter(unnamed, folder / "adapter")
     assert unnamed.config.id2label == dict(enumerate(LABELS))
     (folder / "adapter" / "labels.json").write_text(json.dumps({"bad": 0}))
-    with pytest.raises(ValueError, match=r"labels\.json is damaged: it must hold a list of two or more words"):
+    with pytest.raises(ValueError, match=r"labels\.json is damaged: it must hold a list of different words"):
         rankwise.load_adapter(two, folder / "adapter")
 
 

@@ -12,6 +12,7 @@ from tiny import llama
 from torch import Tensor, nn
 
 import rankwise
+from rankwise.matrices import Dense
 from rankwise.models.quantizer import describe
 from rankwise.serving import fused, vllm_plugin
 
@@ -86,6 +87,10 @@ def test_damaged_layers_are_refused():
         fused.specs_by_name([{"names": ["a", "b"], "spec": {}}])
     with pytest.raises(ValueError, match="b, a share a matrix or part"):
         fused.specs_by_name([{"names": ["b"], "spec": {}, "shared": {"members.1": ["a", "members.1"]}}])
+    with pytest.raises(ValueError, match="a got a bias from compression"):
+        fused.specs_by_name([{"names": ["a"], "biased": ["a"], "spec": {}}])
+    with pytest.raises(ValueError, match="holds 1 matrix for 3 outputs"):
+        fused.split([Dense(torch.zeros(16, 8))], [8, 4, 4], 8, 0, 1)
 
 
 class LinearBase(nn.Module):

@@ -29,12 +29,12 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def values_digest(tensors: Mapping[str, Tensor], rows: int = 1024) -> str:
+def values_digest(tensors: Mapping[str, Tensor], numbers: int = 2**18) -> str:
     """Return a hash of the names, shapes and values of tensors, the same in all types no wider than float32.
 
     Args:
         tensors: by name; floating-point numbers count by their values, others by their bytes.
-        rows: how many are converted at a time.
+        numbers: how many are converted at a time, but for a row that is longer; the hash does not depend on it.
 
     >>> import torch
     >>> values_digest({"a": torch.eye(2)}) == values_digest({"a": torch.eye(2, dtype=torch.bfloat16)})
@@ -44,6 +44,7 @@ def values_digest(tensors: Mapping[str, Tensor], rows: int = 1024) -> str:
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         wide = torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
-        for part in tensor.detach().reshape(tensor.shape or (1,)).split(rows):
+        each = max(1, numbers // max(1, tensor[:1].numel() if tensor.ndim else 1))
+        for part in tensor.detach().reshape(tensor.shape or (1,)).split(each):
             digest.update(part.to("cpu", wide).contiguous().numpy().data)
     return digest.hexdigest()

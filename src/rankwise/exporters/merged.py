@@ -71,7 +71,8 @@ def _compare(weights: AdaptedWeights, out: Path) -> None:
     ids = torch.randint(weights.config["vocab_size"], (2, 16), generator=Generator().manual_seed(0))
     kinds = [weights.empty(name).dtype for name in weights.names]
     limit = max(torch.finfo(kind).eps for kind in kinds) ** 0.5
-    for one, other in zip(outputs_of(merged, ids, {}), outputs_of(adapted, ids, {}), strict=True):
+    batch = {"input_ids": ids, **({"decoder_input_ids": ids} if adapted.config.is_encoder_decoder else {})}
+    for one, other in zip(outputs_of(merged, batch, {}), outputs_of(adapted, batch, {}), strict=True):
         if not float((one - other).norm()) <= limit * float(other.norm()):
             error = float((one - other).norm() / other.norm())
             raise ValueError(

@@ -11,7 +11,7 @@ from ..core.surgery import Site, StructuredLinear
 from ..core.views import SliceView
 from ..matrices import Dense, StructuredMatrix
 from .adapter_folder import AdapterFolder, head_of, sites_of
-from .classifier import NO_HEAD, load_classifier, new_head
+from .classifier import NO_HEAD, load_classifier, new_head, put_labels
 from .classifier_weights import ClassifierWeights
 from .folded import Folded, file_names
 from .lines import lines_of, lines_of_change, takes_any_type
@@ -68,7 +68,8 @@ class AdaptedWeights:
         own = {name: name for name in layers}
         shared = {other: own.get(other, name) for name in layers for other in self._sites[name].names}
         self.names = self._in_files({f"{other}.weight": name for other, name in shared.items()})
-        self.whole = self._in_files(adapter.whole)
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        self.whole = self._in_files(adapter.replaced(parameters))
 
     def load(self, dtype: torch.dtype) -> Any:
         """Return the adapted model in memory."""
@@ -93,6 +94,10 @@ class AdaptedWeights:
         if name in self.names:
             yield from self._made(name, lines_of, self.empty(name).dtype)
         else:
+            if self.memory is not None and _bytes(self.empty(name)) > self.memory:
+                raise ValueError(
+                    f"{name} takes {_bytes(self.empty(name))} bytes of memory at least; give more, or no limit."
+                )
             yield self._replaced(name) if name in self.whole else self._base[name]
 
     def empty(self, name: str) -> Tensor:
@@ -196,7 +201,7 @@ class AdaptedWeights:
         if self.memory is None:
             return step
         beside, empty = takes_any_type(matrix), self.empty(name)
-        free = self.memory - empty.numel() * empty.element_size() - (0 if beside else 4 * m * n)
+        free = self.memory - _bytes(empty) - (0 if beside else 4 * m * n)
         each = 4 * 4 * (length if beside else m + n)  # of the base, of the change, their sum, and that rounded
         if free < each:
             needed = self.memory - free + each
@@ -228,6 +233,7 @@ def adapted_model(base: str | Path, adapter: AdapterFolder, dtype: torch.dtype |
     """
     labels = adapter.labels
     model, tokenizer = load_classifier(base, labels, dtype=dtype) if labels else load(base, dtype=dtype)
+    put_labels(model, labels)
     adaptation = adapter.adaptation(model)
     adaptation.check(adapter.title)
     replaced = {id(parameter) for parameter, _ in adaptation.whole}
@@ -244,6 +250,10 @@ def open_weights(base: str | Path, adapter: AdapterFolder, memory: int | None) -
     return AdaptedWeights(
         ClassifierWeights(folded, adapter.labels) if adapter.labels else folded, adapter, memory
     )
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _without_values(config: Mapping[str, Any]) -> Any:

@@ -144,22 +144,38 @@ class AdapterFolder(abc.ABC):
         rates = {name: rate for name, rate in found.items() if rate is not None}
         return Adaptation(matrices, modules, whole, missing, self.unexpected, self.others, rates)
 
+    def replaced(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
+        """Return ``whole``, with all other names of the parameters that are replaced, as those of tied ones.
+
+        Args:
+            parameters: of a model, by all names.
+
+        Raises:
+            ValueError: if parameters that are tied in the model are not so in the file.
+        """
+        found, keys = dict(self.whole), {}
+        for name, key in self.whole.items():
+            if name in parameters and key in self.tensors:
+                first = keys.setdefault(id(parameters[name]), key)
+                if not torch.equal(self.tensors[first], self.tensors[key]):
+                    raise ValueError(
+                        f"{key} is tied to another parameter in this model, but not in the file; {_UNTIE}."
+                    )
+        for name, own in parameters.items():
+            if id(own) in keys and name not in found:
+                if self.unties:
+                    raise ValueError(f"{name} is tied to a parameter that was trained without it; {_UNTIE}.")
+                found[name] = keys[id(own)]
+        return found
+
     def _parameters(self, model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
         """Return the parameters that are replaced, with their values; what repeats a value counts as read."""
         found: dict[int, tuple[nn.Parameter, Tensor]] = {}
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        for name, key in self.whole.items():
+        for name, key in self.replaced(parameters).items():
             if name in parameters and (value := self.take(key)) is not None:
-                own = parameters[name]
-                check_shape(key, value, own.shape)
-                if not torch.equal(found.setdefault(id(own), (own, value))[1], value):
-                    raise ValueError(
-                        f"{key} is tied to another parameter in this model, but not in the file; {_UNTIE}."
-                    )
-        if self.unties:
-            for name, own in parameters.items():
-                if id(own) in found and name not in self.whole:
-                    raise ValueError(f"{name} is tied to a parameter that was trained without it; {_UNTIE}.")
+                check_shape(key, value, parameters[name].shape)
+                found.setdefault(id(parameters[name]), (parameters[name], value))
         for key in self.unexpected:
             own = parameters.get(self.named(key))
             if own is not None and torch.equal(

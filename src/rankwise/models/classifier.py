@@ -102,7 +102,7 @@ def classifier_config(folder: Path, labels: Sequence[str]) -> tuple[Any, Any]:
     config: Any = AutoConfig.from_pretrained(folder)
     known = dict(getattr(config, "label2id", None) or {})
     if not set(labels) <= set(known):
-        _name(config, labels)
+        name_classes(config, labels)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if config.get_text_config().pad_token_id is None:
         config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -113,7 +113,7 @@ def classifier_config(folder: Path, labels: Sequence[str]) -> tuple[Any, Any]:
 def write_labels(model: nn.Module, folder: Path) -> None:
     """Write the names of a classifier's classes beside its adapter, if a model is one of transformers."""
     labels = _labels_of(model)
-    if labels:
+    if len(labels) > 1:
         write_text(folder / LABELS, dumps(labels) + "\n")
 
 
@@ -127,7 +127,7 @@ def read_labels(folder: str | Path) -> tuple[str, ...]:
         folder: of an adapter.
 
     Returns:
-        none if it is no classifier's.
+        none if it is no classifier's, or of one output alone, which has no classes.
 
     Raises:
         ValueError: if the file is damaged.
@@ -140,9 +140,9 @@ def read_labels(folder: str | Path) -> tuple[str, ...]:
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}); get it again.") from error
     words = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
-    if not words or len(set(labels)) != len(labels) or len(labels) < 2:
-        raise ValueError(f"{file} is damaged: it must hold a list of two or more words.")
-    return tuple(labels)
+    if not words or len(set(labels)) != len(labels) or not labels:
+        raise ValueError(f"{file} is damaged: it must hold a list of different words.")
+    return tuple(labels) if len(labels) > 1 else ()
 
 
 def check_labels(model: nn.Module, labels: Sequence[str], source: str) -> None:
@@ -158,10 +158,11 @@ def check_labels(model: nn.Module, labels: Sequence[str], source: str) -> None:
 def put_labels(model: nn.Module, labels: Sequence[str]) -> None:
     """Name the classes of a model, if it is a classifier of so many."""
     if labels and len(_labels_of(model)) == len(labels):
-        _name(model.config, labels)
+        name_classes(model.config, labels)
 
 
-def _name(config: Any, labels: Sequence[str]) -> None:
+def name_classes(config: Any, labels: Sequence[str]) -> None:
+    """Say in a config what the outputs of a classifier are called."""
     config.label2id = {label: i for i, label in enumerate(labels)}
     config.id2label = {i: label for label, i in config.label2id.items()}
 

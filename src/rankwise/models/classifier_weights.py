@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.surgery import StructuredLinear
 from ..matrices import StructuredMatrix
-from .classifier import NO_HEAD, classifier_config, is_head
+from .classifier import NO_HEAD, classifier_config, is_head, name_classes
 from .folded import Folded, file_names
 from .quiet import quiet
 
@@ -38,6 +38,8 @@ class ClassifierWeights(Mapping[str, Tensor]):
 
         self.folder, self._base = base.folder, base
         config, self.tokenizer = classifier_config(base.folder, labels)
+        if config.num_labels == len(labels):
+            name_classes(config, labels)  # in the order of the outputs, which may not be that of the base
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         try:

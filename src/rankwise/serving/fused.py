@@ -19,7 +19,8 @@ def specs_by_name(groups: Any) -> dict[str, Spec]:
     """Return the spec of each layer from what ``quantization_config`` lists under ``matrices``.
 
     Raises:
-        ValueError: if layers share a matrix or a part of one, which the file holds under one name only.
+        ValueError: if layers share a matrix or a part of one, which the file holds under one name only, or one
+            got a bias, for which servers have no place.
     """
     found = {}
     for group in groups:
@@ -27,6 +28,11 @@ def specs_by_name(groups: Any) -> dict[str, Spec]:
         if len(sharing) > 1:
             raise ValueError(
                 f"{', '.join(sharing)} share a matrix or part of one; serve `rankwise export --to dense` instead."
+            )
+        if group.get("biased"):
+            raise ValueError(
+                f"{group['names'][0]} got a bias from compression, which would be left out in serving; compress "
+                "by a method that shifts no means, such as WhitenedSvd in place of Lord."
             )
         found[group["names"][0]] = group["spec"]
     return found
@@ -97,7 +103,15 @@ def split(
         inputs: how many columns it holds: n, or fewer in a layer whose inputs are split.
         rank: of the device.
         world: how many there are.
+
+    Raises:
+        ValueError: if the file has one matrix for what the server counts as several, or sides cannot be split so.
     """
+    if len(matrices) != len(outputs):
+        raise ValueError(
+            f"the file holds {len(matrices)} matrix for {len(outputs)} outputs, fused as the server fuses them; "
+            "serve `rankwise export --to dense` instead."
+        )
     parts = []
     for matrix, count in zip(matrices, outputs, strict=True):
         (m, n), part = matrix.shape, matrix
