@@ -83,6 +83,15 @@ def test_structured_matrices_and_stacked_experts_are_hidden():
         )
         assert {path for path, _ in group["params"]} == stacked
         assert group["transform"] == transform
+        still = {
+            path
+            for each in parameter_groups(mixture, muon(), weight_decay=0.1)
+            for path, _ in each["params"]
+            if each["weight_decay"] == 0
+        }
+        assert still >= {path for path, p in mixture.named_parameters() if "bias" in path}
+    with pytest.raises(ValueError, match="how matrices are kept is found out here"):
+        parameter_groups(mixture, batched(muon()))
 
 
 def test_what_is_stored_as_in_by_out_steps_so():

@@ -20,6 +20,7 @@ from .core.modes import recomputing
 from .core.optimizer import Optimizer
 from .core.report import Report
 from .core.states import leaves
+from .core.stored import Batched
 from .core.transforms import Transform, state_bytes
 from .core.writing import usual_write
 from .models.causal import check_causal
@@ -42,6 +43,7 @@ CANDIDATES: Mapping[str, Transform] = {
 
 SAMPLE, STEPS = (192, 192), 2  # what a step holds is counted on these; square ones have the largest factors
 STACK = 2**26  # bytes of gradients that are stepped together on a GPU
+WHOLE = 8  # bytes a number that a step of slices holds beside: gradient and direction of all slices
 MOST = 64  # sequences at a time
 GIB = 2**30
 
@@ -173,14 +175,14 @@ class _Counts:
     Args:
         state: bytes between steps.
         gradients: their bytes.
-        groups: for each group whether it is of hidden matrices, the numbers of the largest parameter, and of what
-            is stepped together.
+        groups: for each group whether it is of hidden matrices, whether these are slices of parameters, the
+            numbers of the largest parameter, and of what is stepped together.
         side: the shorter side of the largest hidden matrix.
     """
 
     state: int
     gradients: int
-    groups: list[tuple[bool, int, int]]
+    groups: list[tuple[bool, bool, int, int]]
     side: int
 
     @classmethod
@@ -195,7 +197,7 @@ class _Counts:
             state += state_bytes(kind, *params) + len(params) * sum(leaf.nbytes for leaf in leaves(rounding))
             largest = max(params, key=lambda p: p.numel())
             together = min(sum(p.numel() for p in params), STACK // largest.element_size())
-            sizes.append((inside, largest.numel(), max(largest.numel(), together)))
+            sizes.append((inside, isinstance(kind, Batched), largest.numel(), max(largest.numel(), together)))
             if inside:
                 matrix = kind.shaped(largest[None]).shape[-2:]
                 sides[math.prod(matrix)] = min(matrix)
@@ -254,7 +256,10 @@ class _Need:
     def of(cls, name: str, counts: _Counts, held: tuple[float, float]) -> "_Need":
         """Put it together; ``held`` is what a step holds for a number of hidden matrices, and of the others."""
         of_hidden, of_others = held
-        sizes = [(of_hidden if inside else of_others, *numbers) for inside, *numbers in counts.groups]
+        sizes = [
+            ((of_hidden if inside else of_others) + WHOLE * slices, *numbers)
+            for inside, slices, *numbers in counts.groups
+        ]
         single = max(int(size * largest) for size, largest, _ in sizes)
         whole = max(int(size * together) for size, _, together in sizes)
         return cls(name, counts.state, whole + counts.gradients, single)

@@ -14,7 +14,7 @@ from .core.adapted import refuse_adapted
 from .core.conditioning import Conditioning
 from .core.data import batches_of, digest_of_batches, parted
 from .core.fingerprint import fingerprint
-from .core.hidden import Form, hidden_matrices
+from .core.hidden import Form, biases_of_stacks, hidden_matrices
 from .core.labels import Labels, given
 from .core.memory import layerwise_gradient_bytes
 from .core.modes import recomputing
@@ -28,7 +28,7 @@ from .core.report import Report
 from .core.running import Observe
 from .core.statistics import Batch
 from .core.stepping import Layerwise
-from .core.stored import batched, transposed
+from .core.stored import Batched, Transposed, batched, transposed
 from .core.supervision import train_supervised
 from .core.transforms import Transform
 from .models.causal import check_tokens
@@ -67,7 +67,7 @@ def parameter_groups(
         then other matrices, then vectors.
 
     Raises:
-        ValueError: if there is no hidden matrix.
+        ValueError: if there is no hidden matrix, or the transform says already how matrices are kept.
 
     >>> from rankwise.optimizers import muon
     >>> net = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.LayerNorm(4))
@@ -75,11 +75,14 @@ def parameter_groups(
     >>> [[name for name, _ in group["params"]] for group in groups]
     [['1.weight'], ['0.weight'], ['1.bias', '2.weight', '2.bias']]
     """
+    if isinstance(transform, Batched | Transposed):
+        raise ValueError("how matrices are kept is found out here; give the transform inside batched(...) alone.")
     forms = hidden_matrices(model)
     every = {name: p for name, p in model.named_parameters() if p.requires_grad}
     rest = {name: p for name, p in every.items() if name not in forms}
-    tables = {name: p for name, p in rest.items() if p.ndim >= 2}
-    vectors = {name: p for name, p in rest.items() if p.ndim < 2}
+    biases = biases_of_stacks(model)
+    tables = {name: p for name, p in rest.items() if p.ndim >= 2 and name not in biases}
+    vectors = {name: p for name, p in rest.items() if p.ndim < 2 or name in biases}
     rates = [lr, lr if other_lr is None else other_lr]
     first, second = ({} if rate is None else {"lr": rate} for rate in rates)
     kept = [

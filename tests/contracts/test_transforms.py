@@ -245,20 +245,86 @@ def test_convolutions_are_matrices(transform: Transform):
         torch.testing.assert_close(conv.detach().flatten(1), flat.detach(), rtol=1e-12, atol=1e-12)
 
 
-def test_slices_of_a_batched_parameter_step_as_parameters_of_their_own(transform: Transform):
-    """At their places, so that they take turns and draw as these do, in one stack with another and alone."""
-    twins = parameters(shapes=[(4, 6, 9), (4, 6, 9)])
-    slices = [nn.Parameter(part.detach().clone()) for p in twins for part in p]
+def test_states_are_loaded_without_their_empty_parts():
+    """Which torch's flattened states of distributed checkpoints leave out."""
+
+    def pruned(state: Any) -> Any:
+        if not isinstance(state, dict):
+            return state
+        return {key: pruned(value) for key, value in state.items() if value != {}}
+
+    one, two = parameters(shapes=[(3, 6, 9)]), parameters(shapes=[(3, 6, 9)])
+    first, second = (Optimizer([(p, optimizers.batched(muon()))], lr=0.1) for p in (one, two))
+    for optimizer in (first, second):
+        trained(optimizer, range(3))
+    saved = second.state_dict()
+    again = Optimizer([(two, optimizers.batched(muon()))], lr=0.1)
+    again.load_state_dict({**saved, "state": pruned(saved["state"])})
+    for optimizer in (first, again):
+        trained(optimizer, range(3, 5))
+    same(one, two)
+
+
+@pytest.mark.parametrize("block", [1, 2**24])
+def test_slices_of_a_batched_parameter_step_as_parameters_of_their_own(
+    transform: Transform, block: int, monkeypatch: pytest.MonkeyPatch
+):
+    """At the place of the parameter; in one stack with another and alone, all together and one by one."""
+    monkeypatch.setattr("rankwise.core.stored.BLOCK", block)
+    twins = parameters(shapes=[(3, 6, 9), (3, 6, 9)])
+    apart = [[nn.Parameter(p[i].detach().clone()) for p in twins] for i in range(3)]
     for size in (0, 2**22):
         whole = Optimizer([(twins, optimizers.batched(transform))], lr=0.05, weight_decay=0.1, stack_bytes=size)
-        apart = Optimizer([(slices, transform)], lr=0.05, weight_decay=0.1)
-        for step in range(5):
+        others = [Optimizer([(slices, transform)], lr=0.05, weight_decay=0.1) for slices in apart]
+        for step in range(1, 6):
             give_gradients(twins, step)
-            for part, grad in zip(slices, [g for p in twins if p.grad is not None for g in p.grad], strict=True):
-                part.grad = grad.clone()
-            whole.step()
-            apart.step()
-        same([part for p in twins for part in p], slices, rtol=1e-8, atol=1e-9)
+            for i, slices in enumerate(apart):
+                for p, part in zip(twins, slices, strict=True):
+                    assert p.grad is not None
+                    part.grad = p.grad[i].clone()
+            for optimizer in (whole, *others):
+                optimizer.step()
+        for i, slices in enumerate(apart):
+            same([p[i] for p in twins], slices, rtol=1e-8, atol=1e-9)
+
+
+def test_stacks_of_slices_in_any_order_in_memory_are_stepped():
+    shapes = [nn.Parameter(draw(6, 3, 9, seed=i).transpose(0, 1)) for i in range(2)]
+    plain = [nn.Parameter(p.detach().contiguous()) for p in shapes]
+    for params in (shapes, plain):
+        optimizer = Optimizer([(params, optimizers.batched(optimizers.weight_norm()))], lr=0.1)
+        for step in range(3):
+            give_gradients(params, step)
+            optimizer.step()
+    same(shapes, plain, rtol=1e-9, atol=1e-9)
+
+
+def test_a_slice_without_a_gradient_waits_for_its_first():
+    """As an expert that no token reached: its basis is that of its first gradient that is not zero."""
+    p, q = nn.Parameter(torch.zeros(2, 6, 9).double()), nn.Parameter(torch.zeros(6, 9).double())
+    transform = galore(rank=2, every=100, projector=Svd())
+    one, two = Optimizer([([p], optimizers.batched(transform))], lr=0.1), Optimizer([([q], transform)], lr=0.1)
+    for step in range(4):
+        p.grad = torch.stack([draw(6, 9, seed=step), draw(6, 9, seed=9 + step) * (step > 1)])
+        one.step()
+        if step > 1:
+            q.grad = p.grad[1].clone()
+            two.step()
+    slices, alone = (leaves(state["subspace"]["basis"]) for state in (one.state[p]["slices"], two.state[q]))
+    for several, single in zip(slices, alone, strict=True):
+        torch.testing.assert_close(several[1], single)
+
+
+def test_slices_of_a_parameter_are_reduced_together():
+    """In all steps but those of a refresh, however many they are."""
+    p = nn.Parameter(torch.zeros(16, 6, 9))
+    optimizer = Optimizer([([p], optimizers.batched(galore(rank=2, every=5)))], lr=0.1)
+    reduced = []
+    for step in range(11):
+        p.grad = draw(16, 6, 9, seed=step).float()
+        reduced.append(optimizer.reduce_one(p) is not None)
+        optimizer.step()
+    assert sum(reduced) == 8
 
 
 def test_transposed_is_the_transpose(transform: Transform):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from contracts.test_transforms import SETTINGS, SHAPES, parameters, through_a_file
+from mixtures import MIXTURES
 from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import state_dict as state
@@ -17,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from rankwise import Layerwise, Optimizer, Replicated, StochasticRounding
+from rankwise.core.hidden import hidden_matrices
 from rankwise.core.states import leaves
 from rankwise.core.transforms import Transform, chain
 from rankwise.optimizers import adam, dct_adamw, frugal, galore, hard_cap, muon, oblique, sign, stiefel
@@ -40,7 +42,7 @@ SAVED = ("adam", "dct_adamw", "galore", "muon")
 def quick() -> Mapping[str, Callable[[], None]]:
     one = {f"sharded {name}": functools.partial(as_one, each) for name, each in QUICK.items()}
     models = {f"model {name}": functools.partial(model, each) for name, each in QUICK.items() if name != "chain"}
-    others = [bytes_are_few, columns, not_finite, refused, resumed, states_are_shared_out]
+    others = [bytes_are_few, columns, experts_are_found, not_finite, refused, resumed, states_are_shared_out]
     return one | models | {each.__name__: each for each in others}
 
 
@@ -144,6 +146,18 @@ def model(transform: Transform) -> None:
     learn(one, first, range(6))
     learn(two, second, range(6), dist.get_rank())
     same(first, second)
+
+
+def experts_are_found() -> None:
+    """Also where they are sharded as modules of their own."""
+    for name in ("mixtral", "gpt-oss"):
+        net = MIXTURES[name]()
+        before = hidden_matrices(net)
+        for layer in net.model.layers:
+            fully_shard(layer.mlp.experts)
+            fully_shard(layer)
+        fully_shard(net)
+        assert hidden_matrices(net) == before
 
 
 def saving(folder: Path) -> Mapping[str, Callable[[], None]]:

@@ -68,9 +68,20 @@ def restored(blank: State, part: Part, saved: Any, number: int) -> dict[str, Any
 
     if _keys(blank) != _keys(saved):
         raise ValueError(f"the state of parameter {number} has other entries than the transform: {_keys(saved)}.")
-    return map_state(place, blank, saved)
+    return map_state(place, blank, _with_empty(blank, saved))
 
 
 def _keys(state: Any) -> Any:
-    """The form of a state."""
-    return {key: _keys(value) for key, value in state.items()} if isinstance(state, Mapping) else None
+    """The form of a state, without mappings that are empty: what flattens states, as torch may, loses them."""
+    if not isinstance(state, Mapping):
+        return None
+    found = {key: _keys(value) for key, value in state.items()}
+    return {key: keys for key, keys in found.items() if keys is None or keys}
+
+
+def _with_empty(blank: State, saved: State) -> State:
+    """Return a saved state with the empty mappings that a blank one has."""
+    return {
+        key: _with_empty(value, saved.get(key, {})) if isinstance(value, Mapping) else saved[key]
+        for key, value in blank.items()
+    }

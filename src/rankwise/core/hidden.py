@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .integer_weights import ChangingWeight
+from .stacks import stacks_of
 from .surgery import Site, StructuredLinear, select
 from .views import SliceView, TransposedView
 
@@ -54,6 +55,17 @@ def hidden_matrices(model: nn.Module) -> dict[str, Form]:
         for name, p in model.named_parameters()
         if id(p) in inside and p.ndim >= 2 and p.requires_grad
     }
+
+
+def biases_of_stacks(model: nn.Module) -> set[str]:
+    """Name the 2-D parameters beside stacks of matrices that have a vector for each of these."""
+    found = set()
+    for path, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        counts = {len(own[name]) for name in stacks_of(module)}
+        biases = (name for name, p in own.items() if p.ndim == 2 and len(p) in counts)
+        found |= {f"{path}.{name}".removeprefix(".") for name in biases}
+    return found
 
 
 def _form(site: Site) -> Form:

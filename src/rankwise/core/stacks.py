@@ -1,5 +1,6 @@
 """Several matrices that a module keeps in one 3-D parameter, as the experts of a mixture are kept."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -178,6 +179,13 @@ class Stack(_Like, nn.Module):
                 raise _misused(func)
 
 
+def kind_of(layer: nn.Module) -> type[nn.Module]:
+    """Return the class of a layer; ``fully_shard`` puts one of its own in front of it, which is passed over."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not there where nothing is sharded
+    kind = type(layer)
+    return kind.__mro__[2] if fsdp is not None and isinstance(layer, fsdp.FSDPModule) else kind
+
+
 def stacks_of(owner: nn.Module) -> Mapping[str, bool]:
     """Return the stacks of matrices among a module's own parameters, and whether they are stored as (n, m).
 
@@ -197,7 +205,7 @@ def stacks_of(owner: nn.Module) -> Mapping[str, bool]:
     >>> stacks_of(experts)
     {'up': False, 'down': False}
     """
-    if type(owner).__module__.startswith("torch."):
+    if kind_of(owner).__module__.startswith("torch."):
         return {}
     found = {
         name: parameter.shape

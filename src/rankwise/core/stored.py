@@ -1,22 +1,28 @@
 """Matrices that a parameter keeps in another form than (out, in): several in one, or transposed."""
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .directions import Direction, formed
 from .states import State, map_state
 from .transforms import Seen, Transform, as_matrices
 
+BLOCK = 2**24  # numbers of slices that are stepped together, where it is not fewer than one slice has
+
 
 @dataclass(frozen=True)
 class Batched(Transform):
     """Step each slice of parameters (e, m, n) as a matrix of its own; see :func:`batched`.
 
-    States are those of e matrices: each tensor has the axes (k, e, ...).
+    States are those of e matrices: each tensor has the axes (k, e, ...). Slices of one parameter have its place,
+    so that they take turns with other parameters and not among themselves: else some slice would nearly always
+    need its whole gradient, which could never be reduced. Of large parameters some slices are stepped at a time.
     """
 
     inner: Transform
@@ -33,20 +39,23 @@ class Batched(Transform):
         return inner if inner.elementwise else Batched(inner)
 
     def init(self, param: Tensor, index: Tensor) -> State:
-        """The states of all slices, whose places follow each other."""
+        """The states of all slices, at the place of their parameter."""
         own = self.acting_on(param)
         if not isinstance(own, Batched):
             return own.init(as_matrices(param), index)
         k, e = param.shape[:2]
-        places = (index[:, None] * e + index.new_tensor(range(e))).flatten()
-        state = own.inner.init(param.flatten(0, 1), places)
-        return {"slices": map_state(lambda leaf: leaf.view(k, e, *leaf.shape[1:]), state)}
+        state = own.inner.init(param.flatten(0, 1), index.repeat_interleave(e))
+        return {"slices": map_state(lambda leaf: _ordered(leaf).view(k, e, *leaf.shape[1:]), state)}
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
         """(k, e, m, n) -> (k, e, m, n)."""
         if grad.ndim < 4:
             return self.inner.update(grad, state, param)
-        return self.inner.update(grad.flatten(0, 1), _slices(state), param.flatten(0, 1)).view(grad.shape)
+
+        def step(part: Part) -> Tensor:
+            return self.inner.update(grad[part].flatten(0, 1), _slices(state, part), param[part].flatten(0, 1))
+
+        return _each(step, grad)
 
     def reduce(self, grad: Tensor, state: State, param: Tensor) -> Tensor | None:
         """The reduced forms of the slices, (k e, ...)."""
@@ -58,8 +67,13 @@ class Batched(Transform):
         """(k e, ...) -> (k, e, m, n)."""
         if param.ndim < 4:
             return self.inner.update_reduced(low, state, param)
-        seen = self.inner.update_reduced(low, _slices(state), param.flatten(0, 1))
-        return formed(seen).view(param.shape)
+        reduced = low.unflatten(0, param.shape[:2])
+
+        def step(part: Part) -> Tensor:
+            inside, mine = _slices(state, part), param[part].flatten(0, 1)
+            return formed(self.inner.update_reduced(reduced[part].flatten(0, 1), inside, mine))
+
+        return _each(step, low.new_empty(param.shape, device="meta"), low.device)
 
     @property
     def reads_param(self) -> bool:
@@ -79,9 +93,36 @@ class Batched(Transform):
         return bounded.view(param.shape)
 
 
-def _slices(state: State) -> State:
+Part = tuple[slice, slice]
+ALL: Part = slice(None), slice(None)
+
+
+def _each(step: Callable[[Part], Tensor], like: Tensor, device: torch.device | None = None) -> Tensor:
+    """Step parameters and slices like (k, e, m, n): all together, or of one large parameter some at a time."""
+    k, e, *size = like.shape
+    count = max(1, BLOCK // max(1, math.prod(size)))
+    if k > 1 or count >= e:
+        return step(ALL).view(like.shape)
+    found = torch.empty(like.shape, dtype=like.dtype, device=device or like.device)
+    for low in range(0, e, count):
+        part = slice(None), slice(low, low + count)
+        found[part] = step(part).view(found[part].shape)
+    return found
+
+
+def _slices(state: State, part: Part = ALL) -> State:
     """Views (k e, ...) of states (k, e, ...), so that what is written into them stays."""
-    return map_state(lambda leaf: leaf.view(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]), state["slices"])
+
+    def view(leaf: Tensor) -> Tensor:
+        leaf = leaf[part]
+        return leaf.view(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
+
+    return map_state(view, state["slices"])
+
+
+def _ordered(leaf: Tensor) -> Tensor:
+    """Numbers of slices (k e, r) one after the other in memory, which stacks do not take for matrices then."""
+    return leaf.contiguous() if leaf.ndim == 2 else leaf
 
 
 @dataclass(frozen=True)

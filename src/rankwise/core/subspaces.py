@@ -149,12 +149,20 @@ class Subspace:
         }
 
     def follow(self, grad: Tensor, state: State, inner: Transform, inside: State) -> None:
-        """Fit the bases that are due to the gradient (k, s, l), and carry the states inside."""
+        """Fit the bases that are due to the gradient (k, s, l), and carry the states inside.
+
+        A gradient of zeros, as experts have that no token reached, does not count as the first.
+        """
         step, basis = state["step"].add_(1), state["basis"]
-        due = self.refresh.due(step, state["refresh"], lambda: self.share(grad, basis)) | (step == 1)
+        begin = step == 1
+        due = self.refresh.due(step, state["refresh"], lambda: self.share(grad, basis)) | begin
         if not bool(due.any()):
             return
-        for first, chosen in ((True, due & (step == 1)), (False, due & (step > 1))):
+        if bool(begin.any()):
+            empty = begin & ~(grad != 0).any(-1).any(-1).cpu()
+            step.sub_(empty.to(step))
+            due = due & ~empty
+        for first, chosen in ((True, due & begin), (False, due & ~begin)):
             rows = chosen.nonzero().flatten()
             if len(rows) == len(due):  # all, nothing is copied
                 self._fit(grad, state, inner, inside, first)

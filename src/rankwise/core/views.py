@@ -4,7 +4,6 @@ import abc
 import dataclasses
 import functools
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any, Self, cast
 
@@ -14,7 +13,7 @@ from torch.nn import functional
 
 from ..matrices import KeptColumn, StructuredMatrix
 from .errors import CalibrationError
-from .stacks import Slice
+from .stacks import Slice, kind_of
 
 
 class View(abc.ABC):
@@ -327,13 +326,6 @@ def computes_linear(kind: type[nn.Module]) -> bool:
             return all(torch.allclose(each(x), functional.linear(x, each.weight, each.bias)) for each in made)
     except Exception:  # whatever others' classes raise
         return False
-
-
-def kind_of(layer: nn.Module) -> type[nn.Module]:
-    """Return the class of a layer; ``fully_shard`` puts one of its own in front of it, which is passed over."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # not there where nothing is sharded
-    kind = type(layer)
-    return kind.__mro__[2] if fsdp is not None and isinstance(layer, fsdp.FSDPModule) else kind
 
 
 def _filled(layer: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
