@@ -216,6 +216,18 @@ def test_a_compressed_base_takes_an_adapter_in(method: LoraAdapter | FactorLora,
     torch.testing.assert_close(logits(rankwise.load(out)[0]), logits(model))
 
 
+def test_files_that_are_not_of_the_model_stay_out(tmp_path: Path):
+    model = seeded(llama)
+    model.save_pretrained(tmp_path / "base")
+    names = load_file(tmp_path / "base" / "model.safetensors").keys()
+    save_file({"layers.0.attention.wq.weight": draw(2, 2)}, tmp_path / "base" / "consolidated.safetensors")
+    (tmp_path / "base" / "consolidated.safetensors.index.json").write_text("{}")
+    rankwise.adapt(model, LoraAdapter(rank=2))
+    out = rankwise.export(moved(model), Merged(base=str(tmp_path / "base")), tmp_path / "out")
+    assert load_file(out / "model.safetensors").keys() == names
+    assert not list(out.glob("*.index.json"))
+
+
 def test_half_precision_is_rounded_once(tmp_path: Path):
     model = seeded(llama).bfloat16()
     model.save_pretrained(tmp_path / "base")

@@ -115,6 +115,32 @@ def test_a_damaged_folder_is_refused(damage, tmp_path):
     assert left_behind(tmp_path) == ["small"]
 
 
+def test_a_lost_file_of_several_is_named(tmp_path):
+    model = filled(llama(tie_word_embeddings=False), low_rank)
+    small = rankwise.save(model, tmp_path / "small")
+    tensors, names = load_file(small / "model.safetensors"), ("a.safetensors", "b.safetensors")
+    parts = {"lm_head.weight": tensors.pop("lm_head.weight")}, tensors
+    places = {name: file for file, part in zip(names, parts, strict=True) for name in part}
+    index = small / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (small / "model.safetensors").unlink()
+    for file, part in zip(names, parts, strict=True):
+        save_file(part, small / file, metadata={"format": "pt"})
+    save_file({"stray": torch.ones(2)}, small / "consolidated.safetensors", metadata={"format": "pt"})
+    out = rankwise.export(small, Dense(), tmp_path / "out")
+    assert load_file(out / "model.safetensors").keys() == llama(tie_word_embeddings=False).state_dict().keys()
+    for damage, message in (
+        (lambda: save_file({"other": torch.ones(2)}, small / names[0]), r"lm_head\.weight is not in .*a\.saf"),
+        (lambda: (small / names[0]).unlink(), r"a\.safetensors is missing"),
+        (lambda: index.write_text('{"weight_map": {"x": 3}}'), r"index\.json is damaged: its weight_map"),
+        (lambda: index.write_text("{"), r"index\.json is damaged"),
+        (index.unlink, "has neither"),
+    ):
+        damage()
+        with pytest.raises(ValueError, match=message):
+            rankwise.export(small, Dense(), tmp_path / "none")
+
+
 @pytest.mark.slow
 def test_a_full_disk_leaves_nothing_behind(tmp_path):
     """In a process of its own whose files may not grow beyond a limit, as on a disk that is full."""

@@ -1,10 +1,12 @@
 """Where files are kept, and files and folders that appear whole or not at all."""
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -39,6 +41,21 @@ def named(path: Path) -> Iterator[None]:
             raise
         words = error.strerror if isinstance(error, OSError) else str(error)
         raise OSError(f"{path} could not be written: {' '.join(str(words).split())}") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); get it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is damaged: it must hold one JSON object.")
+    return content
 
 
 def write_text(path: Path, text: str) -> None:

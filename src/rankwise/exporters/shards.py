@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.progress import track
 from ..core.tensor_file import write_tensors
-from ..models.load import BESIDE
+from ..models.model_folder import files_beside
 
 
 class Weights(Protocol):
@@ -42,10 +42,8 @@ def write_shards(weights: Weights, names: Iterable[str], out: Path, shard: int, 
 
 def copy_beside(folder: Path, config: Any, out: Path) -> None:
     """Copy what stands beside the weights of a model, and write its config."""
-    for pattern in BESIDE:
-        for file in folder.glob(pattern):
-            if file.name not in ("config.json", "model.safetensors.index.json"):
-                shutil.copy(file, out)
+    for file in files_beside(folder):
+        shutil.copy(file, out)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

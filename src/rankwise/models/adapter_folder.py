@@ -1,7 +1,6 @@
 """What all folders of adapters share: files that are read once, and what of them was used."""
 
 import abc
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ..core.adapted import Adaptation, own_tensors
 from ..core.extended import refuse_extended
+from ..core.files import read_json
 from ..core.surgery import Site, select
 from ..core.views import View
 from ..matrices import StructuredMatrix
@@ -194,21 +194,6 @@ def sites_of(model: nn.Module) -> dict[str, Site]:
     refuse_extended(model, "load the model anew")
     found = select(model, lambda name, layer: True, compressed=True, tables=True)
     return {name: site for site in found.values() for name in site.names}
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
-
-    Raises:
-        ValueError: if it is damaged.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}); get it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is damaged: it must hold one JSON object.")
-    return content
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

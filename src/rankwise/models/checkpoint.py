@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import hashlib
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .load import check_files, find, kind_of
+from .load import find, kind_of
+from .model_folder import weight_files
 from .quiet import quiet
 
 Wanted = Callable[[str], bool]
@@ -36,11 +36,10 @@ class Checkpoint:
         self.folder = find(source, trust=False)
         if self.folder.is_file():
             raise ValueError(f"{source} is one GGUF file, which cannot be streamed; convert it to safetensors.")
-        check_files(self.folder)
+        self.files = weight_files(self.folder)
         self.config = AutoConfig.from_pretrained(self.folder)
         if found := getattr(self.config, "quantization_config", None):
             raise ValueError(f"{source} is compressed by {found.get('quant_method')} already; give the original.")
-        self.files = self._files()
         self.dtype = dtype or self._dtype()
         with quiet(), torch.device("meta"):
             kind: Any = kind_of(self.config)
@@ -94,26 +93,6 @@ class Checkpoint:
             yield module.requires_grad_(False)
         finally:
             empty(module)
-
-    def _files(self) -> dict[str, Path]:
-        """Return the file of each tensor."""
-        index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
-        if single.is_file():
-            names = [single.name]
-        elif index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{index} is damaged ({error}); get it again.") from error
-        else:
-            raise ValueError(f"{self.folder} has neither {single.name} nor {index.name}; get the model again.")
-        found = {}
-        for name in names:
-            if not (self.folder / name).is_file():
-                raise ValueError(f"{self.folder / name} is missing; get it again.")
-            with safe_open(self.folder / name, framework="pt") as opened:
-                found |= dict.fromkeys(opened.keys(), self.folder / name)
-        return found
 
     def _dtype(self) -> torch.dtype:
         """The type of the weights as transformers sees it: what the config says, else the first tensor's."""

@@ -9,7 +9,8 @@ import torch
 from torch import Generator, nn
 
 from ..core.files import write_text
-from .load import check_files, find, tokenizer_of
+from .load import find, tokenizer_of
+from .model_folder import weight_files
 from .quantizer import register_when_ready
 from .quiet import quiet
 
@@ -42,7 +43,7 @@ def load_classifier(
     folder = find(source)
     if folder.is_file():
         raise ValueError(f"{source} is one GGUF file; a classifier needs a folder.")
-    check_files(folder)
+    weight_files(folder)
     register_when_ready()
     config, tokenizer = classifier_config(folder, labels)
     with quiet(), torch.random.fork_rng(devices=[]):

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..core.stacks import Stack, stacks
 from ..core.surgery import StructuredLinear, structured
 from ..matrices import StructuredMatrix, from_spec
-from .load import check_files, config_from, kind_of
+from .load import config_from, kind_of
+from .model_folder import weight_files
 from .quantizer import FORMAT, METHOD, install, path_of, share
 
 
@@ -39,10 +40,9 @@ class Folded(Mapping[str, Tensor]):
         from transformers.core_model_loading import revert_weight_conversion
 
         self.folder = Path(folder)
-        check_files(self.folder)
+        self._files = weight_files(self.folder)
         self.config: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         groups = _groups(self.config.pop("quantization_config", None))
-        self._files = {name: file for file in sorted(self.folder.glob("*.safetensors")) for name in _names(file)}
         self.layers: Mapping[str, StructuredLinear] = {}
         self._stacks: dict[str, Stack] = {}
         self._cut: dict[str, str] = {}  # tensor of an ordinary file -> path of the stack that it is cut from
@@ -167,11 +167,6 @@ def _groups(quantization: Any) -> Any:
             f"{quantization.get('version')!r}; only {METHOD!r}, version {FORMAT}, can be folded."
         )
     return quantization.get("matrices")
-
-
-def _names(file: Path) -> list[str]:
-    with safe_open(file, framework="pt") as opened:
-        return list(opened.keys())
 
 
 def file_names(model: Any, names: Iterable[str]) -> dict[str, str]:

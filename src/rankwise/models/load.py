@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ..core.spelling import meant
 from .embedded import EMBEDDED, embedded_folder
 from .gguf import from_gguf
+from .model_folder import BESIDE, weight_files
 from .quantizer import register_when_ready
 from .quiet import quiet
 
-BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")  # what stands beside the weights
 _TOKENIZERS = ("tokenizer*", "vocab.*", "spiece.model", "sentencepiece*", "*.tiktoken")
 
 
@@ -43,7 +42,7 @@ def load(
     folder = find(source, trust_remote_code)
     if folder.is_file():
         return from_gguf(folder, dtype or torch.float32)
-    check_files(folder)
+    weight_files(folder)
     register_when_ready()
     try:
         with quiet():
@@ -99,23 +98,6 @@ def _from_hub(name: str, trust: bool) -> Path:
         raise ValueError(
             f"{name} does not exist here, and could not be had from the hub: {_one_line(error)}"
         ) from error
-
-
-def check_files(folder: Path) -> None:
-    """Say what is wrong with a folder in better words than transformers."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json; give a folder that save_pretrained or rankwise wrote.")
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        pickled = next(folder.glob("*.bin"), None)
-        other = "" if pickled is None else f", and {pickled.name} is not unpickled; convert it to safetensors"
-        raise ValueError(f"{folder} has no file of safetensors{other}.")
-    for file in weights:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or cut short ({error}); get it again.") from error
 
 
 def _model(folder: Path, dtype: torch.dtype | None, trust: bool) -> Any:

@@ -17,11 +17,9 @@ from ..core.files import new_folder, sync, write_text
 from ..core.stacks import stacks
 from ..core.surgery import StructuredLinear, structured
 from ..matrices.base import Place, shared_parts
+from .model_folder import INDEX, files_beside
 from .quantizer import FORMAT, METHOD, describe, path_of
 from .quiet import quiet
-
-INDEX = "model.safetensors.index.json"
-SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")  # files beside the weights
 
 
 def save_model(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:
@@ -95,9 +93,8 @@ def assemble(config: Any, shards: Sequence[Path], source: Path, work: Path, fold
                 sizes += file.stat().st_size
         index = {"metadata": {"total_size": sizes}, "weight_map": dict(sorted(places.items()))}
         write_text(temporary / INDEX, json.dumps(index, indent=2) + "\n")
-        for file in sorted(file for pattern in SMALL for file in source.glob(pattern)):
-            if file.name not in ("config.json", INDEX):
-                shutil.copyfile(file, temporary / file.name)
+        for file in files_beside(source):
+            shutil.copyfile(file, temporary / file.name)
         for file in temporary.iterdir():
             sync(file)
         sync(temporary)

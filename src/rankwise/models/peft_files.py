@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..core.adapted import adapted, in_use, whole_parameters
-from ..core.files import write_text
+from ..core.files import read_json, write_text
 from ..core.views import TransposedView, View
 from ..matrices import Base, StructuredMatrix
-from .adapter_folder import NONE, AdapterFolder, read_json
+from .adapter_folder import NONE, AdapterFolder
 from .bases import NAME as BASES
 from .bases import is_record, record_of, write_bases
 from .model_files import verify
