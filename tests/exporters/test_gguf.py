@@ -34,6 +34,8 @@ from transformers import (
 )
 
 import rankwise
+from rankwise.compressors import Lord
+from rankwise.core.surgery import structured
 from rankwise.exporters import Gguf
 from rankwise.exporters.ggml_blocks import low_bit, plain
 from rankwise.exporters.ggml_tokenizer import LLAMA3, QWEN2
@@ -122,6 +124,25 @@ def greedy(opened: Any, ids: Tensor, count: int) -> list[int]:
 
 def close(found: Tensor, wanted: Tensor, relative: float = 1e-4) -> None:
     assert float((found - wanted).abs().max()) <= relative * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_biases_that_llama_cpp_does_not_read_are_refused(kind, tmp_path):
+    small = model(kind)
+    rankwise.compress(small, Lord(), keep=0.6, data=IDS, where=lambda name, _: "o_proj" in name)
+    with pytest.raises(ValueError, match=rf"reads no .*o_proj\.bias in a {kind}.*adds no bias"):
+        rankwise.export(small, Gguf(**EXACT), tmp_path / "out", tokenizer=bpe())
+    biased = Qwen3Config(**SIZES, **HEADS, head_dim=16, attention_bias=True)
+    with pytest.raises(ValueError, match=r"reads no .*k_proj\.bias in a qwen3"):
+        rankwise.export(Qwen3ForCausalLM(biased), Gguf(**EXACT), tmp_path / "out", tokenizer=bpe())
+
+
+def test_biases_from_compression_stay_where_llama_cpp_reads_them(run, tmp_path):
+    small = model("llama")
+    rankwise.compress(small, Lord(), keep=0.6, data=torch.arange(320).view(8, 40) % 300)
+    assert all(layer.biased for layer in structured(small).values())
+    opened = run(rankwise.export(small, Gguf(**EXACT), tmp_path / "out", tokenizer=bpe()))
+    close(logits(opened, IDS), output(small, IDS)[0])
 
 
 @pytest.mark.parametrize(

@@ -13,21 +13,25 @@ class Architecture:
 
     Args:
         name: in GGUF.
+        biased: the layers of which llama.cpp reads a bias.
         pairs: whether rotary embeddings turn neighbouring rows of queries and keys, not rows half a head apart
             as in transformers; the rows are then stored in another order.
         square: whether the heads together must be as wide as the hidden state.
     """
 
     name: str
+    biased: frozenset[str]
     pairs: bool
     square: bool = False
 
 
+_QKV = frozenset({"q_proj", "k_proj", "v_proj"})
+_LLAMA = Architecture("llama", _QKV | {"o_proj", "gate_proj", "up_proj", "down_proj"}, pairs=True)
 KNOWN = {  # transformers' model_type
-    "llama": Architecture("llama", pairs=True),
-    "mistral": Architecture("llama", pairs=True),
-    "qwen2": Architecture("qwen2", pairs=False, square=True),
-    "qwen3": Architecture("qwen3", pairs=False),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": Architecture("qwen2", _QKV, pairs=False, square=True),
+    "qwen3": Architecture("qwen3", frozenset(), pairs=False),
 }
 
 

@@ -13,7 +13,7 @@ from ..matrices import LowRank, Quantized, StructuredMatrix, Sum
 from ..models.folded import Folded
 from ..models.load import config_from, tokenizer_of
 from .base import Exporter, Source
-from .ggml_architecture import add_sizes, architecture_of, frequency_divisors, row_order
+from .ggml_architecture import Architecture, add_sizes, architecture_of, frequency_divisors, row_order
 from .ggml_blocks import FLOATS, Stored, low_bit, plain
 from .ggml_tokenizer import add_tokenizer
 
@@ -54,35 +54,40 @@ class Gguf(Exporter):
         folder = source.folder()
         weights = Folded(folder)
         config = config_from(weights.config)
-        architecture = architecture_of(config).name
+        architecture = architecture_of(config)
         tensors, low_rank = self._tensors(weights, config, architecture)
         if self.adapter and not low_rank:
             raise ValueError("no matrix is a sum with a low-rank term, so there is nothing for an adapter.")
-        writer = gguf.GGUFWriter(out / "model.gguf", architecture)
+        writer = gguf.GGUFWriter(out / "model.gguf", architecture.name)
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         add_sizes(writer, config)
         add_tokenizer(writer, tokenizer_of(folder), config.vocab_size)
         _write(writer, tensors, out / "model.gguf")
         if low_rank:
-            writer = gguf.GGUFWriter(out / "adapter.gguf", architecture)
+            writer = gguf.GGUFWriter(out / "adapter.gguf", architecture.name)
             writer.add_type(gguf.GGUFType.ADAPTER)
             writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
             writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
             _write(writer, low_rank, out / "adapter.gguf")
 
-    def _tensors(self, weights: Folded, config: Any, architecture: str) -> tuple[Tensors, Tensors]:
+    def _tensors(self, weights: Folded, config: Any, architecture: Architecture) -> tuple[Tensors, Tensors]:
         """Return what makes each tensor of the model and of the adapter, by its name in GGUF."""
         import gguf
 
-        arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+        arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
         names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
         tensors: dict[str, Callable[[], Stored]] = {}
         low_rank: dict[str, Callable[[], Stored]] = {}
         for name in weights:
             known = names.get_name(name, try_suffixes=(".weight", ".bias"))
             if known is None:
-                raise ValueError(f"tensor {name} has no place in a {architecture} of GGUF.")
+                raise ValueError(f"tensor {name} has no place in a {architecture.name} of GGUF.")
+            if name.endswith(".bias") and name.split(".")[-2] not in architecture.biased:
+                raise ValueError(
+                    f"llama.cpp reads no {name} in a {architecture.name}, and would not open the file; export to "
+                    "onnx, or compress with a method that adds no bias."
+                )
             tensors[known] = lambda name=name: self._stored(weights, config, name)
             if self.adapter and _apart(weights, name) is not None:
                 low_rank[f"{known}.lora_a"] = lambda name=name: self._factors(weights, config, name)[0]
