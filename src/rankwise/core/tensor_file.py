@@ -10,20 +10,28 @@ from torch import Tensor
 
 from .files import sync
 
-KINDS = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+_NAMES = {
+    "complex64": "C64",
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "float8_e8m0fnu": "F8_E8M0",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint64": "U64",
+    "uint32": "U32",
+    "uint16": "U16",
+    "uint8": "U8",
+    "bool": "BOOL",
 }
+KINDS = {vars(torch)[name]: kind for name, kind in _NAMES.items() if name in vars(torch)}  # older torch has fewer
 
 
 def write_tensors(
@@ -43,7 +51,8 @@ def write_tensors(
         about: texts that stand in the header.
 
     Raises:
-        ValueError: if the parts have another type or together another size, or do not read back.
+        ValueError: if safetensors has no such type, the parts have another type or together another size, or
+            they do not read back.
         OSError: if the disk is full.
     """
     names = sorted(empty, key=lambda name: (-empty[name].element_size(), name))  # so that all are aligned
@@ -84,6 +93,8 @@ def _header(empty: Mapping[str, Tensor], about: Mapping[str, str]) -> bytes:
     header: dict[str, object] = {"__metadata__": {"format": "pt", **about}}
     end = 0
     for name, tensor in empty.items():
+        if tensor.dtype not in KINDS:
+            raise ValueError(f"{name} is of {tensor.dtype}, which safetensors does not hold; convert it.")
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": KINDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
