@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from mixtures import MIXTURES, SIZES
+from mixtures import mixture as mixture_of
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
@@ -26,6 +27,7 @@ from rankwise.core.statistics_file import load_statistics, save_statistics
 from rankwise.core.surgery import Site, fold, replace, select, structured
 from rankwise.matrices import Dense
 from rankwise.models import predicted_bytes
+from rankwise.models.folded import Folded
 
 E, T, H, K = 3, 40, 6, 10  # experts, tokens for each, sizes of the small mixture below
 
@@ -239,6 +241,21 @@ def test_saved_loaded_folded_and_exported_it_is_the_same_model(mixture, tmp_path
     folded = rankwise.fold(other)
     assert folded.state_dict().keys() == dense
     torch.testing.assert_close(output(folded), expected, rtol=0, atol=1e-5)
+
+
+def test_each_expert_is_written_out_once_and_weighs_what_it_is(tmp_path, monkeypatch):
+    model = mixture_of("Mixtral", num_local_experts=6, intermediate_size=256)()
+    rankwise.compress(model, PlainSvd(), keep=0.5, where=only_experts)
+    folder, made = rankwise.save(model, tmp_path / "small"), []
+    one = Folded.matrix
+    monkeypatch.setattr(Folded, "matrix", lambda self, name: made.append(name) or one(self, name))
+    out = rankwise.export(folder, rankwise.exporters.Dense(shard=1), tmp_path / "out")
+    assert sorted(made) == sorted(structured(model))
+    files = sorted(out.glob("*.safetensors"))
+    size = sum(tensor.numel() * 4 for file in files for tensor in load_file(file).values())
+    assert 1e6 < size < 2e6
+    assert len(files) == 2
+    assert json.loads((out / "model.safetensors.index.json").read_text())["metadata"]["total_size"] == size
 
 
 def names_in(folder: Path) -> set[str]:

@@ -45,7 +45,8 @@ def write_tensors(
 
     Args:
         file: to be made.
-        empty: of each name a tensor of the shape and type that its value will have; the meta device will do.
+        empty: of each name a tensor of the shape and type that its value will have; the meta device will do. They
+            are written in this order, wider types first.
         parts: makes the tensor of a name, or consecutive parts of it; nothing of a tensor is held when the next
             is made.
         about: texts that stand in the header.
@@ -55,7 +56,7 @@ def write_tensors(
             they do not read back.
         OSError: if the disk is full.
     """
-    names = sorted(empty, key=lambda name: (-empty[name].element_size(), name))  # so that all are aligned
+    names = sorted(empty, key=lambda name: -empty[name].element_size())  # so that all are aligned
     digest = hashlib.blake2b()
     with file.open("wb") as opened:
 

@@ -23,7 +23,7 @@ class Folded(Mapping[str, Tensor]):
 
     Each access reads one tensor, or the parts of one structured matrix, which it writes out in float32 or better
     and rounds once to the type that the parts are stored in. Nothing is kept but one 3-D parameter, such as the
-    experts of one layer, from which several tensors of a file may be cut.
+    experts of one layer, from which several tensors of a file may be cut; these follow one another.
 
     Args:
         folder: of :func:`rankwise.save` or of plain transformers.
@@ -45,7 +45,7 @@ class Folded(Mapping[str, Tensor]):
         groups = _groups(self.config.pop("quantization_config", None))
         self.layers: Mapping[str, StructuredLinear] = {}
         self._stacks: dict[str, Stack] = {}
-        self._cut: dict[str, str] = {}  # tensor of an ordinary file -> path of the stack that it is cut from
+        self._cut: dict[str, tuple[str, torch.Size]] = {}  # of tensors in ordinary files: stack and shape
         self._whole: tuple[str, Mapping[str, Tensor]] = "", {}
         if groups:
             config = config_from(self.config)
@@ -59,7 +59,7 @@ class Folded(Mapping[str, Tensor]):
             self._revert = partial(revert_weight_conversion, model)
             for path, stack in self._stacks.items():
                 whole = torch.empty(stack.shape, device="meta")
-                self._cut |= dict.fromkeys(self._revert({path: whole}), path)
+                self._cut |= {name: (path, part.shape) for name, part in self._revert({path: whole}).items()}
             written = _written(model, found, tuple(f"{path}." for path in self._stacks))
             self.layers = {written[name]: layer for name, layer in found.items()}
             paths = {
@@ -85,7 +85,7 @@ class Folded(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._cut:
-            return self._of_stack(self._cut[name])[name].clone()
+            return self._of_stack(self._cut[name][0])[name].clone()
         layer = self.layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if layer is None:
             return self._stored(name)
@@ -100,9 +100,8 @@ class Folded(Mapping[str, Tensor]):
     def empty(self, name: str) -> Tensor:
         """Return a tensor on the meta device of the shape and type that ``self[name]`` has."""
         if name in self._cut:
-            path = self._cut[name]
-            whole = torch.empty(self._stacks[path].shape, dtype=self._stored(path).dtype, device="meta")
-            return self._revert({path: whole})[name]
+            path, shape = self._cut[name]
+            return torch.empty(shape, dtype=self._stored(path).dtype, device="meta")
         layer = self.layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         with safe_open(self._files[name], framework="pt") as opened:
             part = opened.get_slice(name)
