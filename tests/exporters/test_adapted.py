@@ -216,6 +216,17 @@ def test_a_compressed_base_takes_an_adapter_in(method: LoraAdapter | FactorLora,
     torch.testing.assert_close(logits(rankwise.load(out)[0]), logits(model))
 
 
+def test_numbers_too_large_for_the_files_are_named(tmp_path: Path):
+    model = seeded(llama).half()
+    model.save_pretrained(tmp_path / "base")
+    rankwise.adapt(model, LoraAdapter(rank=2), where=lambda name, _: "1.self_attn.k_proj" in name)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.fill_(300.0)
+    with pytest.raises(ValueError, match=r"1\.self_attn\.k_proj\.weight holds NaN or infinity as torch\.float16"):
+        rankwise.export(model, Merged(base=str(tmp_path / "base"), compare=0), tmp_path / "out")
+
+
 def test_files_that_are_not_of_the_model_stay_out(tmp_path: Path):
     model = seeded(llama)
     model.save_pretrained(tmp_path / "base")

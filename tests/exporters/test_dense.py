@@ -115,6 +115,19 @@ def test_a_damaged_folder_is_refused(damage, tmp_path):
     assert left_behind(tmp_path) == ["small"]
 
 
+def test_numbers_that_are_none_are_named(tmp_path):
+    small, name = rankwise.save(filled(llama(), low_rank), tmp_path / "small"), "model.layers.1.mlp.up_proj"
+    sound = load_file(small / "model.safetensors")
+    for key, value in ((f"{name}.matrix.left", torch.nan), ("model.norm.weight", -torch.inf)):
+        tensors = {other: tensor.clone() for other, tensor in sound.items()}
+        tensors[key].view(-1)[0] = value
+        save_file(tensors, small / "model.safetensors", metadata={"format": "pt"})
+        layer = key.partition(".matrix.")[0].removesuffix(".weight")
+        with pytest.raises(ValueError, match=rf"{layer}\.weight holds NaN or infinity as torch\.float32"):
+            rankwise.export(small, Dense(), tmp_path / "out")
+    assert left_behind(tmp_path) == ["small"]
+
+
 def test_a_lost_file_of_several_is_named(tmp_path):
     model = filled(llama(tie_word_embeddings=False), low_rank)
     small = rankwise.save(model, tmp_path / "small")

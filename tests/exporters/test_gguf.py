@@ -126,6 +126,18 @@ def close(found: Tensor, wanted: Tensor, relative: float = 1e-4) -> None:
     assert float((found - wanted).abs().max()) <= relative * float(wanted.abs().max())
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_numbers_that_are_none_are_named(value, tmp_path):
+    small, layer = filled(model("llama"), quantized, low_bit_and_low_rank), "layers.1.self_attn"
+    for name, tensor in small.state_dict().items():
+        if layer in name and tensor.is_floating_point() and tensor.numel():
+            tensor.view(-1)[0] = value
+    for exporter in (Gguf(), Gguf(adapter=True), Gguf(low_bit=False)):
+        with pytest.raises(ValueError, match=rf"{layer}.*_proj\.weight holds NaN or infinity"):
+            rankwise.export(small, exporter, tmp_path / "out", tokenizer=bpe())
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
 def test_biases_that_llama_cpp_does_not_read_are_refused(kind, tmp_path):
     small = model(kind)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.finite import is_finite
 from ..linalg import pack, unpack
 from ..matrices import Quantized
 
@@ -63,4 +64,4 @@ def low_bit(matrix: Quantized, rows: Tensor | None = None) -> Stored | None:
 
 def _exact_halves(tensor: Tensor) -> Tensor | None:
     halves = tensor.half()
-    return halves if torch.equal(halves.to(tensor.dtype), tensor) else None
+    return halves if is_finite(halves) and torch.equal(halves.to(tensor.dtype), tensor) else None

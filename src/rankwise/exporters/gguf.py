@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
+from ..core.finite import is_finite
 from ..core.progress import track
 from ..matrices import LowRank, Quantized, StructuredMatrix, Sum
 from ..models.folded import Folded
@@ -106,10 +108,7 @@ class Gguf(Exporter):
         if self.low_bit and isinstance(matrix, Quantized) and (exact := low_bit(matrix, rows)) is not None:
             return exact
         tensor = weights[name] if matrix is None else matrix.float().dense().detach()
-        try:
-            return plain(tensor if rows is None else tensor[rows], "f32" if tensor.dim() == 1 else self.dtype)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        return _plain(name, tensor if rows is None else tensor[rows], "f32" if tensor.dim() == 1 else self.dtype)
 
     def _factors(self, weights: Folded, config: Any, name: str) -> tuple[Stored, Stored]:
         """Return the (r, n) and the (m, r) factor of the low-rank terms of a matrix."""
@@ -117,7 +116,16 @@ class Gguf(Exporter):
         assert apart is not None
         left = torch.cat([term.left for term in apart[1]], 1).detach()
         right = torch.cat([term.right for term in apart[1]]).detach()
-        return plain(right, self.dtype), plain(left if rows is None else left[rows], self.dtype)
+        return _plain(name, right, self.dtype), _plain(name, left if rows is None else left[rows], self.dtype)
+
+
+def _plain(name: str, tensor: Tensor, kind: str) -> Stored:
+    if not is_finite(tensor):
+        raise ValueError(f"{name} holds NaN or infinity; mend the source.")
+    try:
+        return plain(tensor, kind)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _matrix(weights: Folded, name: str) -> StructuredMatrix | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..core.adapted import Adaptation, own_tensors
 from ..core.extended import refuse_extended
 from ..core.files import read_json
+from ..core.finite import is_finite
 from ..core.surgery import Site, select
 from ..core.views import View
 from ..matrices import StructuredMatrix
@@ -209,7 +210,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is missing, damaged or cut short ({error}); get it again.") from error
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if not is_finite(tensor):
             raise ValueError(
                 f"{name} in {file} holds NaN or infinity; the training went wrong before it was saved."
             )

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..core.finite import is_finite
 from .load import find, kind_of
 from .model_folder import weight_files
 from .quiet import quiet
@@ -148,7 +149,7 @@ class Checkpoint:
                 tensor = opened.get_tensor(key).clone()  # mapped memory counts until it is let go
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{key} cannot be read from {file} ({error}); get the file again.") from error
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if not is_finite(tensor):
             raise ValueError(f"{key} in {file} holds NaN or infinity; get a sound checkpoint.")
         return tensor
 
