@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from tiny import llama
 from transformers import AutoModel, AutoModelForCausalLM, BertModel, ViTConfig, ViTModel
 
 import rankwise
-from rankwise.exporters import Dense
+from rankwise.adapters import Lora
+from rankwise.exporters import Dense, Merged
 
 
 @pytest.mark.slow
@@ -113,6 +115,37 @@ def test_a_damaged_folder_is_refused(damage, tmp_path):
     with pytest.raises(ValueError, match="damaged" if damage == "cut" else name):
         rankwise.export(tmp_path / "small", Dense(), tmp_path / "out")
     assert left_behind(tmp_path) == ["small"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda config: "{bad", "damaged"),
+        (lambda config: [], "must hold one JSON object"),
+        (lambda config: config | {"quantization_config": "x"}, "quantization_config must hold fields, got 'x'"),
+        (lambda config: config | {"model_type": 3}, "model_type must be the name of a kind of model, got 3"),
+        (lambda config: {"hidden_size": 3}, "model_type must be the name of a kind of model, got None"),
+        (lambda config: config | {"model_type": "none such"}, "none such"),
+        (lambda config: config | {"hidden_size": "x"}, "hidden_size"),
+        (
+            lambda config: config | {"quantization_config": {"quant_method": "rankwise", "version": 1}},
+            "matrices must be a list of names and specs, got 'None'",
+        ),
+        (lambda config: config | {"num_hidden_layers": 1}, r"layers\.1\.self_attn\.q_proj is in the config"),
+    ],
+)
+@pytest.mark.parametrize("export", [Dense(), Merged(base="small")])
+def test_a_damaged_config_is_named(change, message, export, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = rankwise.save(filled(llama(), low_rank), Path("small")) / "config.json"
+    changed = change(json.loads(file.read_text()))
+    file.write_text(changed if isinstance(changed, str) else json.dumps(changed))
+    source = Path("small")
+    if isinstance(export, Merged):
+        source = llama()
+        rankwise.adapt(source, Lora(rank=2))
+    with pytest.raises(ValueError, match=rf"config\.json.*{message}"):
+        rankwise.export(source, export, "out")
 
 
 def test_numbers_that_are_none_are_named(tmp_path):

@@ -479,6 +479,17 @@ def test_tied_embeddings_stay_tied(tmp_path: Path):
         (factors(), {"target_modules": "all-linear"}, "lacks"),
         (
             factors(),
+            {"target_modules": "*0("},
+            r"target_modules = '\*0\(', which is no regular",
+        ),
+        (factors(), {"target_modules": 3}, r"adapter_config\.json has target_modules = 3, which must be names"),
+        (
+            factors(),
+            {"target_modules": "0", "rank_pattern": {"(": 2}},
+            r"rank_pattern = '\(', which is no",
+        ),
+        (
+            factors(),
             {"target_modules": "0", "use_dora": True},
             "use_dora in the description and the tensors disagree",
         ),

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.surgery import Site, StructuredLinear
 from ..core.views import SliceView
@@ -15,8 +15,7 @@ from .classifier import NO_HEAD, load_classifier, new_head, put_labels
 from .classifier_weights import ClassifierWeights
 from .folded import Folded, file_names
 from .lines import lines_of, lines_of_change, takes_any_type
-from .load import config_from, kind_of, load
-from .quiet import quiet
+from .load import config_from, load, without_values
 
 Source = Folded | ClassifierWeights
 BLOCK = 2**18  # numbers of a matrix that are made at a time
@@ -54,7 +53,7 @@ class AdaptedWeights:
                 f"{adapter.title} has a module behind {name}, which is no change of a weight: it can be neither "
                 "merged nor exported; use load_adapter."
             )
-        self.model = _without_values(base.config)
+        self.model = without_values(config_from(base.config))
         self._sites: Mapping[str, Site] = sites_of(self.model)
         adapter.prepare(self.model)
         layers = list(dict.fromkeys([*adapter.layers, *adapter.wanted(self._sites, head_of(self.model))]))
@@ -254,11 +253,3 @@ def open_weights(base: str | Path, adapter: AdapterFolder, memory: int | None) -
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _without_values(config: Mapping[str, Any]) -> Any:
-    made = config_from(config)
-    with quiet(), torch.device("meta"):
-        kind = kind_of(made)
-        model: nn.Module = kind._from_config(made) if hasattr(kind, "_from_config") else kind.from_config(made)
-    return model

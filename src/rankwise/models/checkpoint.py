@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..core.finite import is_finite
-from .load import find, kind_of
+from .load import find, without_values
 from .model_folder import weight_files
 from .quiet import quiet
 
@@ -42,10 +42,7 @@ class Checkpoint:
         if found := getattr(self.config, "quantization_config", None):
             raise ValueError(f"{source} is compressed by {found.get('quant_method')} already; give the original.")
         self.dtype = dtype or self._dtype()
-        with quiet(), torch.device("meta"):
-            kind: Any = kind_of(self.config)
-            build = kind._from_config if hasattr(kind, "_from_config") else kind.from_config
-            self.model: Any = build(copy.deepcopy(self.config), dtype=self.dtype)
+        self.model: Any = without_values(copy.deepcopy(self.config), self.dtype)
         empty(self.model)  # some modules give their parameters values in spite of the device
         self.model.eval().requires_grad_(False)
         self.loading: Any = self._loading()

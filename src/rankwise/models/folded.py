@@ -1,6 +1,5 @@
 """A saved model read as if it were dense, one tensor at a time."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -10,10 +9,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..core.files import read_json
 from ..core.stacks import Stack, stacks
 from ..core.surgery import StructuredLinear, structured
 from ..matrices import StructuredMatrix, from_spec
-from .load import config_from, kind_of
+from .load import config_from, without_values
 from .model_folder import weight_files
 from .quantizer import FORMAT, METHOD, install, path_of, share
 
@@ -41,18 +41,23 @@ class Folded(Mapping[str, Tensor]):
 
         self.folder = Path(folder)
         self._files = weight_files(self.folder)
-        self.config: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        groups = _groups(self.config.pop("quantization_config", None))
+        file = self.folder / "config.json"
+        self.config: dict[str, Any] = read_json(file)
+        try:
+            groups = _groups(self.config.pop("quantization_config", None))
+            config = config_from(self.config)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
         self.layers: Mapping[str, StructuredLinear] = {}
         self._stacks: dict[str, Stack] = {}
         self._cut: dict[str, tuple[str, torch.Size]] = {}  # of tensors in ordinary files: stack and shape
         self._whole: tuple[str, Mapping[str, Tensor]] = "", {}
         if groups:
-            config = config_from(self.config)
-            with torch.device("meta"):
-                kind = kind_of(config)
-                model = kind._from_config(config) if hasattr(kind, "_from_config") else kind.from_config(config)
-            sharing = install(model, groups, torch.float32, f"{model.base_model_prefix}.")
+            try:
+                model = without_values(config)
+                sharing = install(model, groups, torch.float32, f"{model.base_model_prefix}.")
+            except ValueError as error:
+                raise ValueError(f"{file}: {error}") from error
             share(model, sharing)
             found = structured(model)
             self._stacks = dict(stacks(model))
@@ -160,12 +165,16 @@ class Folded(Mapping[str, Tensor]):
 def _groups(quantization: Any) -> Any:
     if quantization is None:
         return None
+    if not isinstance(quantization, dict):
+        raise ValueError(f"quantization_config must hold fields, got {str(quantization)[:80]!r}; it is damaged.")
     if quantization.get("quant_method") != METHOD or quantization.get("version") != FORMAT:
         raise ValueError(
             f"the model is quantised by {quantization.get('quant_method')!r}, version "
             f"{quantization.get('version')!r}; only {METHOD!r}, version {FORMAT}, can be folded."
         )
-    return quantization.get("matrices")
+    if not isinstance(groups := quantization.get("matrices"), list):
+        raise ValueError(f"matrices must be a list of names and specs, got {str(groups)[:80]!r}; it is damaged.")
+    return groups
 
 
 def file_names(model: Any, names: Iterable[str]) -> dict[str, str]:

@@ -130,10 +130,19 @@ def _model(folder: Path, dtype: torch.dtype | None, trust: bool) -> Any:
 
 
 def config_from(data: Mapping[str, Any]) -> Any:
-    """Make a config from what ``config.json`` holds, where infinities are written as words."""
+    """Make a config from what ``config.json`` holds, where infinities are written as words.
+
+    Raises:
+        ValueError: if transformers does not know the kind of model, or takes a value for none.
+    """
     from transformers import AutoConfig
 
-    return AutoConfig.for_model(**{name: _with_infinities(value) for name, value in data.items()})
+    if not isinstance(kind := data.get("model_type"), str):
+        raise ValueError(f"model_type must be the name of a kind of model, got {kind!r}; get the file again.")
+    try:
+        return AutoConfig.for_model(**{name: _with_infinities(value) for name, value in data.items()})
+    except Exception as error:  # what transformers raises is of any kind and many lines
+        raise ValueError(_one_line(error)) from error
 
 
 def _with_infinities(value: Any) -> Any:
@@ -153,6 +162,21 @@ def kind_of(config: Any) -> Any:
     if isinstance(named, type) and issubclass(named, PreTrainedModel):
         return named
     return AutoModelForCausalLM if name.endswith(("ForCausalLM", "LMHeadModel")) else AutoModel
+
+
+def without_values(config: Any, dtype: torch.dtype | None = None) -> Any:
+    """Return the model of a config, whose tensors are on the meta device.
+
+    Raises:
+        ValueError: if no model can be made of it.
+    """
+    try:
+        with quiet(), torch.device("meta"):
+            kind = kind_of(config)
+            build = kind._from_config if hasattr(kind, "_from_config") else kind.from_config
+            return build(config, **({} if dtype is None else {"dtype": dtype}))
+    except Exception as error:  # what transformers raises is of any kind
+        raise ValueError(f"no model can be made of the config: {_one_line(error)}") from error
 
 
 def tokenizer_of(folder: Path, trust: bool = False) -> Any:

@@ -41,6 +41,8 @@ SHARED = (  # fields that are read for all kinds, or that change nothing in what
     *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "peft_version", "eva_config"),
     *("megatron_core", "qalora_group_size", "runtime_config", "loftq_config"),
 )
+_NAMES = ("target_modules", "exclude_modules")  # a list of names, or one expression
+_EXPRESSIONS = ("modules_to_save", "layers_pattern", "rank_pattern", "alpha_pattern")
 
 
 def write_peft(model: nn.Module, folder: Path) -> None:
@@ -195,6 +197,7 @@ class PeftFolder(AdapterFolder):
         for name, value in self.config.items():
             if value and name not in (*SHARED, *self.kind.fields):
                 raise ValueError(f"{folder / NAME} asks for {name} = {str(value)[:60]}, which is not supported.")
+        self._check_expressions(folder / NAME)
         start = self.config.get("init_lora_weights", True)
         if start not in UNTOUCHED and start is not False:
             raise ValueError(
@@ -208,6 +211,23 @@ class PeftFolder(AdapterFolder):
             for end in self.kind.ends:
                 if key.startswith(PREFIX) and key.endswith(f".{end}"):
                     self._parts.setdefault(key.removeprefix(PREFIX).removesuffix(f".{end}"), {})[end] = key
+
+    def _check_expressions(self, file: Path) -> None:
+        """Raise unless what names layers is names, or expressions that can be matched."""
+        for key in (*_NAMES, *_EXPRESSIONS):
+            found = self.config.get(key) or ()
+            every = [found] if isinstance(found, str) else found
+            if not isinstance(every, (list, dict, tuple)) or not all(isinstance(each, str) for each in every):
+                raise ValueError(f"{file} has {key} = {str(found)[:60]}, which must be names; get it again.")
+            if key in _NAMES and not isinstance(found, str):
+                continue
+            for each in every:
+                try:
+                    re.compile(each)
+                except re.error as error:
+                    raise ValueError(
+                        f"{file} has {key} = {each!r}, which is no regular expression ({error}); correct it."
+                    ) from error
 
     def prepare(self, model: nn.Module) -> None:
         """Find the 3-D parameters that the description names."""
