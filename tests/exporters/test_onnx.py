@@ -1,5 +1,7 @@
 """onnxruntime computes from an exported file what the model computes."""
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -87,6 +89,47 @@ def test_what_cannot_be_exported_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"rankwise\[onnx\]"):
         rankwise.export(net(), Onnx(example=(torch.randn(2, 3, 8, 8),)), tmp_path / "out")
     assert left_behind(tmp_path) == []
+
+
+class Times(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+
+@pytest.mark.parametrize("factor", [1e-5, 1e5])
+def test_outputs_of_any_size_are_compared(factor, tmp_path, monkeypatch):
+    example = torch.randn(4, 32)
+    scaled = nn.Sequential(nn.Linear(32, 8), Times(factor))
+    rankwise.export(scaled, Onnx(example=(example,)), tmp_path / "sound")
+
+    def save_another(model: nn.Module, *others: Any) -> None:
+        save(nn.Sequential(scaled[0], Times(factor / 2)), *others)
+
+    save = module._save
+    monkeypatch.setattr(module, "_save", save_another)
+    with pytest.raises(ValueError, match="does not compute the same"):
+        rankwise.export(scaled, Onnx(example=(example,)), tmp_path / "other")
+
+
+class Difference(nn.Module):
+    """Nothing but rounding, as the same sums are taken in two orders."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(2048, 8, bias=False), nn.Linear(4096, 8, bias=False)
+        self.other.weight = nn.Parameter(torch.cat([self.one.weight.detach()] * 2, -1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) - self.other(torch.cat([x / 2, x / 2], -1))
+
+
+def test_what_cancels_may_differ_by_rounding(tmp_path):
+    torch.manual_seed(0)
+    rankwise.export(Difference(), Onnx(example=(torch.randn(16, 2048),)), tmp_path / "out")
 
 
 def test_low_bit_matrices_in_expressions_are_written_out_in_a_copy(tmp_path):
