@@ -347,7 +347,7 @@ class Optimizer(torch.optim.Optimizer):
                 direction = transform.update_reduced(reduced, stack.state, values)
         own, written = [part.own for part in parts], stack.state.get("write", {})
         self.write(own, each_direction(parts, direction), 1 - lr * decay, -lr, written)
-        if transform.constrains and lr > 0:  # torch makes states by a step of no length
+        if transform.constrains:
             now = joined([part.value() for part in parts], transform).to(direction.dtype)
             bounded = transform.constrain(now, stack.state, lr, decay)
             self.write.put(own, owned(parts, bounded), written)
