@@ -145,7 +145,7 @@ def low_bit() -> list[str]:
     lines += [
         "Scales, offsets and bitmaps counted. The model's weights come from 4-bit blocks",
         "of 32: grids that divide these blocks fit it better than they would fit other models.",
-        "Losses computed in bfloat16 are off by some thousandths of a nat.",
+        "Losses computed in bfloat16, of the dense model too, are off by some thousandths of a nat.",
         "",
     ]
     return lines + table(head, cells)
