@@ -2,11 +2,10 @@
 
 Every row is SmolLM2-135M in bfloat16 with its decoder matrices replaced: bits a weight with scales, offsets and
 bitmaps counted, and for each text the gap in nats to the dense model on the same tokens. What is stored is as
-in bfloat16; statistics and losses are computed in float32, which is many times faster on processors that have
-no instructions for bfloat16. The first rows have one width in all layers (rounding to nearest on the best
-range, and GPTQ); the others spend a budget of bytes over layers. Calibrated on topics, or on the model's own
-samples, for which every text is foreign. Rows are written as they are made; a second run of the same command
-goes on.
+in bfloat16; statistics and losses are computed in float32, which is faster on processors that have no
+instructions for bfloat16. The first rows have one width in all layers (rounding to nearest on the best range,
+and GPTQ); the others spend a budget of bytes over layers. Calibrated on topics, or on the model's own samples,
+for which every text is foreign. Rows are written as they are made; a second run of the same command goes on.
 
     python benchmarks/low_bit.py --data DATA --json benchmarks/results/low_bit.json
 """

@@ -76,7 +76,7 @@ def parameter_groups(
     [['1.weight'], ['0.weight'], ['1.bias', '2.weight', '2.bias']]
     """
     if isinstance(transform, Batched | Transposed):
-        raise ValueError("how matrices are kept is found out here; give the transform inside batched(...) alone.")
+        raise ValueError("how matrices are kept is found out here; give it without batched or transposed.")
     forms = hidden_matrices(model)
     every = {name: p for name, p in model.named_parameters() if p.requires_grad}
     rest = {name: p for name, p in every.items() if name not in forms}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .groups import Group, as_group, check_group, restored, with_written
 from .kernels import check_compiler, compiling
-from .parts import Part, agreed, part_of
+from .parts import Part, agreed, first_not_finite, part_of
 from .stacked import (
     Stack,
     each_direction,
@@ -301,7 +301,7 @@ class Optimizer(torch.optim.Optimizer):
         for grad in grads:
             sums.setdefault(grad.device, []).append(grad.sum(dtype=working_type(grad.dtype)))
         fine = all(bool(torch.stack([s.float() for s in each]).isfinite().all()) for each in sums.values())
-        wrong = None if fine else _first_not_finite(params, grads)
+        wrong = None if fine else first_not_finite(params, grads)
         if not agreed(wrong is None, parts):
             where = "a parameter in another process" if wrong is None else self.name_of(wrong)
             raise FloatingPointError(
@@ -394,8 +394,3 @@ class Optimizer(torch.optim.Optimizer):
             return {}
         blank = blank_state(part.transform, shape_of(part))
         return with_written(blank, self.write.init(param, torch.tensor([0])))
-
-
-def _first_not_finite(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor | None:
-    pairs = zip(params, grads, strict=True)
-    return next((param for param, grad in pairs if not bool(grad.isfinite().all())), None)

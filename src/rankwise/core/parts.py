@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .finite import is_finite
 from .transforms import Transform, working_type
 
 
@@ -270,3 +271,9 @@ def agreed(fine: bool, parts: Sequence[Part]) -> bool:
             dist.all_reduce(votes, dist.ReduceOp.MIN, group=mesh.get_group(axis))
         fine = bool(votes)
     return fine
+
+
+def first_not_finite(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor | None:
+    """Return the first parameter whose gradient holds NaN or infinity."""
+    pairs = zip(params, grads, strict=True)
+    return next((param for param, grad in pairs if not is_finite(grad)), None)

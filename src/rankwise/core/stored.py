@@ -23,6 +23,7 @@ class Batched(Transform):
     States are those of e matrices: each tensor has the axes (k, e, ...). Slices of one parameter have its place,
     so that they take turns with other parameters and not among themselves: else some slice would nearly always
     need its whole gradient, which could never be reduced. Of large parameters some slices are stepped at a time.
+    What is no stack never gets here: ``acting_on`` gives it to the inner transform.
     """
 
     inner: Transform
@@ -49,29 +50,23 @@ class Batched(Transform):
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
         """(k, e, m, n) -> (k, e, m, n)."""
-        if grad.ndim < 4:
-            return self.inner.update(grad, state, param)
 
-        def step(part: Part) -> Tensor:
-            return self.inner.update(grad[part].flatten(0, 1), _slices(state, part), param[part].flatten(0, 1))
+        def step(cut: Cut) -> Tensor:
+            return self.inner.update(grad[cut].flatten(0, 1), _slices(state, cut), param[cut].flatten(0, 1))
 
         return _each(step, grad)
 
     def reduce(self, grad: Tensor, state: State, param: Tensor) -> Tensor | None:
         """The reduced forms of the slices, (k e, ...)."""
-        if grad.ndim < 4:
-            return self.inner.reduce(grad, state, param)
         return self.inner.reduce(grad.flatten(0, 1), _slices(state), param.flatten(0, 1))
 
     def update_reduced(self, low: Tensor, state: State, param: Tensor) -> Direction:
         """(k e, ...) -> (k, e, m, n)."""
-        if param.ndim < 4:
-            return self.inner.update_reduced(low, state, param)
         reduced = low.unflatten(0, param.shape[:2])
 
-        def step(part: Part) -> Tensor:
-            inside, mine = _slices(state, part), param[part].flatten(0, 1)
-            return formed(self.inner.update_reduced(reduced[part].flatten(0, 1), inside, mine))
+        def step(cut: Cut) -> Tensor:
+            inside, mine = _slices(state, cut), param[cut].flatten(0, 1)
+            return formed(self.inner.update_reduced(reduced[cut].flatten(0, 1), inside, mine))
 
         return _each(step, low.new_empty(param.shape, device="meta"), low.device)
 
@@ -87,17 +82,15 @@ class Batched(Transform):
 
     def constrain(self, param: Tensor, state: State, lr: float, weight_decay: float) -> Tensor:
         """The inner constraint on each slice."""
-        if param.ndim < 4:
-            return self.inner.constrain(param, state, lr, weight_decay)
         bounded = self.inner.constrain(param.flatten(0, 1), _slices(state), lr, weight_decay)
         return bounded.view(param.shape)
 
 
-Part = tuple[slice, slice]
-ALL: Part = slice(None), slice(None)
+Cut = tuple[slice, slice]  # which parameters, and which of their slices
+ALL: Cut = slice(None), slice(None)
 
 
-def _each(step: Callable[[Part], Tensor], like: Tensor, device: torch.device | None = None) -> Tensor:
+def _each(step: Callable[[Cut], Tensor], like: Tensor, device: torch.device | None = None) -> Tensor:
     """Step parameters and slices like (k, e, m, n): all together, or of one large parameter some at a time."""
     k, e, *size = like.shape
     count = max(1, BLOCK // max(1, math.prod(size)))
@@ -105,16 +98,16 @@ def _each(step: Callable[[Part], Tensor], like: Tensor, device: torch.device | N
         return step(ALL).view(like.shape)
     found = torch.empty(like.shape, dtype=like.dtype, device=device or like.device)
     for low in range(0, e, count):
-        part = slice(None), slice(low, low + count)
-        found[part] = step(part).view(found[part].shape)
+        cut = slice(None), slice(low, low + count)
+        found[cut] = step(cut).view(found[cut].shape)
     return found
 
 
-def _slices(state: State, part: Part = ALL) -> State:
+def _slices(state: State, cut: Cut = ALL) -> State:
     """Views (k e, ...) of states (k, e, ...), so that what is written into them stays."""
 
     def view(leaf: Tensor) -> Tensor:
-        leaf = leaf[part]
+        leaf = leaf[cut]
         return leaf.view(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
 
     return map_state(view, state["slices"])
