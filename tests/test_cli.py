@@ -567,6 +567,10 @@ def test_lines_are_read_as_texts_everywhere(folder, text, tmp_path):
         assert run("evaluate", folder, "--text", f"w={path}", "--window", 64, "--json", file).exit_code == 0
     one, two = (json.loads(file.read_text())["texts"][0]["perplexity"] for file in figures)
     assert one == two
+    for value in (None, 3, ["a", "b"], " "):
+        lines.write_text(json.dumps({"text": halves[0]}) + "\n" + json.dumps({"text": value}) + "\n")
+        with pytest.raises(ValueError, match=r'line 2 has no "text" with words in it'):
+            named_texts("--eval", [f"mine={lines}"])
 
 
 def test_little_data_is_told(folder, text, tmp_path):

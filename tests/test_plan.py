@@ -14,7 +14,8 @@ from test_cli import text as text
 from torch import Generator, nn
 
 import rankwise
-from rankwise import Optimizer, parameter_groups
+from rankwise import Optimizer, optimizers, parameter_groups
+from rankwise.cli.options import build, pick, registry
 from rankwise.core.labels import given
 from rankwise.core.live import LiveBytes, pass_bytes, without_numbers
 from rankwise.core.modes import recomputing
@@ -250,6 +251,12 @@ def test_the_command_line_says_what_can_be_run(text: Path, tmp_path: Path):
     refused(run("plan", words, "--memory", "much"), "memory must be a size such as 2GiB")
     refused(run("plan", "nothing", "--memory", "1GiB"), "nothing does not exist")
     assert "rankwise train" not in run("plan", words, "--memory", "10KB", "--window", 48).stdout
+
+
+@pytest.mark.parametrize("name", CANDIDATES)
+def test_candidates_are_the_words_of_the_command_line(name: str):
+    word, *settings = name.split(" --set ")
+    assert build(pick("--optimizer", word, registry(optimizers)), settings) == CANDIDATES[name]
 
 
 @pytest.mark.slow

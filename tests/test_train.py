@@ -15,6 +15,7 @@ import rankwise
 from rankwise import Optimizer, parameter_groups
 from rankwise.compressors import PlainSvd
 from rankwise.core import running
+from rankwise.core.checkpoint import load_tree
 from rankwise.core.hidden import hidden_matrices
 from rankwise.core.memory import held_bytes
 from rankwise.core.preconditioner import Preconditioner
@@ -195,6 +196,25 @@ def test_batches_and_judges_may_be_given():
     model, data = tiny(), list(ids().split(2))
     report = rankwise.train(model, data[1:], over(model, adam()), held_out=data[:1], steps=2)
     assert report.totals["rows"] == 2 * 2 * 19
+
+
+def test_a_loss_that_is_lost_at_the_end_is_no_success(tmp_path: Path):
+    """No better numbers are kept to go back to; the checkpoint before stays."""
+    model = tiny()
+    optimizer = Optimizer(parameter_groups(model, adam()), lr=1e30)
+    with pytest.raises(ValueError, match="step 4: the held-out loss is nan"):
+        rankwise.train(
+            model,
+            counting(),
+            optimizer,
+            window=32,
+            steps=4,
+            every=2,
+            checkpoint=tmp_path,
+            rate=lambda done: 1.0 if done >= 0.5 else 1e-32,
+        )
+    (file,) = tmp_path.iterdir()
+    assert load_tree(file)["progress"]["step"] == 2
 
 
 def test_wrong_arguments():

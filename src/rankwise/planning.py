@@ -18,6 +18,7 @@ from .core.live import LiveBytes, pass_bytes, without_numbers
 from .core.memory import gradient_bytes, held_bytes
 from .core.modes import recomputing
 from .core.optimizer import Optimizer
+from .core.progress import track
 from .core.report import Report
 from .core.states import leaves
 from .core.stored import Batched
@@ -35,7 +36,7 @@ CANDIDATES: Mapping[str, Transform] = {
     "galore --set rank=0.5": galore(rank=0.5),
     "frugal": frugal(),
     "galore --set rank=0.25": galore(rank=0.25),
-    "q_galore --set rank=0.25": q_galore(rank=0.25),
+    "q-galore --set rank=0.25": q_galore(rank=0.25),
     "galore --set rank=0.125": galore(rank=0.125),
     "adafactor": adafactor(),
 }
@@ -108,10 +109,11 @@ def plan(
     with without_numbers():
         network = fresh(config, dtype=dtype, attention=causal_attention()).train()
         check_causal(network, window, "only such models are planned")
-        ways = [_Way.of(network, window, autocast, *each) for each in product((False, True), repeat=2)]
+        savings = track([*product((False, True), repeat=2)], "passes")
+        ways = [_Way.of(network, window, autocast, *each) for each in savings]
         weights = held_bytes(network)
         params = sum(p.numel() for p in network.parameters())
-        counts = {name: _Counts.of(network, transform) for name, transform in candidates.items()}
+        counts = {name: _Counts.of(network, candidates[name]) for name in track([*candidates], "states")}
     others = step_bytes(adam(), dtype)
     needs = [
         _Need.of(name, counts[name], (step_bytes(transform, dtype, counts[name].side), others))

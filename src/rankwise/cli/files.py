@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..core.files import write_text
 from ..core.report import Report
@@ -118,12 +119,17 @@ def _read(flag: str, file: str) -> list[Text]:
     if not is_lines(file):
         texts = [Text(file, origin, read_text(file))]
     else:
-        texts = [Text(place, origin, str(record.get("text", ""))) for place, record in read_lines(file)]
+        texts = [Text(place, origin, _words(record.get("text"))) for place, record in read_lines(file)]
     for text in texts:
         if not text.content.strip():
             lack = 'has no "text" with words in it' if is_lines(file) else "is empty; give one with words in it"
             raise ValueError(f"{flag}: the text {text.name} {lack}.")
     return texts
+
+
+def _words(value: Any) -> str:
+    """Return a text, or nothing in place of what is none."""
+    return value if isinstance(value, str) else ""
 
 
 def _joined(name: str, origin: str, parts: Sequence[Text]) -> Text:

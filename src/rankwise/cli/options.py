@@ -69,7 +69,7 @@ def registry(package: types.ModuleType) -> dict[str, Any]:
 
 
 def pick(flag: str, name: str, known: Mapping[str, Any]) -> Any:
-    """Return an entry by name, of which hyphens may be left out.
+    """Return an entry by name, of which hyphens may be left out or be underscores.
 
     Raises:
         ValueError: if there is none; the message names the nearest and all others.
@@ -273,8 +273,12 @@ def at_least(flag: str, value: int | None, least: int) -> None:
 
 
 def _full_name(name: str, known: Collection[str]) -> str | None:
-    """Return the one of the names that a name is, exactly or but for hyphens."""
-    return name if name in known else {each.replace("-", ""): each for each in known}.get(name.replace("-", ""))
+    """Return the one of the names that a name is, exactly or but for hyphens, which may be underscores."""
+    return name if name in known else {_bare(each): each for each in known}.get(_bare(name))
+
+
+def _bare(name: str) -> str:
+    return name.replace("-", "").replace("_", "")
 
 
 def _one_of(known: Sequence[str], text: str) -> str:

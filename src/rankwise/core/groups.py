@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .parts import Part
@@ -64,7 +65,9 @@ def restored(blank: State, part: Part, saved: Any, number: int) -> dict[str, Any
         if not isinstance(value, Tensor) or (tuple(value.shape), value.dtype) != form:
             found = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"the state of parameter {number} has {found} in place of {form}.")
-        return value.detach().to(part.param.device if wanted.is_meta else wanted.device, copy=True)
+        device = part.param.device if wanted.is_meta else wanted.device
+        # laid out as a new one is, so that sums round as they would have
+        return torch.empty_like(wanted[0], device=device).copy_(value.detach())
 
     if _keys(blank) != _keys(saved):
         raise ValueError(f"the state of parameter {number} has other entries than the transform: {_keys(saved)}.")

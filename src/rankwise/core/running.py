@@ -236,10 +236,14 @@ class Run:
         p, held = self.progress, total / sum(piece.rows for piece in self.held)
         if not p.history and not held < float("inf"):
             raise ValueError(f"the {self.word} is not finite before the first step.")
+        if not self.plan.spare and not held < float("inf"):  # there are no better numbers to go back to
+            raise ValueError(
+                f"step {p.step}: the held-out {self.word} is {held}; lower the learning rate, or use float32."
+            )
         row = {"step": p.step, "seconds": round(self._seconds(), 1), "rows": p.rows, "train": train}
         p.history.append({**row, "held_out": held if held < float("inf") else None})
         p.stale = 0 if held < p.best else p.stale + 1
-        if held < p.best or ((self.plan.last or not self.plan.spare) and held < float("inf")):
+        if held < p.best or not self.plan.spare or (self.plan.last and held < float("inf")):
             p.best, p.best_step = held, p.step
             self._keep()
         self.observe(p.step, {"held_out": held})

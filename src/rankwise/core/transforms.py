@@ -6,6 +6,7 @@ matrices (k, m, n), vectors (k, n), scalars (k,). Convolutions are seen as matri
 
 import abc
 import dataclasses
+from collections import Counter
 
 import torch
 from torch import Tensor
@@ -372,8 +373,12 @@ def state_bytes(transform: Transform, *params: Tensor) -> int:
     >>> state_bytes(adam(), weight), state_bytes(galore(rank=8), weight)
     (131080, 18464)
     """
-    states = [blank_state(transform, param) for param in params if param.numel()]
-    return sum(leaf.nbytes for state in states for leaf in leaves(state))
+    alike = Counter((param.shape, param.dtype) for param in params if param.numel())
+    total = 0
+    for (shape, dtype), count in alike.items():
+        state = blank_state(transform, torch.empty(shape, dtype=dtype, device="meta"))
+        total += count * sum(leaf.nbytes for leaf in leaves(state))
+    return total
 
 
 def blank_state(transform: Transform, param: Tensor) -> State:
