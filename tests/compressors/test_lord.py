@@ -50,6 +50,23 @@ def test_the_error_is_the_lost_variance_and_less_than_without_centring(mean: flo
         assert error <= left_out(x, plain.build(i).dense().detach(), None) * (1 + 1e-3) + small
 
 
+@pytest.mark.parametrize("mean", [300.0, 1000.0])
+def test_a_large_mean_does_not_damp(mean: float):
+    """With the default damping, against the least variance that a rank can leave."""
+    x = draw(2000, 9, seed=1) + mean * draw(1, 9, seed=3)
+    choices = Lord().choices(WEIGHT, fill(Lord.needs, x, torch.zeros(2000, 14)))
+    energies = torch.linalg.eigvalsh(torch.cov((x @ WEIGHT.mT).mT, correction=0)).flip(0)
+    for i in range(7):
+        error, best = left_out(x, choices.build(i).dense().detach(), choices.mean), float(energies[i + 1 :].sum())
+        assert error == pytest.approx(best, rel=0.02)  # sums are float32
+        assert float(choices.errors[i]) == pytest.approx(error, rel=0.05)
+
+
+def test_equal_inputs_have_no_error():
+    x = inputs(2.0)[:1].repeat(50, 1)
+    assert float(Lord().choices(WEIGHT, fill(Lord.needs, x, torch.zeros(50, 14))).errors[0]) < 1e-3
+
+
 def test_inputs_without_a_mean_give_whitened_svd():
     centred, plain = offers(inputs(0.0))
     torch.testing.assert_close(centred.errors, plain.errors, rtol=1e-4, atol=1e-6 * plain.total)

@@ -24,7 +24,7 @@ class Lord(TruncatedSvd):
     for them.
 
     Args:
-        damping: multiple of mean(diag E[x x']) added to K's diagonal.
+        damping: multiple of mean(diag K) added to K's diagonal, so that a large mean counts for nothing.
         gauge: how the result is stored: r rows or columns and how they make the others, or two factors.
         rank_multiple: offer only multiples of it, such as 16 or 32, for processors that prefer them.
 
@@ -44,8 +44,10 @@ class Lord(TruncatedSvd):
     def metrics(self, stats: Stats) -> tuple[Metric, Metric]:
         """K alone; what rounding makes negative counts as zero."""
         moment, mean = stats[InputGram].value(), stats[InputMean].value()
-        energies, vectors = torch.linalg.eigh(moment - mean.outer(mean))
-        energies = energies.clamp_min(0) + self.damping * moment.diagonal().mean()
+        covariance = moment - mean.outer(mean)
+        energies, vectors = torch.linalg.eigh(covariance)
+        rounding = torch.finfo(torch.float32).eps * moment.diagonal().mean()  # all that is left of equal inputs
+        energies = energies.clamp_min(0) + self.damping * covariance.diagonal().mean().clamp_min(rounding)
         return Metric(), Metric(vectors * energies @ vectors.mT)
 
     def choices(self, weight: Tensor, stats: Stats) -> Choices:
