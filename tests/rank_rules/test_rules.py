@@ -10,7 +10,7 @@ from rankwise.allocators import water_filling
 from rankwise.core.choices import Ladder, spend
 from rankwise.core.statistics import InputGram, OutputGradGram, Stats, WeightGradient
 from rankwise.matrices import Dense
-from rankwise.rank_rules import PredictedDecrease, SpectralEnergy
+from rankwise.rank_rules import ExplainedVariance, PredictedDecrease, SpectralEnergy
 
 
 def spread(missed: dict[str, Tensor], budget: int) -> dict[str, int]:
@@ -114,6 +114,17 @@ def test_every_layer_gets_a_rank_before_any_gets_two():
     rule = SpectralEnergy()
     missed = {"flat": rule.missed(power_law(0), {}, 5), "steep": rule.missed(power_law(9), {}, 5)}
     assert spread(missed, 2) == {"flat": 1, "steep": 1}
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_explained_variance_is_a_share_of_the_layer_s_own(centred: bool):
+    """Whatever the size of its inputs."""
+    rule, x = ExplainedVariance(centred=centred), correlated(200, 9, 1) + 0.2 * draw(1, 9, seed=2)
+    energies = torch.linalg.svdvals(x - x.mean(0) * centred).square()
+    wanted = torch.stack([energies[r:].sum() / energies.sum() for r in range(6)])
+    for size in (1.0, 30.0):
+        missed = rule.missed(Dense(draw(4, 9)), fill(rule.needs, size * x, torch.zeros(200, 4)), 5)
+        torch.testing.assert_close(missed, wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_bad_arguments():

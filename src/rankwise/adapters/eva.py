@@ -17,8 +17,8 @@ from .lora import Lora
 class Eva(Adapter):
     """:class:`Lora` with :class:`~rankwise.initialisers.PrincipalInputs` as its start.
 
-    Ranks are spread by :class:`~rankwise.rank_rules.ExplainedVariance`. It reads calibration data, best that of
-    the task.
+    Ranks are spread by :class:`~rankwise.rank_rules.ExplainedVariance`; their sum is less than ``rank`` times the
+    number of layers where the inputs have fewer directions. It reads calibration data, best that of the task.
 
     Args:
         rank: average rank of the layers.
@@ -26,6 +26,7 @@ class Eva(Adapter):
         most: the largest rank of a layer, as a multiple of the average.
         centred: take the mean of the inputs off.
         whiten: divide the rows of A by their components' standard deviations.
+        answers: leave out tokens without a label, such as those of prompts; see the start.
         dropout: share of the branch's inputs that are dropped while training.
 
     Learning rate: 5e-4, that of its authors' scripts for models of 7B.
@@ -40,6 +41,7 @@ class Eva(Adapter):
     most: float = 2.0
     centred: bool = True
     whiten: bool = False
+    answers: bool = True
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -47,7 +49,7 @@ class Eva(Adapter):
 
     @property
     def _lora(self) -> Lora:
-        start = PrincipalInputs(centred=self.centred, whiten=self.whiten)
+        start = PrincipalInputs(centred=self.centred, whiten=self.whiten, answers=self.answers)
         return Lora(rank=self.rank, alpha=self.alpha, dropout=self.dropout, start=start)
 
     @property
@@ -58,7 +60,7 @@ class Eva(Adapter):
     @property
     def ranks(self) -> ExplainedVariance:
         """By explained variance."""
-        return ExplainedVariance(most=self.most, centred=self.centred)
+        return ExplainedVariance(most=self.most, centred=self.centred, answers=self.answers)
 
     def with_rank(self, rank: int) -> Lora:
         """The same start with another rank."""

@@ -26,6 +26,7 @@ class Statistic(abc.ABC):
 
     side: ClassVar[str]  # "input": rows of inputs alone; "output": gradients alone; "both"
     labelled: ClassVar[bool] = False  # whether it says nothing where labels are drawn from the model
+    answers: ClassVar[bool] = False  # whether tokens that are given without a label do not count
 
     def __init__(self, m: int, n: int, device: torch.device | str = "cpu") -> None:
         self.sum = torch.zeros(self.sizes(m, n), device=device)
@@ -190,6 +191,18 @@ class InputMean(Statistic):
     def add(self, x: Tensor, grad: Tensor) -> None:
         """Add the rows."""
         self.sum += x.sum(0)
+
+
+class AnswerGram(InputGram):
+    """:class:`InputGram` of the tokens that have a label, or of all where no labels are given."""
+
+    answers = True
+
+
+class AnswerMean(InputMean):
+    """:class:`InputMean` of the tokens that have a label, or of all where no labels are given."""
+
+    answers = True
 
 
 class InputMagnitude(Statistic):

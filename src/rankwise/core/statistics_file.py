@@ -110,6 +110,8 @@ def _kind(name: str) -> type[Statistic]:
         kinds.InputGram,
         kinds.OutputGradGram,
         kinds.InputMean,
+        kinds.AnswerGram,
+        kinds.AnswerMean,
         kinds.InputMagnitude,
         kinds.GradientWeightedInput,
         kinds.WeightGradient,

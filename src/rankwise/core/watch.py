@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .errors import CalibrationError
-from .labels import Labels
+from .labels import UNLABELLED, Labels
 from .memory import peak_memory_bytes
 from .progress import track
 from .stacks import Stack, stacks
@@ -28,8 +28,8 @@ class Watch:
     1/2 tr(S D C D') is, for each layer, the change of the whole loss per row of most layers.
 
     A matrix of a 3-D parameter, such as an expert's, counts for that as many rows as entered the module. Where
-    every matrix is handed all rows, those that are zero did not reach it. Rows of padding cannot be told from
-    others; they count as inputs, but their gradients are zero.
+    every matrix is handed all rows, those that are zero did not reach it. Rows of padding, or without a label,
+    cannot be told from others; they count as inputs, but the gradients of padding are zero.
 
     Args:
         sites: the layers to watch, from :func:`rankwise.core.surgery.select`.
@@ -39,7 +39,8 @@ class Watch:
     def __init__(self, sites: Mapping[str, Site], needs: Iterable[type[Statistic]]) -> None:
         self.sites, self.needs = sites, tuple(dict.fromkeys(needs))
         self.layers: dict[str, dict[type[Statistic], Statistic]] = {}
-        self.mask: Tensor | None = None
+        self.mask: Tensor | None = None  # of the tokens that are no padding
+        self.answers: Tensor | None = None  # of those among them that have a label
         self.batch = -1  # its number
         self.seen: dict[tuple[int, int, View], tuple[weakref.ref[Tensor], str]] = {}
         self.leader: dict[str, str] = {}  # layer -> the first layer that saw the same input
@@ -67,9 +68,16 @@ class Watch:
             yield
 
     def begin(self, batch: Batch) -> None:
-        """Start a batch; a keyword ``attention_mask`` in it marks padding, which does not count."""
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        """Start a batch; a keyword ``attention_mask`` in it marks padding, which does not count.
+
+        Statistics of answers leave out the tokens, too, whose own place in a keyword ``labels`` (b, t) says -100.
+        """
+        named = batch if isinstance(batch, Mapping) else {}
+        mask, labels = named.get("attention_mask"), named.get("labels")
         self.mask = None if mask is None else mask.bool()
+        self.answers = None if labels is None or labels.dim() != 2 else labels != UNLABELLED
+        if self.answers is not None and self.mask is not None and self.mask.shape == self.answers.shape:
+            self.answers = self.answers & self.mask
         self.seen.clear()
         self.batch += 1
         for stats in self.layers.values():
@@ -90,6 +98,9 @@ class Watch:
         reached = {name for name in paths if _reached(self.layers.get(name, {}))}
         alone = [name for name in self.sites if name not in paths]
         _refuse([name for name in alone if name not in self.layers], "never reached by the data")
+        kinds = {need for need in self.needs if need.answers}
+        silent = [n for n in alone if n in self.layers and not all(self.layers[n][kind].count for kind in kinds)]
+        _refuse(silent, "that no token with a label other than -100 reached")
         useless = [name for name in alone if not all(each.count for each in self.layers[name].values())]
         _refuse(useless, "on which the loss does not depend")
         idle = sorted({*paths.values()} - {paths[name] for name in reached})
@@ -102,10 +113,16 @@ class Watch:
             divide_alike(found.values())
         return found
 
-    def rows(self, x: Tensor) -> Tensor:
-        """Flatten (..., k) to (t, k) without padding; the rows of all sequences may be together already."""
-        if self.mask is not None and x.shape[:-1] in (self.mask.shape, (self.mask.numel(),)):
-            return x.flatten(0, -2)[self.mask.flatten().to(x.device)]
+    def rows(self, x: Tensor, *, answers: bool = False) -> Tensor:
+        """Flatten (..., k) to (t, k) without padding; the rows of all sequences may be together already.
+
+        Args:
+            x: what a layer is given.
+            answers: also without tokens that have no label.
+        """
+        for mask in (self.answers if answers else None, self.mask):
+            if mask is not None and x.shape[:-1] in (mask.shape, (mask.numel(),)):
+                return x.flatten(0, -2)[mask.flatten().to(x.device)]
         return x.flatten(0, -2)
 
     def _filling(self, name: str) -> Callable[[nn.Module, Any, Any], Tensor]:
@@ -150,7 +167,8 @@ class Watch:
                 )
         for need, statistic in stats.items():
             if need.side == "input" and leader == name:
-                statistic.update(inputs)
+                fewer = need.answers and given is None
+                statistic.update(self.rows(site.view.inputs(x), answers=True) if fewer else inputs)
         if not self.gradients:
             return y
         leaf = not y.requires_grad
