@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import pytest
 import torch
 from contracts.examples import draw
-from torch import Generator
+from torch import Generator, Tensor
 
 from rankwise import allocators
 from rankwise.compressors import PlainSvd
@@ -179,6 +179,52 @@ def test_spectrum_threshold_keeps_what_is_above_it():
         ladders = {"one": Ladder.of(choices, "macs", weight.numel())}
         picks = allocators.spectrum_threshold(ladders, rank * (20 - rank))
         assert choices.build(int(ladders["one"].index[picks["one"]])).rank == rank
+
+
+def of_spectra(**spectra: Tensor) -> dict[str, Ladder]:
+    """Ladders of diagonal weights, whose choices are ranks 1, 2, ..."""
+    return {
+        name: Ladder.of(PlainSvd(gauge="factors").choices(s.diag(), {}), "params", len(s) ** 2)
+        for name, s in spectra.items()
+    }
+
+
+def ranks(share: float, **spectra: Tensor) -> dict[str, int]:
+    ladders = of_spectra(**spectra)
+    picks = allocators.spectrum_threshold(ladders, int(share * whole(ladders)))
+    return {name: pick + 1 for name, pick in picks.items()}
+
+
+STEEP, SLOW = torch.logspace(0, -3, 32).double(), torch.linspace(1, 0.1, 32).double()
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+def test_spectrum_threshold_does_not_care_about_the_size_of_a_weight(share: float):
+    found = ranks(share, one=STEEP, other=SLOW)
+    assert found["one"] < found["other"]
+    assert ranks(share, one=50 * STEEP, other=0.01 * SLOW) == found
+    assert len(set(ranks(share, one=SLOW, two=SLOW, three=9 * SLOW).values())) == 1
+
+
+def test_spectrum_threshold_keeps_more_of_a_larger_budget():
+    found = [ranks(share, one=STEEP, other=SLOW) for share in (0.2, 0.35, 0.5, 0.65, 0.8)]
+    for less, more in itertools.pairwise(found):
+        assert all(less[name] <= more[name] for name in less)
+        assert sum(less.values()) < sum(more.values())
+
+
+def test_one_outlying_value_makes_a_layer_look_low_rank():
+    spiked = SLOW.clone()
+    spiked[0] = 20
+    assert ranks(0.5, one=spiked, other=SLOW)["one"] == 1 < ranks(0.5, one=SLOW, other=SLOW)["one"]
+
+
+@pytest.mark.parametrize(("share", "rank"), [(0.5, 8), (0.8, 12), (0.9, 14)])
+@pytest.mark.parametrize("rounding", [0.0, 1e-16])
+def test_equal_values_take_what_can_be_had(share: float, rank: int, rounding: float):
+    """Costs are of two factors: rank r takes 2 * 32 r of 32^2 numbers."""
+    equal = torch.ones(32).double() - rounding * torch.arange(32)
+    assert ranks(share, one=equal) == {"one": rank}
 
 
 def test_layers_without_a_choice_stay_dense_and_count(allocate: Allocator):

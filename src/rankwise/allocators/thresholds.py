@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 
 import torch
+from torch import Tensor
 
 from ..core.choices import Ladder, check_budget, cost_of
 
@@ -14,7 +15,8 @@ def spectrum_threshold(ladders: Mapping[str, Ladder], budget: int) -> dict[str, 
     """Keep in every layer the singular values above one threshold, each spectrum scaled to [0, 1] (WeLore).
 
     A layer whose rank would cost as much as the dense layer stays dense. The paper states its budget in ranks;
-    here it is the project's own. One outlying singular value makes a layer look low-rank.
+    here it is the project's own. One outlying singular value makes a layer look low-rank. Where all are equal,
+    which have no scale, they count as falling evenly, as those do that differ a little.
 
     Raises:
         ValueError: if a method has no singular values.
@@ -26,12 +28,19 @@ def spectrum_threshold(ladders: Mapping[str, Ladder], budget: int) -> dict[str, 
         if ladder.spectrum is None:
             raise ValueError("spectrum_threshold needs a method with singular values; use another allocator.")
         s = ladder.spectrum
-        scaled = (s - s[-1]) / (s[0] - s[-1]).clamp_min(torch.finfo(s.dtype).tiny)
-        rank = max(int((scaled >= threshold).sum()), 1)
+        rank = max(int((_scaled(s) >= threshold).sum()), 1)
         left_out = float(s[rank:].square().sum()) + ROUNDING * ladder.total
         return int((ladder.errors > left_out).sum())  # the smallest choice of at least this rank
 
     return _by_threshold(ladders, budget, pick)
+
+
+def _scaled(s: Tensor) -> Tensor:
+    """Move a spectrum, largest first, to [0, 1]."""
+    spread = s[0] - s[-1]
+    if float(spread) <= len(s) * torch.finfo(s.dtype).eps * float(s[0]):
+        return torch.linspace(1, 0, len(s)).to(s)
+    return (s - s[-1]) / spread
 
 
 def relative_error(ladders: Mapping[str, Ladder], budget: int) -> dict[str, int]:
