@@ -3,7 +3,7 @@
 import pytest
 import torch
 from contracts.examples import draw
-from contracts.problems import correlated, fill
+from contracts.problems import correlated, exactly, fill
 from torch import Generator, Tensor
 
 from rankwise.compressors import CoSpaDi, KroneckerFactoredSvd, OrthogonalDictionary
@@ -78,6 +78,14 @@ def test_a_dictionary_beats_low_rank_where_rows_lie_in_many_subspaces(method: Sp
     low_rank = KroneckerFactoredSvd().choices(weight, stats)
     affordable = low_rank.costs["params"] <= dictionary.costs["params"]
     assert float(dictionary.errors[0]) < 0.7 * float(low_rank.errors[affordable].min())
+
+
+def test_rows_that_few_atoms_meet_do_as_well_with_several_picks():
+    """Of a diagonal weight each row is one atom, which leaves nothing for further picks."""
+    weight = torch.linspace(1, 2, 60, dtype=torch.float64).diag()
+    stats = {kind: exactly(kind, torch.eye(60)) for kind in CoSpaDi.needs}
+    found = [CoSpaDi(share=0.6, picked_share=share).choices(weight, stats) for share in (0.0, 0.3)]
+    assert float(found[1].errors[0]) <= 1.01 * float(found[0].errors[0])
 
 
 def test_atoms_need_not_be_orthogonal():

@@ -74,9 +74,8 @@ def test_rows_stop_early_at_atoms_that_are_combinations_of_others(dtype: torch.d
     assert int(mask.sum(1).max()) <= 6  # there are no more independent ones
     left = rows - codes @ basis
     assert bool((left.norm(dim=1) <= rows.norm(dim=1)).all())
-    if picks == 1:
-        projected = rows.double() @ torch.linalg.pinv(few) @ few
-        torch.testing.assert_close((codes @ basis).double(), projected, rtol=1e-2, atol=1e-2)
+    projected = rows.double() @ torch.linalg.pinv(few) @ few
+    torch.testing.assert_close((codes @ basis).double(), projected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("picks", [2, 5, 16])
@@ -86,6 +85,15 @@ def test_several_picks_give_least_squares_on_their_places(picks: int):
     assert bool((mask.sum(1) == 11).all())
     gradient = (rows - codes @ basis) @ basis.mT
     assert float(gradient[mask].abs().max()) < 1e-10
+
+
+@pytest.mark.parametrize("picks", [2, 4, 8])
+def test_several_picks_stop_only_rows_that_are_met(picks: int):
+    codes, _ = planted(50, 40, 80, 6)
+    codes[0] = 0
+    found, mask = matching_pursuit(torch.eye(40).double(), codes, 8, picks=picks)
+    torch.testing.assert_close(found, codes)
+    assert int(mask.sum(1).max()) <= 8
 
 
 def test_groups_are_respected():

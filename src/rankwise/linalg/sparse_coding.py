@@ -16,7 +16,8 @@ def matching_pursuit(
     A row y and the atoms A (k, n), of length 1, are needed only as y A' and A A'. After each pick the
     coefficients are the least-squares solution on the atoms taken, kept up to date through the inverse of the
     Cholesky factor of their Gram matrix. A row whose next atom is a combination of those it has, or which is met
-    exactly, stops with fewer.
+    exactly, stops with fewer; where one of several picks is such and the row is not met, it begins again with
+    single ones.
 
     Args:
         gram: A A' (k, k).
@@ -44,6 +45,20 @@ def matching_pursuit(
     check_groups(gram.shape[0], kept, group)
     if picks < 1:
         raise ValueError(f"picks must be >= 1, got {picks}.")
+    codes, mask = _in_chunks(gram, moments, kept, group, picks)
+    if picks > 1:
+        left = (moments - codes @ gram).abs().amax(1)
+        again = (mask.sum(1) < kept * gram.shape[0] // group) & (left > _smallest(moments))
+        codes[again], mask[again] = _in_chunks(gram, moments[again], kept, group, 1)
+    return codes, mask
+
+
+def _smallest(moments: Tensor) -> Tensor:
+    """Return (m,) the correlations of rows that are as good as none."""
+    return 100 * torch.finfo(moments.dtype).eps * moments.abs().amax(1)
+
+
+def _in_chunks(gram: Tensor, moments: Tensor, kept: int, group: int, picks: int) -> tuple[Tensor, Tensor]:
     total = kept * gram.shape[0] // group
     parts = [
         _pursue(gram, chunk, kept, group, total, picks) for chunk in moments.split(max(CHUNK // total**2, 1))
@@ -58,7 +73,7 @@ def _pursue(
     rows = len(moments)
     lines = torch.arange(rows, device=moments.device)[:, None]
     accuracy = 100 * torch.finfo(moments.dtype).eps
-    smallest = accuracy * moments.abs().amax(1)
+    smallest = _smallest(moments)
     codes, mask = torch.zeros_like(moments), torch.zeros_like(moments, dtype=torch.bool)
     factor = moments.new_zeros(rows, total, total)  # V, lower triangular: V' V is the inverse of the taken Gram
     taken = torch.zeros(rows, total, dtype=torch.int64, device=moments.device)
