@@ -134,7 +134,7 @@ def test_entries_go_to_the_layer_that_has_to_change_most(where: int, tmp_path: P
         for i, layer in enumerate(goals):
             layer.weight[:4] += (1.0 if i == where else 0.2) * draw(4, 16, seed=2 + i)
     rankwise.adapt(model, Snella(rank=8, mixed=False, weight=1.0, density=0.9, target=0.2, tail=0.5))
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.005)
     follower = rankwise.follow(model, optimizer, steps=100)
     for _ in range(100):
         optimizer.zero_grad()
@@ -142,7 +142,7 @@ def test_entries_go_to_the_layer_that_has_to_change_most(where: int, tmp_path: P
         optimizer.step()
     counts = counts_of(model)
     assert sum(counts) == round(0.2 * 512)
-    assert counts[where] > 1.5 * counts[1 - where]
+    assert counts[where] > 5 * counts[1 - where]
 
     outputs = [layer(x).detach() for layer in model.eval()]
     follower.finish()

@@ -60,6 +60,25 @@ def test_a_share_of_the_entries_is_left_and_they_are_the_largest(density: float)
     assert torch.equal(left[left != 0], full[left != 0])
 
 
+@pytest.mark.parametrize("density", [0.001, 0.05, 0.3, 1.0])
+def test_soft_thresholds_leave_as_many_entries(density: float):
+    matrix, other = kernelled(density=density, shrink=soft), kernelled(density=density)
+    assert torch.equal(matrix.dense() != 0, other.dense() != 0)
+    full, left = matrix.full().detach(), matrix.dense().detach()
+    largest_left_out = full[left == 0].abs().amax() if density < 1 else 0.0
+    torch.testing.assert_close(left[left != 0].abs(), full[left != 0].abs() - largest_left_out)
+
+
+def test_a_single_entry_trains():
+    adapted, target = attach(Snella(rank=2, mixed=False), torch.zeros(1, 9)), draw(1, 9, dtype=torch.float32)
+    optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(20):
+        optimizer.zero_grad()
+        (adapted.dense() - target).square().sum().backward()
+        optimizer.step()
+    assert float(adapted.dense().detach().abs().max()) > 1e-3
+
+
 def test_ways_to_leave_entries():
     matrix, threshold = torch.tensor([0.5, -1.0, 2.0, -3.0]), torch.tensor(1.0)
     assert hard(matrix, threshold).tolist() == [0, -1, 2, -3]

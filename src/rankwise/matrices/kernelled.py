@@ -95,7 +95,8 @@ class Kernelled(StructuredMatrix):
     def dense(self) -> Tensor:
         """(m, n)."""
         matrix = self.full()
-        return self.shrink(matrix, smallest_kept(matrix, self.kept)).to(self.dtype)
+        first_left_out = self.shrink is soft  # which then becomes zero, and no entry that is kept
+        return self.shrink(matrix, smallest_kept(matrix, self.kept + first_left_out)).to(self.dtype)
 
     def full(self) -> Tensor:
         """K (m, n) with all its entries, in float32 or wider."""
