@@ -26,8 +26,10 @@ class Lamda(Ranked, FreezeSettings):
 
     Args:
         rank: r.
-        alpha: s = alpha / rank; None means s = 1.
-        dropout: share of the branch's inputs that are dropped while training.
+        alpha: s = alpha / rank; None means s = 1. Since s S are the singular values whatever s is, it only says
+            how much D counts. The authors' 16 at rank 64 is for a core that starts at random.
+        dropout: share of the branch's inputs that are dropped while training; as in :class:`Lora` none, where the
+            authors' script drops 0.1.
         until: B trains less and less, and no more after this share of the steps, in (0, 1].
         ranks: from :mod:`rankwise.rank_rules`; None gives all layers the same, and SpectralEnergy() is LaMDA++.
 
