@@ -95,6 +95,26 @@ def test_a_thousand_steps_of_adam_do_not_leave_the_orthogonal_matrices():
     torch.testing.assert_close(adapted.dense().norm(dim=1), weight.norm(dim=1), rtol=1e-5, atol=0)
 
 
+def test_a_procrustes_problem_of_64_dimensions_is_solved():
+    """The rotation that turns one set of rows into another, far from the identity."""
+    rows, target = draw(128, 64), torch.linalg.qr(draw(64, 64, seed=2))[0]
+    target[:, 0] *= torch.linalg.det(target).sign()  # an even number of reflections is a rotation
+    turned = rows @ target
+    adapted = Householder(rank=64).attach(Base(Dense(rows)), {}, Generator().manual_seed(0)).double()
+    (vectors,) = (p for p in adapted.parameters() if p.requires_grad)
+    optimizer = torch.optim.LBFGS([vectors], max_iter=150, line_search_fn="strong_wolfe", tolerance_change=0)
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = (adapted.dense() - turned).square().mean()
+        value.backward()
+        return value.detach()
+
+    optimizer.step(loss)
+    left = Reflections(vectors.detach()).dense().detach() - target
+    assert float(left.norm() / target.norm()) < 1e-3
+
+
 def test_a_free_factor_leaves_them_at_once():
     """The same bound is no property of the optimiser: a plain matrix breaks it in one step."""
     free = torch.eye(8).requires_grad_()

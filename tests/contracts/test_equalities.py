@@ -79,6 +79,37 @@ def test_diagonal_moments_give_the_diagonal_methods(weight: Tensor):
     assert_same(ActivationAwareSvd(alpha=1.0, floor=1e-16).choices(weight, magnitude), whitened)
 
 
+def test_three_forms_of_whitening_agree(weight: Tensor):
+    """A Cholesky root, a symmetric root, and the projection on the outputs' directions, which inverts nothing."""
+    moment = gram(weight.shape[1], 1)
+    energies, vectors = torch.linalg.eigh(moment)
+    outputs = torch.linalg.eigh(weight @ moment @ weight.mT)[1].flip(1)
+    choices = WhitenedSvd(damping=0.0).choices(weight, {InputGram: exactly(InputGram, moment)})
+    for r in range(1, min(weight.shape) + 1):
+        found = choices.build(r - 1).dense().detach()
+        for root in (torch.linalg.cholesky(moment), vectors * energies.sqrt() @ vectors.mT):
+            u, s, vt = torch.linalg.svd(weight @ root, full_matrices=False)
+            torch.testing.assert_close(found, u[:, :r] * s[:r] @ vt[:r] @ torch.linalg.inv(root), **CLOSE)
+            assert float(choices.errors[r - 1]) == pytest.approx(float(s[r:].square().sum()), abs=1e-10)
+        torch.testing.assert_close(found, outputs[:, :r] @ outputs[:, :r].mT @ weight, **CLOSE)
+
+
+@pytest.mark.parametrize("other", [PlainSvd, ActivationAwareSvd, FisherSvd])
+def test_no_method_beats_whitening_on_the_outputs(weight: Tensor, other: type):
+    m, n = weight.shape
+    x = correlated(200, n, 1)
+    stats = fill((InputGram, InputMagnitude, GradientWeightedInput), x, correlated(200, m, 3))
+    best, rival = WhitenedSvd(damping=0.0).choices(weight, stats), other().choices(weight, stats)
+    total = float((x @ weight.mT).square().sum())
+    for i in range(len(best.errors)):
+        ours, theirs = (
+            float((x @ (weight - choices.build(i).dense().detach()).mT).square().sum())
+            for choices in (best, rival)
+        )
+        assert ours <= theirs + 1e-10 * total
+        assert 200 * float(best.errors[i]) == pytest.approx(ours, rel=1e-4, abs=1e-6 * total)
+
+
 def test_a_transposed_problem_has_the_transposed_answer(weight: Tensor):
     m, n = weight.shape
     inputs, outputs = gram(n, 1), gram(m, 2)
