@@ -89,6 +89,12 @@ def test_layers_with_one_input_start_alike_and_ranks_add_up():
         assert sum(row["rank"] for row in report.rows) == 3 * rank
 
 
+def test_ranks_beyond_the_directions_of_the_inputs_are_left_over():
+    x = (draw(200, 2, seed=1) @ draw(2, 16, seed=2) + draw(1, 16, seed=3)).float()
+    report = rankwise.adapt(Two(), Eva(rank=4), data=[x])
+    assert [row["rank"] for row in report.rows] == [2, 2, 2]
+
+
 def conversation(*, padding: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """Prompts in the first eight dimensions, which have no label, then answers in the others; maybe padding."""
     x, labels = torch.zeros(4, 30, 16), torch.full((4, 30), -100)

@@ -23,7 +23,7 @@ def test_the_squares_beyond_its_rank_are_what_is_left(rank: int):
     values = torch.linspace(3, 0.4, 8, dtype=torch.float64)
     target, adapted = WEIGHT + left * values @ right.mT, attach(Lora(rank=rank))
     trained = [p for p in adapted.parameters() if p.requires_grad]
-    optimizer = torch.optim.LBFGS(trained, max_iter=500, line_search_fn="strong_wolfe", tolerance_grad=1e-6)
+    optimizer = torch.optim.LBFGS(trained, max_iter=500, line_search_fn="strong_wolfe", tolerance_change=0)
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()

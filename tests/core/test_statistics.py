@@ -9,6 +9,8 @@ from transformers import BertConfig, BertModel
 from rankwise import CalibrationError
 from rankwise.core import labels
 from rankwise.core.statistics import (
+    AnswerGram,
+    AnswerMean,
     BatchGradients,
     GradientWeightedInput,
     InputGram,
@@ -22,7 +24,16 @@ from rankwise.core.statistics_file import load_statistics, save_statistics
 from rankwise.core.surgery import select
 from rankwise.core.watch import collect
 
-ALL = (InputGram, OutputGradGram, InputMean, InputMagnitude, GradientWeightedInput, WeightGradient)
+ALL = (
+    InputGram,
+    OutputGradGram,
+    InputMean,
+    AnswerGram,
+    AnswerMean,
+    InputMagnitude,
+    GradientWeightedInput,
+    WeightGradient,
+)
 
 
 def run(model: nn.Module, batches, needs=ALL, loss=labels.sampled, seed: int = 0) -> Statistics:
@@ -56,6 +67,8 @@ def test_they_equal_autograd():
             InputGram: x.mT @ x / len(x),
             OutputGradGram: g.mT @ g / len(g),
             InputMean: x.mean(0),
+            AnswerGram: x.mT @ x / len(x),
+            AnswerMean: x.mean(0),
             InputMagnitude: x.abs().mean(0),
             GradientWeightedInput: (g.square().sum(1)[:, None] * x.square()).mean(0),
             WeightGradient: g.mT @ x / len(x),

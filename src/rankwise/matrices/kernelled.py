@@ -29,7 +29,8 @@ class Kernelled(StructuredMatrix):
         inputs: q, (h, n, w).
         weights: c, one number a head; not trained.
         kernel: ``distance`` or ``inner`` of :mod:`rankwise.linalg`.
-        shrink: how entries are left: ``soft``, ``hard`` or ``magnitude`` of :mod:`rankwise.linalg`.
+        shrink: how entries are left: ``soft``, ``hard`` or ``magnitude`` of :mod:`rankwise.linalg`. What ``soft``
+            takes off is the largest entry that is left out.
         density: in (0, 1].
         mixing: (3,), or None.
 
