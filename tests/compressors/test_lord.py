@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from contracts.examples import draw
-from contracts.problems import correlated, fill
+from contracts.problems import correlated, exactly, fill
 from torch import Tensor, nn
 
 import rankwise
@@ -14,6 +14,7 @@ from rankwise.adapters import Lora
 from rankwise.compressors import Lord, WhitenedSvd
 from rankwise.core.adapted import adapted
 from rankwise.core.choices import Choices
+from rankwise.core.statistics import InputGram, InputMean
 from rankwise.core.surgery import structured
 
 WEIGHT = draw(14, 9)
@@ -52,14 +53,15 @@ def test_the_error_is_the_lost_variance_and_less_than_without_centring(mean: flo
 
 @pytest.mark.parametrize("mean", [300.0, 1000.0])
 def test_a_large_mean_does_not_damp(mean: float):
-    """With the default damping, against the least variance that a rank can leave."""
+    """With the default damping, against the least variance that a rank can leave; sums are exact."""
     x = draw(2000, 9, seed=1) + mean * draw(1, 9, seed=3)
-    choices = Lord().choices(WEIGHT, fill(Lord.needs, x, torch.zeros(2000, 14)))
+    stats = {InputGram: exactly(InputGram, x.mT @ x / 2000), InputMean: exactly(InputMean, x.mean(0))}
+    choices = Lord().choices(WEIGHT, stats)
     energies = torch.linalg.eigvalsh(torch.cov((x @ WEIGHT.mT).mT, correction=0)).flip(0)
     for i in range(7):
         error, best = left_out(x, choices.build(i).dense().detach(), choices.mean), float(energies[i + 1 :].sum())
-        assert error == pytest.approx(best, rel=0.02)  # sums are float32
-        assert float(choices.errors[i]) == pytest.approx(error, rel=0.05)
+        assert error == pytest.approx(best, rel=1e-4)
+        assert float(choices.errors[i]) == pytest.approx(error, rel=1e-3)
 
 
 def test_equal_inputs_have_no_error():
