@@ -54,6 +54,7 @@ def test_python_blocks_run(place: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert "PivotedLowRank" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_command_lines_run(place: Path, monkeypatch: pytest.MonkeyPatch):
     from rankwise.cli import app
 
