@@ -102,6 +102,23 @@ def test_the_loss_goes_down(method: Preconditioner):
     assert functional.cross_entropy(model(data[0]), data[1]).item() < 0.95 * before
 
 
+def test_turned_inputs_and_hidden_units_take_the_turned_steps(method: Preconditioner):
+    """At any damping; only diagonal sides know of axes."""
+    rng = Generator().manual_seed(1)
+    x, y = torch.randn(24, 9, generator=rng).double(), torch.arange(24) % 9  # so that no factor is singular
+    q, p = (torch.linalg.qr(torch.randn(n, n, generator=rng).double())[0] for n in (9, 7))
+    one = nn.Sequential(nn.Linear(9, 7, bias=False), nn.Linear(7, 9)).double()
+    other = copy.deepcopy(one)
+    with torch.no_grad():
+        other[0].weight.copy_(p @ one[0].weight @ q.mT)
+        other[1].weight.copy_(one[1].weight @ p.mT)
+    for model, inputs in ((one, x), (other, x @ q.mT)):
+        handle, optimizer = rankwise.precondition(model, method), torch.optim.SGD(model.parameters(), lr=0.3)
+        run(model, handle, optimizer, [(inputs, y)] * 3)
+    error = float((p.mT @ other[0].weight @ q - one[0].weight).detach().abs().max())
+    assert error > 1e-6 if getattr(method, "largest_side", 9) < 9 else error < 1e-12
+
+
 def test_what_is_no_matrix_keeps_its_gradient_and_so_does_what_where_leaves_out(method: Preconditioner):
     model, (images, labels) = small(), batches(1)[0]
     handle = rankwise.precondition(model, method, where=lambda name, layer: name != "4")
