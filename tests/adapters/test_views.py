@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from adapters.methods import METHODS
+from adapters.methods import METHODS, train
 from contracts.examples import draw
 from tiny import gpt2, ids
 from torch import nn
@@ -24,7 +24,7 @@ def images() -> nn.Module:
         nn.Flatten(),
         nn.Linear(72, 4),
     )
-    return net.double()
+    return net.double().eval()
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
@@ -39,17 +39,9 @@ def test_convolutions_start_exactly_train_and_fold(method: Adapter):
         labels=lambda output, batch, generator: output.square().sum(),
     )
     torch.testing.assert_close(net(x), before, rtol=1e-6, atol=1e-6)
-    trained = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=0.01)
-    losses = []
-    for _ in range(5):
-        optimizer.zero_grad()
-        loss = functional.cross_entropy(net(x), y)
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    losses = train(net.train(), lambda: functional.cross_entropy(net(x), y), lr=0.01, steps=5)
     assert losses[-1] < losses[0]
-    after = net(x).detach()
+    after = net.eval()(x).detach()
     kinds = [type(layer) for layer in rankwise.fold(net)]
     assert kinds == [nn.Conv2d, nn.ReLU, nn.Conv2d, nn.Flatten, nn.Linear]
     torch.testing.assert_close(net(x), after, rtol=1e-6, atol=1e-6)
@@ -57,21 +49,14 @@ def test_convolutions_start_exactly_train_and_fold(method: Adapter):
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_conv1d_starts_exactly_trains_and_folds(method: Adapter):
-    model, x = gpt2().eval().double(), ids()
+    model, x = gpt2(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0).eval().double(), ids()
     before = model(x).logits.detach()
     report = rankwise.adapt(model, method, data=list(x.split(6)))
     assert len(report.rows) == 8
     torch.testing.assert_close(model(x).logits, before, rtol=1e-6, atol=1e-6)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.003)
-    losses = []
-    for _ in range(4):
-        optimizer.zero_grad()
-        loss = model(x, labels=x).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    losses = train(model.train(), lambda: model(x, labels=x).loss, lr=0.003, steps=4)
     assert losses[-1] < losses[0]
-    after = model(x).logits.detach()
+    after = model.eval()(x).logits.detach()
     rankwise.fold(model)
     assert not any(isinstance(layer, StructuredLinear) for layer in model.modules())
     assert isinstance(model.transformer.h[0].attn.c_attn, Conv1D)

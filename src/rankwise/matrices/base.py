@@ -91,6 +91,10 @@ class StructuredMatrix(nn.Module, abc.ABC):
         """
         return functional.embedding(index, self.dense().mT)
 
+    def lookup_through(self, left: "StructuredMatrix", index: Tensor) -> Tensor:
+        """Return columns of the product ``left @ self``: (...) integers -> (..., rows of ``left``)."""
+        return left(self.lookup(index))
+
     def check(self) -> None:
         """Raise ValueError if stored numbers are impossible, such as an order that is no permutation."""
 

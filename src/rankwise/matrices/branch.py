@@ -54,6 +54,10 @@ class Branch(Wrapper):
         """(...) -> (..., m), in the matrix's own type and without dropout, which would drop whole tokens."""
         return self.scale * self.matrix.lookup(index)
 
+    def lookup_through(self, left: StructuredMatrix, index: Tensor) -> Tensor:
+        """(...) -> (..., rows of ``left``)."""
+        return self.scale * self.matrix.lookup_through(left, index)
+
     def dense(self) -> Tensor:
         """(m, n)."""
         return self.scale * self.matrix.dense()

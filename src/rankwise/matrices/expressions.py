@@ -166,9 +166,11 @@ class Product(Expression):
         return y
 
     def lookup(self, index: Tensor) -> Tensor:
-        """(...) -> (..., m): those of the last matrix, through the others."""
-        *others, last = self.parts
-        x = last.lookup(index)
+        """(...) -> (..., m): those of the last two matrices, through the others."""
+        if len(self.parts) == 1:
+            return self.parts[0].lookup(index)
+        *others, left, last = self.parts
+        x = last.lookup_through(left, index)
         for part in reversed(others):
             x = part(x)
         return x

@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .base import StructuredMatrix, shape_of, size
 
@@ -70,6 +71,14 @@ class Hypercomplex(StructuredMatrix):
         inner = torch.einsum("...am,imr->...air", y.unflatten(-1, (count, -1)), self.left)
         mixed = torch.einsum("...air,iab->...bir", inner, self.mixers)
         return torch.einsum("...bir,irn->...bn", mixed, self.right).flatten(-2)
+
+    def lookup(self, index: Tensor) -> Tensor:
+        """(...) -> (..., m), from the columns of T and of A."""
+        length = self.right.shape[2]
+        inner = functional.embedding(index % length, self.right.permute(2, 0, 1).flatten(1))
+        mixers = functional.embedding(index // length, self.mixers.permute(2, 0, 1).flatten(1))
+        inner, mixers = (each.unflatten(-1, (len(self.mixers), -1)) for each in (inner, mixers))
+        return torch.einsum("...ir,...ia,imr->...am", inner, mixers, self.left).flatten(-2)
 
     def dense(self) -> Tensor:
         """(m, n)."""

@@ -58,6 +58,15 @@ class Kronecker(Expression):
             y = part.adjoint(y.movedim(axis, -1)).movedim(-1, axis)
         return y.flatten(-len(self.parts))
 
+    def lookup(self, index: Tensor) -> Tensor:
+        """(...) -> (..., m): products of the factors' columns, rounded once."""
+        *others, last = self.parts
+        found, index = last.lookup(index % last.shape[1]), index // last.shape[1]
+        for part in reversed(others):
+            column, index = part.lookup(index % part.shape[1]), index // part.shape[1]
+            found = (column[..., None] * found[..., None, :]).flatten(-2)  # torch takes the wider type
+        return found.to(self.dtype)
+
     def dense(self) -> Tensor:
         """(m, n), multiplied in the widest type of the factors and rounded once."""
         first, *others = (part.dense() for part in self.parts)

@@ -63,6 +63,17 @@ class Reflections(StructuredMatrix):
         unit, inner = (factor.to(self.dtype) for factor in self.factors())
         return (y - y @ unit.mT @ inner @ unit).to(y.dtype)
 
+    def lookup(self, index: Tensor) -> Tensor:
+        """(...) -> (..., n)."""
+        return self(functional.one_hot(index, self.shape[0]).to(self.dtype))
+
+    def lookup_through(self, left: StructuredMatrix, index: Tensor) -> Tensor:
+        """(...) -> (..., m) for an (m, n) ``left``: its columns less those of (left U') T U, rounded once."""
+        unit, inner = self.factors()
+        columns = left.lookup(index)
+        turned = left(unit.to(columns.dtype)).to(unit.dtype)  # (r, m)
+        return (columns - functional.embedding(index, unit.mT) @ inner.mT @ turned).to(columns.dtype)
+
     def dense(self) -> Tensor:
         """(n, n)."""
         unit, inner = self.factors()

@@ -51,6 +51,10 @@ class Tiled(StructuredMatrix):
         """(..., m) -> (..., n) in the same way."""
         return _repeated(_shards_added(y, self.tile.shape[0]) @ self.tile, self.shape[1])
 
+    def lookup(self, index: Tensor) -> Tensor:
+        """(...) -> (..., m), from the columns of the tile."""
+        return _repeated(functional.embedding(index % self.tile.shape[1], self.tile.mT), self.shape[0])
+
     def dense(self) -> Tensor:
         """(m, n)."""
         return _repeated(_repeated(self.tile, self.shape[1]).mT, self.shape[0]).mT
