@@ -5,17 +5,19 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .base import StructuredMatrix, as_given, size, widened
 from .frozen import Base
-from .recomputed import product
+from .recomputed import looked_up, product
 
 
 class BlockAffine(StructuredMatrix):
     """W'_ij = W_ij + (W_ij + I) T_i for the (b, b) blocks W_ij of a frozen matrix W.
 
-    W itself is applied as it is. The change is written out for every product, in the type of T, and again for the
-    gradient instead of being kept; gradients of gradients are not available. It has full rank in general.
+    W itself is applied as it is. The change is written out for every product and every lookup, in the type of T,
+    and again for the gradient instead of being kept; gradients of gradients are not available. It has full rank
+    in general.
 
     Args:
         base: W, (m, n), with m and n multiples of b.
@@ -62,6 +64,10 @@ class BlockAffine(StructuredMatrix):
         """(..., m) -> (..., n)."""
         return self.base.adjoint(y) + as_given(widened(y, self.change.blocks.dtype) @ self.change.dense(), y)
 
+    def lookup(self, index: Tensor) -> Tensor:
+        """(...) -> (..., m), rounded once to the type of the base."""
+        return (self.base.lookup(index) + looked_up(self.change, index)).to(self.base.dtype)
+
     def dense(self) -> Tensor:
         """(m, n), rounded once to the type of the base."""
         return (self.base.dense() + self.change.dense()).to(self.base.dtype)
@@ -88,6 +94,10 @@ class _Change(nn.Module):
     def __init__(self, base: Base, blocks: Tensor) -> None:
         super().__init__()
         self.base, self.blocks = base, nn.Parameter(blocks)
+
+    def lookup(self, index: Tensor) -> Tensor:
+        """(...) -> (..., m), in the type of T; all is written out, since each column takes b of W's."""
+        return functional.embedding(index, self.dense().mT)
 
     def dense(self) -> Tensor:
         """(m, n), in the type of T."""

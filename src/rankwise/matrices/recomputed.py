@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from .base import autocast_of
 from .wrapper import Wrapper
@@ -39,12 +40,23 @@ class Recomputed(Wrapper):
         """(..., n) -> (..., m)."""
         return product(self.matrix, x)
 
+    def lookup(self, index: Tensor) -> Tensor:
+        """(...) -> (..., m); what the matrix writes out for it is forgotten and made again, too."""
+        return looked_up(self.matrix, index)
+
 
 def product(matrix: Any, x: Tensor) -> Tensor:
     """Return x W' for a module whose ``dense()`` writes W out, without keeping W for the gradient."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return x @ matrix.dense().mT
     return _Product.apply(matrix, x, *matrix.parameters())
+
+
+def looked_up(matrix: Any, index: Tensor) -> Tensor:
+    """Return what ``matrix.lookup(index)`` does, without keeping for the gradient what it makes on the way."""
+    if torch.compiler.is_compiling():
+        return matrix.lookup(index)
+    return checkpoint(matrix.lookup, index, use_reentrant=False, preserve_rng_state=False)
 
 
 class _Product(torch.autograd.Function):

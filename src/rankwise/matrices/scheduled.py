@@ -45,12 +45,21 @@ class Scheduled(Wrapper):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) -> (..., m)."""
+        self._refuse()
+        return self.matrix(x)
+
+    def lookup(self, index: Tensor) -> Tensor:
+        """(...) -> (..., m)."""
+        self._refuse()
+        return self.matrix.lookup(index)
+
+    def _refuse(self) -> None:
+        """Raise if it would train with nothing that follows it."""
         if self.training and not self.followed and torch.is_grad_enabled() and self._trains():
             raise RuntimeError(
                 f"this adapter trains by a schedule ({self.schedule['kind']}) that nothing follows: call "
                 "rankwise.follow(model, optimizer, steps=...) first, or model.eval() to only use it."
             )
-        return self.matrix(x)
 
     def _trains(self) -> bool:
         return any(p.requires_grad for p in self.matrix.parameters())

@@ -1,10 +1,11 @@
 """A sum of weighted pairs of vectors, a few of which train at a time."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .base import StructuredMatrix, check_2d, check_rank, shape_of, size
 
@@ -78,13 +79,21 @@ class Spectral(StructuredMatrix):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) -> (..., m)."""
-        rest, values = x @ self.right.mT * self.values @ self.left.mT, self.values[self.chosen.long()]
+        return self._applied(lambda x, rows: x @ rows.mT, x)
+
+    def lookup(self, index: Tensor) -> Tensor:
+        """(...) -> (..., m), with the gradients of forward."""
+        return self._applied(lambda index, rows: functional.embedding(index, rows.mT), index)
+
+    def _applied(self, times: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+        """Return (..., m) from the products ``times(x, rows)``, (..., r), with rows (r, n)."""
+        rest, values = times(x, self.right) * self.values @ self.left.mT, self.values[self.chosen.long()]
         left, right = self.left_chosen, self.right_chosen
         if not self.training:
-            return rest + x @ right.mT * values @ left.mT
-        low = x @ right.detach().mT
+            return rest + times(x, right) * values @ left.mT
+        low = times(x, right.detach())
         y = rest + low * values @ left.detach().mT
-        turned = x.detach() @ (right - right.detach()).mT @ left.detach().mT  # zero, with a gradient
+        turned = times(x.detach(), right - right.detach()) @ left.detach().mT  # zero, with a gradient
         return y + turned + low.detach() @ (left - left.detach()).mT
 
     def adjoint(self, y: Tensor) -> Tensor:
