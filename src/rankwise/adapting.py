@@ -27,7 +27,7 @@ from .core.surgery import Site, Where, base_of, replace, select
 from .core.ties import declare_ties
 from .core.views import EmbeddingView
 from .matrices import Base, StructuredMatrix
-from .matrices.base import TooSmallError, check_rank
+from .matrices.base import TooSmallError
 from .models.classifier import refuse_new_head
 
 
@@ -255,9 +255,11 @@ def _ranks(
         return {}
     ladders = {}
     for name, base in bases.items():
-        count = min(round(rule.most * rank), *base.shape) // step
         with about(name):
-            check_rank(rank, *base.shape)
+            largest = method.largest(*base.shape)
+            if rank > largest:
+                raise TooSmallError(f"{base.shape} takes at most rank {largest}, got {rank}; give a smaller one.")
+            count = min(round(rule.most * rank), largest) // step
             missed = rule.missed(base, stats[name], step * count).double().cpu()[::step]
             ladders[name] = Ladder(torch.arange(count + 1) * step, missed, torch.arange(count), float(missed[0]))
     picks = spend(water_filling, ladders, rank * len(ladders)) if ladders else {}

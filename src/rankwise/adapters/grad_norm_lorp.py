@@ -72,6 +72,10 @@ class GradNormLorp(Ranked):
         """What the start reads."""
         return self._lora.needs
 
+    def largest(self, m: int, n: int) -> int:
+        """That of the start."""
+        return self.start.largest(m, n)
+
     def attach(self, base: Base, stats: Stats, generator: Generator) -> StructuredMatrix:
         """Return W + s B A with rows of trained lengths."""
         return RowNormalised.of(base, self._lora.branch(base, stats, generator), self.constant)

@@ -56,14 +56,24 @@ class KronLora(Ranked):
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be >= 0 and < 1, got {self.dropout!r}.")
 
-    def attach(self, base: Base, stats: Stats, generator: Generator) -> StructuredMatrix:
-        """Return W + s sum_i A_i x (S_i T_i)."""
-        (m, n), k, r = base.shape, self.count, self.rank
+    def largest(self, m: int, n: int) -> int:
+        """The shorter side of a block.
+
+        Raises:
+            TooSmallError: if there are more terms than rows or columns.
+            ValueError: if ``count`` does not divide both sizes.
+        """
+        k = self.count
         if k > min(m, n):
             raise TooSmallError(f"count {k} is larger than a side of ({m}, {n}); give a smaller one.")
         if m % k or n % k:
             raise ValueError(f"count {k} must divide both sizes of ({m}, {n}); change count.")
-        if r > min(m // k, n // k):
+        return min(m, n) // k
+
+    def attach(self, base: Base, stats: Stats, generator: Generator) -> StructuredMatrix:
+        """Return W + s sum_i A_i x (S_i T_i)."""
+        (m, n), k, r = base.shape, self.count, self.rank
+        if r > self.largest(m, n):
             raise TooSmallError(f"blocks of ({m // k}, {n // k}) have no rank {r}; lower rank.")
         mixers = torch.randn(k, k, k, generator=generator) / math.sqrt(k)
         right = glorot(k, r, n // k, generator=generator)

@@ -76,6 +76,10 @@ class Lora(Ranked):
             return 1.0
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
+    def largest(self, m: int, n: int) -> int:
+        """That of the start."""
+        return self.start.largest(m, n)
+
     def attach(self, base: Base, stats: Stats, generator: Generator) -> StructuredMatrix:
         """Return W + s B A, or the same with rows of trained lengths."""
         branch = self.branch(base, stats, generator)

@@ -62,11 +62,20 @@ class Sst(Ranked, SamplingSettings):
         """What draws the vectors."""
         return SampledVectors.of(self)
 
+    def largest(self, m: int, n: int) -> int:
+        """How many pairs there are.
+
+        Raises:
+            TooSmallError: if a matrix of this shape has not so many.
+        """
+        count = self.components or min(m, n)
+        check_rank(count, m, n)
+        return count
+
     def attach(self, base: Base, stats: Stats, generator: Generator) -> StructuredMatrix:
         """Return W + U diag(s) V - U0 diag(s0) V0."""
+        count = self.largest(*base.shape)
         check_rank(self.rank, *base.shape)
-        count = self.components or min(base.shape)
-        check_rank(count, *base.shape)
         left, values, right = SingularVectors().decomposed(base, count, generator)
         start = Product(Dense(left.clone()), Diagonal(values.clone()), Dense(right.clone()))
         drawn = self.schedule.draw(values, self.rank, generator)

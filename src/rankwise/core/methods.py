@@ -61,6 +61,15 @@ class Adapter(abc.ABC):
         """What gives layers their ranks, or None if all get the same."""
         return None
 
+    def largest(self, m: int, n: int) -> int:
+        """Return the largest rank that a rule may give an (m, n) matrix.
+
+        Raises:
+            TooSmallError: if the shape is too small for any rank.
+            ValueError: if the adapter does not fit the shape otherwise.
+        """
+        return min(m, n)
+
     def with_rank(self, rank: int) -> "Adapter":
         """The same with another rank; where alpha is divided by it, alpha grows as much."""
         method: Any = self
@@ -128,6 +137,10 @@ class Initialiser(abc.ABC):
         """The statistics that it reads of each layer."""
         return ()
 
+    def largest(self, m: int, n: int) -> int:
+        """Return the largest rank of which it can start an update of an (m, n) matrix."""
+        return min(m, n)
+
     @abc.abstractmethod
     def factors(
         self, base: StructuredMatrix, rank: int, scale: float, stats: Stats, generator: Generator
@@ -136,6 +149,10 @@ class Initialiser(abc.ABC):
 
         They are float32 or float64, on the device of the base. Where their product is not zero, it is taken off
         again, so that the sum starts as the base.
+
+        Raises:
+            TooSmallError: if the rank is above :meth:`largest`.
+            ValueError: if a statistic is not what it needs.
         """
 
 

@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 from ..core.methods import Initialiser
 from ..core.statistics import Statistic, Stats, WeightGradient
 from ..matrices import StructuredMatrix
+from ..matrices.base import TooSmallError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,19 +46,24 @@ class GradientSvd(Initialiser):
         """The mean gradient of the weight."""
         return (WeightGradient,)
 
+    def largest(self, m: int, n: int) -> int:
+        """Half of the directions that there are, since A and B take different ones."""
+        return min(m, n) // 2
+
     def factors(
         self, base: StructuredMatrix, rank: int, scale: float, stats: Stats, generator: Generator
     ) -> tuple[Tensor, Tensor]:
         """Decompose the gradient.
 
         Raises:
-            ValueError: if the gradient is zero, or has no 2 r directions.
+            TooSmallError: if the gradient has no 2 r directions.
+            ValueError: if the gradient is zero.
         """
         m, n = base.shape
-        if 2 * rank > min(m, n):
-            half = min(m, n) // 2
-            raise ValueError(
-                f"a start at the gradient takes 2 r directions; rank must be at most {half}, not {rank}."
+        if rank > self.largest(m, n):
+            raise TooSmallError(
+                f"a start at the gradient takes 2 r directions of an ({m}, {n}) matrix; rank must be at most "
+                f"{self.largest(m, n)}, not {rank}."
             )
         gradient = stats[WeightGradient].value()
         if not bool(gradient.any()):
