@@ -18,7 +18,7 @@ from rankwise.adapters import AdaLora, Lamda, Lora, Snella, Sst
 from rankwise.core.checkpoint import load_tree, save_tree
 from rankwise.core.methods import Adapter
 from rankwise.linalg import magnitude
-from rankwise.matrices import Dense, Scheduled, from_spec
+from rankwise.matrices import Dense, Kernelled, Scheduled, from_spec
 
 METHODS = {
     "AdaLora": AdaLora(rank=4, target=2, every=3),
@@ -284,6 +284,41 @@ def test_compiled_without_breaks(name: str):
     go(torch.compile(model, backend="aot_eager", fullgraph=True), optimizer, range(3))
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("layers", [["0"], ["0", "2"]], ids=str)
+def test_what_is_frozen_stays_as_it_is(method: Adapter, layers: list[str]):
+    model = adapted_net(method)
+    with torch.no_grad():
+        for i, p in enumerate(trained(model)):
+            p += 0.1 * draw(*p.shape, seed=i).float()
+    for name in layers:
+        model.get_submodule(name).requires_grad_(False)
+    model[2].bias.requires_grad_(True)
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    follower = rankwise.follow(model, optimizer, steps=STEPS)
+    go(model, optimizer, range(STEPS))
+    follower.stop()
+    moved = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])}
+    assert {key.split(".")[0] for key in moved} == {"2"}
+    assert (moved == {"2.bias"}) == ("2" in layers)
+
+
+def test_a_budget_is_that_of_the_layers_that_train():
+    model = adapted_net(METHODS["AdaLora"])
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.AdamW(trained(model), lr=0.02)
+    follower = rankwise.follow(model, optimizer, steps=STEPS)
+    go(model, optimizer, range(STEPS))
+    assert [row["rank"] for row in follower.finish().rows] == [0, 2]  # the first one was zero, and stays so
+    model = adapted_net(METHODS["Snella"])
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.AdamW(trained(model), lr=0.02)
+    rankwise.follow(model, optimizer, steps=STEPS)
+    go(model, optimizer, range(STEPS))
+    kept = [m.kept for m in model.modules() if isinstance(m, Kernelled)]
+    assert kept == [round(0.9 * 10 * 12), round(0.2 * 12 * 8)]
 
 
 def test_two_settings_in_one_model():

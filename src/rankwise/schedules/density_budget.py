@@ -9,7 +9,7 @@ from torch import Tensor
 from ..core.budgets import BudgetSettings, FallingBudget, scores_of
 from ..core.methods import Course
 from ..core.sharing import shared
-from ..matrices import Kernelled, Recomputed, StructuredMatrix
+from ..matrices import Frozen, Kernelled, Recomputed, StructuredMatrix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +31,11 @@ class DensityBudget(DensitySettings, FallingBudget):
     In a layer its largest entries of the moment change, as always.
 
     Scores do not know how large a layer is, as published: a small one may get all of its entries, and a large one
-    few. Under torch.compile each choice compiles anew: make ``every`` large.
+    few. Under torch.compile each choice compiles anew: make ``every`` large. Layers whose points ask for no
+    gradient stay as they are, and the budget leaves them out.
 
     Args:
-        target: share of all entries that change in the end; the start is what the layers have.
+        target: share of the entries of the layers that train that change in the end; the start is what they have.
         warmup: share of the steps before the budget falls, in [0, 1).
         tail: share of the steps after it fell, in [0, 1).
         every: steps between two choices.
@@ -55,22 +56,22 @@ class DensityBudget(DensitySettings, FallingBudget):
             raise ValueError(f"target must be > 0 and <= 1, got {self.target!r}.")
 
     def check(self, matrix: StructuredMatrix) -> None:
-        """Raise unless it is made of a trained Kernelled."""
-        trained_kernel(matrix)
+        """Raise unless it is made of a Kernelled."""
+        kernel_of(matrix)
 
     def before(self, course: Course) -> None:
         """Take the sensitivities in."""
         if course.done < self.last(course.steps):
-            for name, kernel in _kernels(course).items():
+            for name, kernel in _trained(course).items():
                 points = (("outputs", kernel.outputs), ("inputs", kernel.inputs))
                 state = course.state.setdefault(name, {})
                 self.observe(points, state)
 
     def after(self, course: Course) -> None:
         """Choose how many entries of each layer change."""
-        if not self.chooses(course):
+        sizes = {name: kernel.shape[0] * kernel.shape[1] for name, kernel in _trained(course).items()}
+        if not sizes or not self.chooses(course):
             return
-        sizes = {name: kernel.shape[0] * kernel.shape[1] for name, kernel in _kernels(course).items()}
         first = sum(int(course.state[name]["first"]) for name in sizes)
         last = min(first, max(len(sizes), round(self.target * sum(sizes.values()))))
         budget = self.budget(course.done, course.steps, first, last)
@@ -86,20 +87,28 @@ class DensityBudget(DensitySettings, FallingBudget):
             kernel.density = float(state.setdefault("density", _number(kernel.density)))
 
 
-def trained_kernel(matrix: StructuredMatrix) -> Kernelled:
-    """Return the part whose points train.
+def kernel_of(matrix: StructuredMatrix) -> Kernelled:
+    """Return the Kernelled that is no frozen start.
 
     Raises:
         ValueError: if there is none.
     """
-    for part in matrix.modules() if isinstance(matrix, Recomputed) else ():
-        if isinstance(part, Kernelled) and part.outputs.requires_grad:
+    parts = list(matrix.modules()) if isinstance(matrix, Recomputed) else []
+    frozen = {inner for part in parts if isinstance(part, Frozen) for inner in part.modules()}
+    for part in parts:
+        if isinstance(part, Kernelled) and part not in frozen:
             return part
-    raise ValueError("DensityBudget acts on a Recomputed around a Kernelled that trains.")
+    raise ValueError("DensityBudget acts on a Recomputed around a Kernelled that is not Frozen.")
 
 
 def _kernels(course: Course) -> Mapping[str, Kernelled]:
-    return {name: trained_kernel(matrix) for name, matrix in course.matrices.items()}
+    return {name: kernel_of(matrix) for name, matrix in course.matrices.items()}
+
+
+def _trained(course: Course) -> Mapping[str, Kernelled]:
+    """Those whose points train."""
+    kernels = _kernels(course).items()
+    return {name: each for name, each in kernels if each.outputs.requires_grad or each.inputs.requires_grad}
 
 
 def _number(density: float) -> Tensor:

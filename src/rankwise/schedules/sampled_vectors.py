@@ -30,7 +30,8 @@ class SampledVectors(SamplingSettings, Schedule):
     Of k pairs the first is drawn with probability (1 / k + s_i / sum s) / 2, the others likewise from the rest.
     After a step vectors have length one again and values are at least zero. When about as many were drawn as
     there are, the product is decomposed anew, so that vectors are orthonormal again; then moments of the values
-    are forgotten, too. After each draw the first steps of the vectors count less.
+    are forgotten, too. After each draw the first steps of the vectors count less. Matrices of which nothing
+    trains stay as they are.
 
     Args:
         hold: steps between two draws.
@@ -105,7 +106,8 @@ class SampledVectors(SamplingSettings, Schedule):
 
 
 def _matrices(course: Course) -> dict[str, Spectral]:
-    return {name: matrix for name, matrix in course.matrices.items() if isinstance(matrix, Spectral)}
+    found = {name: matrix for name, matrix in course.matrices.items() if isinstance(matrix, Spectral)}
+    return {name: each for name, each in found.items() if any(p.requires_grad for p in each.parameters())}
 
 
 def _decomposed(left: Tensor, values: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -65,8 +65,11 @@ class TripletBudget(TripletSettings, FallingBudget):
     |P' P - I| over all layers (Frobenius norms) is added once a step, to whatever the loss is. The scores see it,
     as in the published code, and clipping by the training loop does not.
 
+    Layers whose values ask for no gradient stay as they are: they have no scores, and the regulariser and the
+    budget leave them out.
+
     Args:
-        target: average number of triplets of a layer in the end; the start is what the layers have.
+        target: average number of triplets of a layer that trains in the end; the start is what these have.
         warmup: share of the steps before the budget falls, in [0, 1).
         tail: share of the steps after it fell, in [0, 1).
         every: steps between two choices.
@@ -96,6 +99,8 @@ class TripletBudget(TripletSettings, FallingBudget):
     def after(self, course: Course) -> None:
         """Set values to zero."""
         layers, end = _layers(course), self.last(course.steps)
+        if not layers:
+            return
         first = sum(len(triplets.values) for triplets in layers.values())
         last = min(first, self.target * len(layers))
         if self.chooses(course):
@@ -106,7 +111,9 @@ class TripletBudget(TripletSettings, FallingBudget):
                     course.state[name] = {"kept": kept[name]}
         elif course.done > end:
             for name, triplets in layers.items():
-                triplets.values[~course.state[name]["kept"]] = 0
+                kept = course.state.get(name, {}).get("kept")
+                if kept is not None:  # its values trained at the last choice
+                    triplets.values[~kept] = 0
 
     def finished(self, matrix: StructuredMatrix) -> StructuredMatrix | None:
         """Keep the triplets whose values are not zero."""
@@ -122,6 +129,8 @@ class TripletBudget(TripletSettings, FallingBudget):
         if self.orthogonality == 0:
             return
         for rows, turned in ((triplets.right, False), (triplets.left, True)):
+            if not rows.requires_grad:
+                continue
             vectors = rows.mT if turned else rows
             off = vectors @ vectors.mT
             off.diagonal().sub_(1)
@@ -132,14 +141,16 @@ class TripletBudget(TripletSettings, FallingBudget):
 
 
 def _layers(course: Course) -> dict[str, Triplets]:
-    return {name: Triplets.of(matrix) for name, matrix in course.matrices.items()}
+    """The layers whose values train."""
+    layers = {name: Triplets.of(matrix) for name, matrix in course.matrices.items()}
+    return {name: triplets for name, triplets in layers.items() if triplets.values.requires_grad}
 
 
 def _scores(layers: Mapping[str, Triplets], state: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """(r,) for each layer."""
     scores = {}
-    for name, means in state.items():
-        each = {part: scores_of(name, part, means) for part, _ in layers[name].named()}
+    for name, triplets in layers.items():
+        each = {part: scores_of(name, part, state[name]) for part, _ in triplets.named()}
         scores[name] = each["values"] + each["right"].mean(1) + each["left"].mean(0)
     return scores
 
