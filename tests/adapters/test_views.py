@@ -73,3 +73,11 @@ def test_lora_of_a_convolution_is_two_convolutions():
     narrow = functional.conv2d(x, right.double().view(2, 3, 3, 3), stride=2, padding=1)
     expected = before + 1.5 * functional.conv2d(narrow, left.view(8, 2, 1, 1))
     torch.testing.assert_close(net(x), expected)
+
+
+@pytest.mark.parametrize("method", [adapters.Lora(rank=2), adapters.Bat(block=2)], ids=str)
+def test_a_convolution_in_half_precision_rounds_its_bias_once(method: Adapter):
+    net, x = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1)).bfloat16(), draw(3, 4, 20, 20).bfloat16()
+    before = net(x)
+    rankwise.adapt(net, method)
+    assert float((net(x) != before).double().mean()) < 0.01

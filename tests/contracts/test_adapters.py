@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 import rankwise
 from rankwise import adapters, linalg
 from rankwise.core.methods import Adapter
-from rankwise.matrices import Base, Dense, LowRank, StructuredMatrix, from_spec
+from rankwise.matrices import Base, BlockAffine, Dense, LowRank, StructuredMatrix, Sum, from_spec
 
 SETTINGS: dict[str, list[Adapter]] = {
     "AdaLora": [adapters.AdaLora(rank=3, target=2), adapters.AdaLora(rank=2, target=1, alpha=3.0, tail=0.0)],
@@ -244,3 +244,15 @@ def test_a_method_is_a_frozen_value(method: Adapter):
     assert again == method
     with pytest.raises(dataclasses.FrozenInstanceError):
         method.rank = 3
+
+
+def test_what_adds_nothing_yet_keeps_the_bits_of_a_layer_with_a_bias(method: Adapter):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 48)).bfloat16().eval(), draw(4, 40, 64, seed=5).bfloat16()
+    before, data = model(x), [draw(80, 64, seed=6).bfloat16()]
+    rankwise.adapt(model, method, data=data, labels=squares)
+    matrix = model[0].matrix
+    if not isinstance(matrix, Sum | BlockAffine) or matrix.added(x, matrix(x)).any():
+        pytest.skip("it is not the base and something that is exactly zero")
+    assert torch.equal(model(x), before)
+    assert torch.equal(model(x[0]), before[0])

@@ -51,6 +51,18 @@ def test_gradients_are_those_of_dense(matrix: StructuredMatrix):
     torch.testing.assert_close(structured, gradients(torch.cat([x @ dense.mT, y @ dense], dim=-1)))
 
 
+def test_affine_adds_a_bias(matrix: StructuredMatrix):
+    m, n = matrix.shape
+    tensors = draw(2, 3, n, seed=5).requires_grad_(), draw(m, seed=6).requires_grad_()
+    tensors = [*tensors, *(p for p in matrix.parameters() if p.requires_grad)]
+    x, bias, *_ = tensors
+    found, wanted = matrix.affine(x, bias), matrix(x) + bias
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(y.square().sum(), tensors, allow_unused=True) for y in (found, wanted))
+    )
+
+
 def test_looked_up_columns_are_those_of_dense(matrix: StructuredMatrix):
     index = torch.arange(matrix.shape[1]).flip(0).repeat(2, 1)
     torch.testing.assert_close(matrix.lookup(index), matrix.dense().mT[index])

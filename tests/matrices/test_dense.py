@@ -1,8 +1,9 @@
 """A frozen weight under autocast: the same numbers, and no copy of it kept."""
 
+import pytest
 import torch
 from contracts.examples import draw
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankwise.matrices import Base, Dense
 
@@ -34,6 +35,21 @@ def test_a_frozen_weight_keeps_nothing_under_autocast():
     assert torch.equal(*outputs)
     assert torch.equal(*gradients)
     assert numbers[0] == 0 < numbers[1]
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_with_a_bias_it_is_the_layer_of_torch_under_autocast(trains: bool):
+    layer, found = nn.Linear(5, 6), []
+    layer.weight.requires_grad_(False)
+    layer.bias.requires_grad_(trains)
+    base = Base(Dense(layer.weight))
+    for apply in (layer, lambda x: base.affine(x, layer.bias)):
+        x = draw(3, 4, 5, seed=1).float().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = apply(x)
+        asked = [x, layer.bias] if trains else [x]
+        found.append([y, *torch.autograd.grad(y.float().square().sum(), asked)])
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
 def test_it_compiles_under_autocast():

@@ -47,7 +47,10 @@ class Standing(Tensor):
             case (Standing() as w,) if func in _TRANSPOSES:
                 return cls.of(w.as_subclass(Tensor), w.matrix, not w.transposed)
             case (Tensor() as x, Standing() as w, *more) if func is functional.linear:
-                y, bias = w.rows(x, w.transposed), more[0] if more else (kwargs or {}).get("bias")
+                bias = more[0] if more else (kwargs or {}).get("bias")
+                if bias is not None and not w.transposed:
+                    return w.matrix.affine(x, bias)
+                y = w.rows(x, w.transposed)
                 return y if bias is None else y + bias
             case (Standing() as w, Tensor() as x) if func in _PRODUCTS:
                 return w.rows(x, w.transposed) if x.dim() == 1 else w.rows(x.mT, w.transposed).mT

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..matrices import KeptColumn, StructuredMatrix
+from ..matrices import BlockAffine, KeptColumn, Several, StructuredMatrix, Sum
 from .errors import CalibrationError
 from .stacks import Slice, kind_of
 
@@ -85,8 +85,7 @@ class LinearView(View):
 
     def apply(self, matrix: StructuredMatrix, x: Tensor, bias: Tensor | None) -> Tensor:
         """Apply the matrix and add the bias."""
-        y = matrix(x)
-        return y if bias is None else y + bias
+        return matrix(x) if bias is None else matrix.affine(x, bias)
 
     def restore(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """Build an ``nn.Linear``."""
@@ -183,9 +182,11 @@ class Conv2dView(View):
     def apply(self, matrix: StructuredMatrix, x: Tensor, bias: Tensor | None) -> Tensor:
         """Apply the matrix to every patch and fold the positions back into an image."""
         batched = x if x.dim() == 4 else x[None]
-        y = matrix(self.inputs(batched)).mT
+        patches = self.inputs(batched)
+        if isinstance(matrix, Sum | BlockAffine | Several):
+            patches = patches.contiguous()  # one copy for all terms; the product with a base is then rounded once
+        y = (matrix(patches) if bias is None else matrix.affine(patches, bias)).mT
         y = y.unflatten(2, self._positions(batched.shape[-2:]))
-        y = y if bias is None else y + bias[:, None, None]
         return y if x.dim() == 4 else y[0]
 
     def restore(self, weight: Tensor, bias: Tensor | None) -> nn.Module:

@@ -76,6 +76,10 @@ class StructuredMatrix(nn.Module, abc.ABC):
         """How many bytes the stored numbers take."""
         return sum(t.numel() * t.element_size() for t in self.state_dict().values())
 
+    def affine(self, x: Tensor, bias: Tensor) -> Tensor:
+        """Apply the matrix and add a bias (m,): (..., n) -> (..., m), rounded once where that costs nothing."""
+        return self(x) + bias
+
     def adjoint(self, y: Tensor) -> Tensor:
         """Apply the transpose: (..., m) -> (..., n), equal to ``y @ self.dense()``."""
         return y @ self.dense()

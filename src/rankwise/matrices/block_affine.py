@@ -53,6 +53,10 @@ class BlockAffine(StructuredMatrix):
         """(..., n) -> (..., m)."""
         return self.base(x) + self._moved(x)
 
+    def affine(self, x: Tensor, bias: Tensor) -> Tensor:
+        """(..., n) -> (..., m)."""
+        return self.base.affine(x, bias) + self._moved(x)
+
     def added(self, x: Tensor, product: Tensor) -> Tensor:
         """(..., n), (..., m) -> (..., m)."""
         return self._moved(x)

@@ -5,6 +5,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .base import StructuredMatrix, autocast_of, check_2d, shape_of
 
@@ -33,10 +34,17 @@ class Dense(StructuredMatrix):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) -> (..., m)."""
+        return self._linear(x, None)
+
+    def affine(self, x: Tensor, bias: Tensor) -> Tensor:
+        """(..., n) -> (..., m), with the bits of ``nn.Linear``."""
+        return self._linear(x, bias)
+
+    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         casts = autocast_of(x.device) is not None and not torch.compiler.is_compiling()
         if casts and x.requires_grad and not self.weight.requires_grad:
-            return _Recast.apply(x, self.weight)
-        return x @ self.weight.mT
+            return _Recast.apply(x, self.weight, bias)
+        return functional.linear(x, self.weight, bias)
 
     def dense(self) -> Tensor:
         """(m, n)."""
@@ -53,15 +61,16 @@ class Dense(StructuredMatrix):
 
 
 class _Recast(torch.autograd.Function):
-    """``x @ weight.mT`` with a weight that does not train: under autocast its short copy is not kept."""
+    """``linear`` with a weight that does not train: under autocast its short copy is not kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.dtype = x.dtype
-        return x @ weight.mT
+        ctx.dtypes = x.dtype, None if bias is None else bias.dtype
+        return functional.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (dy,), (weight,) = gradients, ctx.saved_tensors
-        return (dy @ weight.to(dy.dtype)).to(ctx.dtype), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor | None]:
+        (dy,), (weight,), (of_x, of_bias) = gradients, ctx.saved_tensors, ctx.dtypes
+        slope = dy.reshape(-1, dy.shape[-1]).sum(0).to(of_bias) if ctx.needs_input_grad[2] else None
+        return (dy @ weight.to(dy.dtype)).to(of_x), None, slope

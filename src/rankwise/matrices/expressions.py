@@ -86,6 +86,14 @@ class Sum(Expression):
             y = y + part(x)
         return y
 
+    def affine(self, x: Tensor, bias: Tensor) -> Tensor:
+        """(..., n) -> (..., m); the first term, which is the base of an adapter, adds the bias."""
+        first, *others = self.parts
+        y = first.affine(x, bias)
+        for part in others:
+            y = y + part(x)
+        return y
+
     def adjoint(self, y: Tensor) -> Tensor:
         """(..., m) -> (..., n)."""
         first, *others = self.parts
@@ -158,6 +166,13 @@ class Product(Expression):
         for part in reversed(self.parts):
             x = part(x)
         return x
+
+    def affine(self, x: Tensor, bias: Tensor) -> Tensor:
+        """(..., n) -> (..., m); the first factor adds the bias."""
+        first, *others = self.parts
+        for part in reversed(others):
+            x = part(x)
+        return first.affine(x, bias)
 
     def adjoint(self, y: Tensor) -> Tensor:
         """(..., m) -> (..., n)."""

@@ -1,5 +1,7 @@
 """Matrices that do not train: the one that an adapter changes, and parts of the adapter itself."""
 
+from torch import Tensor
+
 from .base import StructuredMatrix
 from .wrapper import Wrapper
 
@@ -10,6 +12,10 @@ class _Untrained(Wrapper):
     def __init__(self, matrix: StructuredMatrix) -> None:
         super().__init__(matrix)
         self.requires_grad_(False)
+
+    def affine(self, x: Tensor, bias: Tensor) -> Tensor:
+        """(..., n) -> (..., m)."""
+        return self.matrix.affine(x, bias)
 
 
 class Base(_Untrained):

@@ -169,14 +169,23 @@ class Several(StructuredMatrix):
         """What is in use, as an expression around the base, or the base; with rows there is none."""
         return self._expression(self.check_one())
 
-    def _expression(self, weights: Weights) -> StructuredMatrix:
+    def _held(self, weights: Weights) -> dict[str, float]:
         known = self.adapters
-        held = {name: weight for name, weight in weights.items() if name in known}
+        return {name: weight for name, weight in weights.items() if name in known}
+
+    def _alone(self, weights: Weights) -> StructuredMatrix | None:
+        """Return the base where nothing is in use, an adapter that counts once alone, or None for several."""
+        held = self._held(weights)
         if not held:
             return self.base
-        if list(held.values()) == [1.0]:
-            return known[next(iter(held))]
-        return Sum(self.base, *(term for name, w in held.items() for term in _terms(known[name], self.base, w)))
+        return self.adapters[next(iter(held))] if list(held.values()) == [1.0] else None
+
+    def _expression(self, weights: Weights) -> StructuredMatrix:
+        alone, known = self._alone(weights), self.adapters
+        if alone is not None:
+            return alone
+        terms = (term for name, w in self._held(weights).items() for term in _terms(known[name], self.base, w))
+        return Sum(self.base, *terms)
 
     def _in_turn(self) -> list[StructuredMatrix]:
         """What is in use, or what each row goes through."""
@@ -203,12 +212,15 @@ class Several(StructuredMatrix):
         if isinstance(self.choice, Rows):
             self.choice.check(x.shape, x.dim() - 1)
             return self._by_rows(x, self.choice)
-        known = self.adapters
-        held = {name: weight for name, weight in self.choice.items() if name in known}
-        if list(held.values()) == [1.0]:
-            return known[next(iter(held))](x)
+        if (alone := self._alone(self.choice)) is not None:
+            return alone(x)
         product = self.base(x)
-        return product + self._added(held, x, product) if held else product
+        return product + self._added(self._held(self.choice), x, product)
+
+    def affine(self, x: Tensor, bias: Tensor) -> Tensor:
+        """(..., n) -> (..., m)."""
+        alone = None if isinstance(self.choice, Rows) else self._alone(self.choice)
+        return super().affine(x, bias) if alone is None else alone.affine(x, bias)
 
     def _added(self, weights: Weights, x: Tensor, product: Tensor) -> Tensor:
         known = self.adapters
@@ -219,10 +231,10 @@ class Several(StructuredMatrix):
 
     def _by_rows(self, x: Tensor, rows: Rows) -> Tensor:
         """One product with the base for all rows, and each adapter on its own rows alone."""
-        product, known = self.base(x), self.adapters
+        product = self.base(x)
         places, moved = [], []
         for weights, place in rows.groups(x.device):
-            held = {name: weight for name, weight in weights.items() if name in known}
+            held = self._held(weights)
             if held:
                 places.append(place)
                 moved.append(self._added(held, x[place], product[place]).to(product.dtype))
