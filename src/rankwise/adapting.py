@@ -173,7 +173,8 @@ def _adapted(
         rank = ranks.get(path, getattr(method, "rank", None))
         rows.append({"name": path, "shape": list(bases[path].shape), "rank": rank, "trained": trained})
     declare_ties(model)
-    return _report(model, method, rows, len(made), whole, small)
+    unspent = getattr(method, "rank", 0) * len(ranks) - sum(ranks.values())
+    return _report(model, method, rows, len(made), whole, small, unspent)
 
 
 def _accepted(model: nn.Module, site: Site, also: Callable[[str], bool]) -> bool:
@@ -215,8 +216,19 @@ def _report(
     count: int,
     whole: Sequence[nn.Parameter],
     small: Mapping[str, str] | None = None,
+    unspent: int = 0,
 ) -> Report:
-    """Let other parameters train too, and count all that do."""
+    """Let other parameters train too, and count all that do.
+
+    Args:
+        model: is adapted.
+        method: by which.
+        rows: a row for each layer.
+        count: of layers.
+        whole: the other parameters.
+        small: the layers that are too small, and why.
+        unspent: ranks by which no layer gains.
+    """
     for parameter in whole:
         parameter.requires_grad_(True)
     totals = {
@@ -224,9 +236,11 @@ def _report(
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "params": sum(p.numel() for p in model.parameters()),
         "left_out": dict(small or {}),
+        "unspent": unspent,
     }
     names = [*(small or {})]
     rest = f"; too small and left out: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}" if names else ""
+    rest += f"; {unspent} ranks are left over, as no layer gains by them" if unspent else ""
     return Report(f"{type(method).__name__}: {count} layers adapted{rest}", rows, "layers", totals)
 
 

@@ -87,12 +87,15 @@ def test_layers_with_one_input_start_alike_and_ranks_add_up():
     for rank in (1, 2, 4):
         report = rankwise.adapt(Two(), Eva(rank=rank), data=[x])
         assert sum(row["rank"] for row in report.rows) == 3 * rank
+        assert report.totals["unspent"] == 0
 
 
 def test_ranks_beyond_the_directions_of_the_inputs_are_left_over():
     x = (draw(200, 2, seed=1) @ draw(2, 16, seed=2) + draw(1, 16, seed=3)).float()
     report = rankwise.adapt(Two(), Eva(rank=4), data=[x])
     assert [row["rank"] for row in report.rows] == [2, 2, 2]
+    assert report.totals["unspent"] == 6
+    assert "6 ranks are left over" in report.title
 
 
 def conversation(*, padding: bool) -> tuple[Tensor, dict[str, Tensor]]:
