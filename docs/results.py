@@ -22,6 +22,7 @@ from sections.compression import (  # noqa: E402
 )
 from sections.optimizers import (  # noqa: E402
     exchange_bytes,
+    lipschitz,
     optimizer_speed,
     optimizer_training,
     orthogonal,
@@ -36,7 +37,15 @@ def page() -> str:
     lines = ["# Results", "", "Generated from `benchmarks/results/*.json` by `python docs/results.py`.", ""]
     parts = (quality, narrow, low_bit, damping, prediction, speed, cost, streaming, mfac_pruning)
     parts += (adapter_quality, adapter_cost, heal_adapter, merge_memory, peft_interop)
-    parts += (optimizer_training, optimizer_speed, exchange_bytes, state_bytes, orthogonal, target_projection)
+    parts += (
+        optimizer_training,
+        optimizer_speed,
+        exchange_bytes,
+        state_bytes,
+        orthogonal,
+        lipschitz,
+        target_projection,
+    )
     parts += (second_order, curvature_cost, gradient_error)
     return "\n".join([*lines, *(line for part in parts for line in part())]).rstrip() + "\n"
 

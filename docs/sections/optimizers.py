@@ -1,5 +1,6 @@
 """What is shown of optimisers and of gradients from elsewhere."""
 
+import math
 import statistics
 
 from .common import find, head_of, load, table
@@ -259,3 +260,33 @@ def target_projection() -> list[str]:
         cells.append([str(depth), *numbers])
     lines += ["The MLP with more hidden layers, one seed, half the epochs: accuracy, and kB kept.", ""]
     return lines + table(["hidden layers", *methods], cells)
+
+
+def lipschitz() -> list[str]:
+    """Bounded networks, what they cost, and whether their certificates hold."""
+    found = load("lipschitz")
+    if found is None:
+        return []
+    rows = found["rows"]
+    lines = [
+        *head_of("Networks with a certificate: loss, bound, and the worst pair that was found", found),
+        "A Transformer of characters without norms, and the certificate of all of it behind the tables of",
+        f"characters and places, in root mean squares of rows. {rows[0]['pairs']:,} pairs for each network are",
+        "driven apart by gradient ascent, from texts and from random rows, in float64.",
+        "",
+    ]
+    cells = [
+        [
+            row["name"],
+            "" if row["limit"] is None else f"{row['limit']:g}",
+            f"{row['held_out_loss']:.3f}",
+            f"{row['accuracy']:.3f}",
+            f"{row['largest_norm']:.4g}",
+            f"{row['log10_bound']:.2f}",
+            f"{math.log10(row['worst_ratio']):.2f}",
+            f"{row['passed']} of {row['pairs']:,}",
+        ]
+        for row in rows
+    ]
+    head = ["constraint", "limit", "held-out loss", "accuracy", "largest norm", "log10 of the bound"]
+    return lines + table([*head, "log10 of the worst ratio", "pairs above the bound"], cells)
