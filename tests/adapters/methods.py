@@ -34,6 +34,11 @@ METHODS: list[Adapter] = [
 ]
 
 
+def kind(method: Adapter) -> str:
+    """A name for tests: what methods say of themselves has addresses of functions, other ones in each process."""
+    return type(method).__name__
+
+
 def train(model: nn.Module, loss: Callable[[], Tensor], lr: float, steps: int) -> list[float]:
     """Take steps with what trains, as the schedules of its adapters ask, and return the losses before each."""
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters.methods import METHODS, train
+from adapters.methods import METHODS, kind, train
 from contracts.examples import draw
 from tiny import gpt2, ids, llama
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ def table(name: str, layer: nn.Module) -> bool:
     return isinstance(layer, nn.Embedding)
 
 
-@pytest.mark.parametrize("method", WITHOUT_DATA, ids=str)
+@pytest.mark.parametrize("method", WITHOUT_DATA, ids=kind)
 def test_they_start_exactly_train_and_fold(method: Adapter):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Embedding(20, 8, padding_idx=3), nn.Flatten(), nn.Linear(24, 4)).double().eval()
@@ -43,7 +43,7 @@ def test_they_start_exactly_train_and_fold(method: Adapter):
     torch.testing.assert_close(net(x), after, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", WITHOUT_DATA, ids=str)
+@pytest.mark.parametrize("method", WITHOUT_DATA, ids=kind)
 def test_the_padding_token_keeps_its_vector(method: Adapter):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Embedding(20, 8, padding_idx=3), nn.Flatten(), nn.Linear(24, 4)).double().eval()
@@ -77,7 +77,7 @@ def test_lora_of_a_table_by_its_formula():
     assert right.grad.any(0).nonzero()[:, 0].tolist() == [0, 4, 19]  # tokens that were not seen get none
 
 
-@pytest.mark.parametrize("method", WITHOUT_DATA, ids=str)
+@pytest.mark.parametrize("method", WITHOUT_DATA, ids=kind)
 def test_half_precision_stays_half_precision(method: Adapter):
     net, x = nn.Sequential(nn.Embedding(20, 8, padding_idx=3)).bfloat16().eval(), torch.tensor([1, 2, 3])
     before = net(x)
@@ -87,7 +87,7 @@ def test_half_precision_stays_half_precision(method: Adapter):
     assert all(p.dtype == torch.float32 for p in net.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("method", WITHOUT_DATA, ids=str)
+@pytest.mark.parametrize("method", WITHOUT_DATA, ids=kind)
 def test_nothing_as_large_as_the_table_is_kept_for_the_gradient(method: Adapter):
     net, x = nn.Sequential(nn.Embedding(64, 64)).eval(), torch.tensor([7, 1])
     rankwise.adapt(net, method, where=table, embeddings=True)
@@ -110,7 +110,7 @@ class Largest(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize("method", WITHOUT_DATA, ids=str)
+@pytest.mark.parametrize("method", WITHOUT_DATA, ids=kind)
 def test_nothing_as_large_as_the_table_is_made(method: Adapter):
     if isinstance(method, adapters.Bat | adapters.Snella):
         pytest.skip("its matrix is written out for every product, as its docstring says")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from adapters.methods import METHODS, train
+from adapters.methods import METHODS, kind, train
 from contracts.examples import draw
 from tiny import gpt2, ids
 from torch import nn
@@ -27,7 +27,7 @@ def images() -> nn.Module:
     return net.double().eval()
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=kind)
 def test_convolutions_start_exactly_train_and_fold(method: Adapter):
     net, x, y = images(), draw(5, 2, 8, 7, seed=1), torch.tensor([0, 1, 2, 3, 0])
     before = net(x).detach()
@@ -47,7 +47,7 @@ def test_convolutions_start_exactly_train_and_fold(method: Adapter):
     torch.testing.assert_close(net(x), after, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=kind)
 def test_conv1d_starts_exactly_trains_and_folds(method: Adapter):
     model, x = gpt2(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0).eval().double(), ids()
     before = model(x).logits.detach()
@@ -75,7 +75,7 @@ def test_lora_of_a_convolution_is_two_convolutions():
     torch.testing.assert_close(net(x), expected)
 
 
-@pytest.mark.parametrize("method", [adapters.Lora(rank=2), adapters.Bat(block=2)], ids=str)
+@pytest.mark.parametrize("method", [adapters.Lora(rank=2), adapters.Bat(block=2)], ids=kind)
 def test_a_convolution_in_half_precision_rounds_its_bias_once(method: Adapter):
     net, x = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1)).bfloat16(), draw(3, 4, 20, 20).bfloat16()
     before = net(x)
