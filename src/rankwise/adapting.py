@@ -173,7 +173,7 @@ def _adapted(
         rank = ranks.get(path, getattr(method, "rank", None))
         rows.append({"name": path, "shape": list(bases[path].shape), "rank": rank, "trained": trained})
     declare_ties(model)
-    unspent = getattr(method, "rank", 0) * len(ranks) - sum(ranks.values())
+    unspent = getattr(method, "rank", 0) * len(ranks) - sum(ranks.values()) if ranks else 0
     return _report(model, method, rows, len(made), whole, small, unspent)
 
 

@@ -37,7 +37,8 @@ def plan(
     at_least("--window", window, 2)
     size = bytes_of(memory) or 0
     if size < MIB:
-        raise ValueError(f"--memory {memory} is less than a MiB; write it with its unit, such as --memory 16GiB.")
+        better = f"{memory}GiB" if memory.isdigit() else "16GiB"
+        raise ValueError(f"--memory {memory} is less than a MiB; write the unit, such as --memory {better}.")
     precision = pick("--dtype", dtype, {name: kind for name, kind in DTYPES.items() if kind is not None})
     check_file("--json", json)
     report = planned(

@@ -104,7 +104,10 @@ class MFacPruning(Compressor):
         if size == 0 and bool(left.all()):
             raise ValueError("its gradients are zero; give other data.")
         rows = self._cut(gradients).transpose(0, 1)
-        return GradientWindow.of(rows, damping=self.damping * max(size, TINY))
+        count, block = rows.shape[-2:]
+        if count > block:  # as many rows as weights have the same G'G
+            rows = torch.linalg.qr(rows, mode="r").R
+        return GradientWindow.of(rows, damping=self.damping * max(size, TINY), count=count)
 
     def _cut(self, matrix: Tensor) -> Tensor:
         """See (..., m, n) as blocks (..., b, B), the last one filled up with zeros."""
