@@ -374,11 +374,8 @@ def state_bytes(transform: Transform, *params: Tensor) -> int:
     (131080, 18464)
     """
     alike = Counter((param.shape, param.dtype) for param in params if param.numel())
-    total = 0
-    for (shape, dtype), count in alike.items():
-        state = blank_state(transform, torch.empty(shape, dtype=dtype, device="meta"))
-        total += count * sum(leaf.nbytes for leaf in leaves(state))
-    return total
+    like = [(torch.empty(shape, dtype=dtype, device="meta"), k) for (shape, dtype), k in alike.items()]
+    return sum(k * leaf.nbytes for param, k in like for leaf in leaves(blank_state(transform, param)))
 
 
 def blank_state(transform: Transform, param: Tensor) -> State:
