@@ -10,8 +10,9 @@ from tiny import ids, llama
 from torch import Tensor, nn
 
 from rankwise import Layerwise, Optimizer
+from rankwise.core.stepping import Whole
 from rankwise.core.transforms import Transform
-from rankwise.optimizers import adam, frugal, galore, muon
+from rankwise.optimizers import adam, frugal, galore, muon, sgd
 from rankwise.projectors import EnergyDrop
 
 KINDS: dict[str, Transform] = {
@@ -194,6 +195,24 @@ def test_what_gets_fewer_gradients_is_stepped_at_the_end():
             optimizer.zero_grad()
         results.append([p.detach() for p in (*one.parameters(), *two.parameters())])
     assert_same(*results, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", [sgd(), galore(rank=2, every=3)], ids=["sgd", "galore"])
+def test_gradients_of_a_step_are_none_of_the_next(kind: Transform):
+    """Of a branch that gets fewer than the others, and of what trains only since later."""
+
+    def end(how: Callable[[Optimizer], Any]) -> list[Tensor]:
+        torch.manual_seed(0)
+        trunk, branch, late = (nn.Linear(6, 8).double() for _ in range(3))
+        late.requires_grad_(False)
+        params = [p for layer in (trunk, branch, late) for p in layer.parameters()]
+        stepping = how(Optimizer([(params, kind)], lr=0.1))
+        late.requires_grad_(True)
+        for x in torch.randn(5, 4, 6).double():
+            stepping.take([lambda x=x: trunk(x).square().sum(), lambda x=x: (branch(x) * late(x)).sum()])
+        return [p.detach() for p in params]
+
+    assert_same(end(Layerwise), end(lambda optimizer: Whole(optimizer, None)), rtol=1e-9, atol=1e-11)
 
 
 def test_it_ends_and_drops():

@@ -159,7 +159,7 @@ class Layerwise:
         self._hooks: list[Any] = [
             *(p.register_post_accumulate_grad_hook(lambda p: self._arrive(p)) for p in self._parameters),
             optimizer.register_step_pre_hook(lambda *_: self._flush()),
-            optimizer.register_step_post_hook(lambda *_: self._begin()),
+            optimizer.register_step_post_hook(lambda *_: self.discard()),  # also what the step itself took whole
             optimizer.register_load_state_dict_post_hook(lambda *_: self._begin()),
         ]
 
