@@ -19,7 +19,7 @@ from rankwise import Layerwise, Optimizer, optimizers, projectors
 from rankwise.core.memory import optimizer_bytes
 from rankwise.core.states import described, leaves, map_state
 from rankwise.core.stored import Batched
-from rankwise.core.transforms import Transform, by_shape, chain, wide
+from rankwise.core.transforms import Transform, by_shape, chain, wide, within
 from rankwise.core.writing import Write
 from rankwise.optimizers import (
     adafactor,
@@ -48,6 +48,7 @@ from rankwise.optimizers import (
     trion,
 )
 from rankwise.optimizers.muon import Orthogonalize
+from rankwise.optimizers.quantised import Quantised
 from rankwise.optimizers.retractions import Cayley, Qr
 from rankwise.projectors import (
     Backoff,
@@ -345,6 +346,19 @@ def test_transposed_is_the_transpose(transform: Transform):
         one.step()
         two.step()
     same([p], [q.mT], rtol=1e-8, atol=1e-9)
+
+
+def test_states_in_few_bits_hold_no_weights(transform: Transform):
+    """Steps of length zero leave parameters where those with the whole state do."""
+    if isinstance(transform, Batched):
+        pytest.skip("it stands outermost")
+    if any(isinstance(part, Quantised) for part in (transform, *within(transform))):
+        pytest.skip("its states are in few bits already")
+    ends = []
+    for made in (transform, quantised(transform, least=1)):
+        ends.append(parameters())
+        trained(Optimizer([(ends[-1], made)], lr=0.0), range(4))
+    same(*ends, rtol=1e-9, atol=1e-12)
 
 
 def test_nothing_stands_around_batched():

@@ -1,17 +1,15 @@
 """Matrices that a parameter keeps in another form than (out, in): several in one, or transposed."""
 
-import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .directions import Direction, formed
 from .states import State, map_state
-from .transforms import Seen, Transform, as_matrices
+from .transforms import Seen, Transform, as_matrices, within
 
 BLOCK = 2**24  # numbers of slices that are stepped together, where it is not fewer than one slice has
 
@@ -173,14 +171,5 @@ def transposed(transform: Transform) -> Transform:
 
 def refuse_batched_inside(transform: Transform) -> None:
     """Raise ValueError if something stands around ``batched``, which would never see an axis of slices."""
-    if any(isinstance(part, Batched) for part in _inside(transform)):
+    if any(isinstance(part, Batched) for part in within(transform)):
         raise ValueError(f"batched(...) stands inside {type(transform).__name__}; put it outermost.")
-
-
-def _inside(value: Any) -> Iterator[Any]:
-    """What stands in the fields of a transform, at any depth."""
-    parts = [getattr(value, field.name) for field in dataclasses.fields(value)]
-    for part in [each for found in parts for each in (found if isinstance(found, tuple) else (found,))]:
-        if dataclasses.is_dataclass(part) and not isinstance(part, type):
-            yield part
-            yield from _inside(part)

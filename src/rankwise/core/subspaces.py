@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -129,6 +130,7 @@ class Subspace:
     rank: int | float
     refresh: Refresh
     carry: Carry
+    exact: ClassVar[tuple[str, ...]] = ("basis",)  # see Transform
 
     def __post_init__(self) -> None:
         check_rank(self.rank)

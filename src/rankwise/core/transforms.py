@@ -7,6 +7,8 @@ matrices (k, m, n), vectors (k, n), scalars (k,). Convolutions are seen as matri
 import abc
 import dataclasses
 from collections import Counter
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +24,9 @@ class Transform(abc.ABC):
     its state, whose tensors ``update`` writes into; entries are never added or replaced. Gradients, and all
     states that are not declared otherwise, are float32 or float64, also where parameters have half precision.
     """
+
+    exact: ClassVar[tuple[str, ...]] = ()
+    """Entries of its own state that are never kept in few bits: their errors are no small errors of a step."""
 
     def init(self, param: Tensor, index: Tensor) -> State:
         """Return the state before the first step.
@@ -388,6 +393,15 @@ def blank_state(transform: Transform, param: Tensor) -> State:
 def working_type(dtype: torch.dtype) -> torch.dtype:
     """Return the type in which steps are computed: the parameter's, or float32 if that is shorter."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def within(value: Any) -> Iterator[Any]:
+    """What stands in the fields of a transform, at any depth: transforms, and other dataclasses."""
+    parts = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    for part in [each for found in parts for each in (found if isinstance(found, tuple) else (found,))]:
+        if dataclasses.is_dataclass(part) and not isinstance(part, type):
+            yield part
+            yield from within(part)
 
 
 def as_matrices(values: Tensor) -> Tensor:

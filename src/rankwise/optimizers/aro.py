@@ -1,6 +1,7 @@
 """Steps along the axes of a frame that turns with them."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -55,6 +56,7 @@ class TurningFrame(Transform):
 
     base: Transform
     scale: float = 1.0
+    exact: ClassVar[tuple[str, ...]] = ("frame",)
 
     def __post_init__(self) -> None:
         check_finite("scale", self.scale)

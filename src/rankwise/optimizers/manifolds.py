@@ -3,6 +3,7 @@
 import abc
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -97,6 +98,7 @@ class OnManifold(Transform):
     inner: Transform
     scale: float | None = None
     magnitude: Transform | None = None
+    exact: ClassVar[tuple[str, ...]] = ("scale", "start", "change")
 
     def __post_init__(self) -> None:
         if self.scale is not None and not 0 < self.scale < math.inf:

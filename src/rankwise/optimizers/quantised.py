@@ -1,6 +1,7 @@
 """What transforms remember, in few bits."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +12,11 @@ from torch import Tensor
 from ..core.directions import Direction, formed
 from ..core.methods import check_count
 from ..core.states import State
-from ..core.transforms import Transform
+from ..core.subspaces import Subspace
+from ..core.transforms import Transform, within
 from ..linalg import decode, encode
 from .adam import adam
 
-WHOLE = ("basis", "frame", "length", "change", "scale")  # whose errors are no small errors of a step
 CODED = {"codes", "scales", "shape"}
 
 
@@ -89,11 +90,17 @@ class Quantised(Transform):
         _put(state, self._coded(inner))
         return bounded
 
+    @functools.cached_property
+    def _whole(self) -> frozenset[str]:
+        """The entries that stay as they are, of the inner transform and of all within."""
+        parts = [part for part in within(self) if isinstance(part, (Transform, Subspace))]
+        return frozenset(name for part in parts for name in part.exact)
+
     def _coded(self, inner: State) -> State:
         """Write long tensors of numbers as codes."""
         return {
             key: value
-            if key in WHOLE
+            if key in self._whole
             else self._coded(value)
             if isinstance(value, Mapping)
             else self._leaf(value)
@@ -129,14 +136,15 @@ def _put(state: State, new: State) -> None:
         if not isinstance(value, Mapping):
             if value is not state[key]:
                 state[key].copy_(value)
-        elif key not in WHOLE:
+        else:
             _put(state[key], value)
 
 
 def quantised(inner: Transform, *, bits: int = 8, block: int = 256, least: int = 4096) -> Transform:
     """Keep what another transform remembers in 8 bits, or fewer, between steps.
 
-    Any transform may be inside. Its counters, its bases of subspaces and its short tensors stay as they are.
+    Any transform may be inside. Its counters, its short tensors and what it declares ``exact``, such as bases of
+    subspaces, stay as they are.
     It may stand around a projection or around what is inside of one: that is the same, but for one rounding more
     where moments are carried.
 

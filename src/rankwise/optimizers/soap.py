@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class EigenAdam(Transform):
     refresh: Every
     beta: float
     largest: int
+    exact: ClassVar[tuple[str, ...]] = ("basis",)
 
     def __post_init__(self) -> None:
         if not 0 <= self.beta < 1:

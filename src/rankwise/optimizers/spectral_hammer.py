@@ -2,6 +2,7 @@
 
 import abc
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -19,15 +20,16 @@ class Leading(Constraint):
     """
 
     steps: int
+    exact: ClassVar[tuple[str, ...]] = ("vector",)
 
     def init(self, param: Tensor, index: Tensor) -> State:
         """A random vector."""
-        return {"right": draw_normal((param.shape[-1],), index, param)}
+        return {"vector": draw_normal((param.shape[-1],), index, param)}
 
     def constrain(self, param: Tensor, state: State, lr: float, weight_decay: float) -> Tensor:
         """Add (wanted - s1) u v'."""
-        left, size, right = leading_pair(param, state["right"], self.steps)
-        state["right"].copy_(right.where(size[:, None] > 0, state["right"]))
+        left, size, right = leading_pair(param, state["vector"], self.steps)
+        state["vector"].copy_(right.where(size[:, None] > 0, state["vector"]))
         change = (self.wanted(size, unit(param), lr) - size)[:, None] * left
         return param.baddbmm(change[:, :, None], right[:, None, :])
 

@@ -1,6 +1,7 @@
 """Rows of matrices trained as a direction and a length, without parameters of their own."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class WeightNorm(Transform):
 
     direction: Transform
     magnitude: Transform
+    exact: ClassVar[tuple[str, ...]] = ("scale", "length", "change")
 
     def init(self, param: Tensor, index: Tensor) -> State:
         """The states of both, c, and what is known of the lengths between a step and its end."""
