@@ -104,6 +104,12 @@ def test_states_are_integers_and_scales():
     assert kinds == {torch.uint8, torch.float32, torch.int64}
 
 
+def test_what_is_in_few_bits_is_not_put_into_few_bits_again():
+    for inner in (adamw8bit(), galore(rank=2, inner=adamw4bit())):
+        with pytest.raises(ValueError, match="in few bits already"):
+            quantised(inner)
+
+
 @pytest.mark.parametrize(
     ("options", "name"), [({"bits": 1}, "bits"), ({"bits": 9}, "bits"), ({"block": 0}, "block")]
 )

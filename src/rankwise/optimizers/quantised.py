@@ -34,6 +34,8 @@ class Quantised(Transform):
             raise ValueError(f"bits must be 2 ... 8, got {self.bits}.")
         check_count("block", self.block)
         check_count("least", self.least)
+        if any(isinstance(part, Quantised) for part in within(self)):
+            raise ValueError("the state of what is inside is in few bits already; leave one quantised(...) out.")
 
     def init(self, param: Tensor, index: Tensor) -> State:
         """The inner state, with codes, scales and a shape in the place of each long tensor."""
@@ -160,6 +162,9 @@ def quantised(inner: Transform, *, bits: int = 8, block: int = 256, least: int =
         bits: of a number, 2 to 8; 4 needs shorter blocks, of 128.
         block: how many neighbours share a scale.
         least: tensors with fewer numbers a parameter stay as they are.
+
+    Raises:
+        ValueError: if an argument is out of range, or something inside is quantised already.
 
     References: Dettmers et al., 2022, arXiv 2110.02861; 4 bits: Li et al., 2023, arXiv 2309.01507. Means that
     move slowly are rounded to where they were: with a beta of 0.999 most squares grow at once, and fall only with
