@@ -105,6 +105,12 @@ def test_galore_is_its_formula(shape: tuple[int, int]):
     torch.testing.assert_close(found, weight, rtol=1e-9, atol=1e-9)
 
 
+def test_the_scale_of_frugal_counts_without_a_subspace_too():
+    scaled = walk(ours(frugal(density=0.0, free_scale=0.25), lr=0.2))
+    assert_same(scaled[:2], walk(ours(sign(), lr=0.05))[:2])
+    assert_same(scaled[2:], walk(ours(adam(), lr=0.2))[2:])
+
+
 def test_frugal_is_its_formula():
     """A plain loop over entries: Adam on two rows, begun again with others every 4 steps; signs on all others."""
     weight, kept, rows = draw(6, 9, seed=0), [], torch.empty(0)

@@ -8,27 +8,45 @@ from torch import Tensor
 from ..core.methods import check_finite
 from ..core.states import State
 from ..core.subspaces import Carry, Projector, Refresh, check_unread
-from ..core.transforms import Transform, by_shape, check_rank
+from ..core.transforms import Transform, by_shape, chain
 from ..projectors import RandomRows, Reset
 from .adam import adam
 from .project import Rest, project
 from .sign import sign
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
+class Times(Transform):
+    """Multiply directions by a number.
+
+    Args:
+        scale: the number.
+    """
+
+    scale: float
+
+    def __post_init__(self) -> None:
+        check_finite("scale", self.scale)
+
+    @property
+    def elementwise(self) -> bool:
+        """It is."""
+        return True
+
+    def update(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
+        """(k, ...) -> (k, ...)."""
+        return grad * self.scale
+
+
+@dataclass(frozen=True)
 class Outside(Rest):
     """Treat the rest of a gradient by a transform of its own.
 
     Args:
         transform: of the rest.
-        scale: of its step.
     """
 
     transform: Transform
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_finite("scale", self.scale)
 
     def init(self, param: Tensor, index: Tensor) -> State:
         """The state of the transform."""
@@ -36,8 +54,8 @@ class Outside(Rest):
         return self.transform.init(param, index)
 
     def update(self, rest: Tensor, low: Tensor, direction: Tensor, state: State) -> Tensor:
-        """Step, and scale."""
-        return self.transform.update(rest, state, torch.empty_like(rest, device="meta")) * self.scale
+        """The step of the transform."""
+        return self.transform.update(rest, state, torch.empty_like(rest, device="meta"))
 
 
 def frugal(
@@ -72,8 +90,11 @@ def frugal(
     shorter side. There all matrices change at the same step, here by turns. Whole tensors as blocks are not here,
     as a state that comes and goes with them is none of a fixed size; ``RowBlock()`` visits the rows of each.
     """
-    check_rank(density, name="density")
+    if not 0 <= density <= 1:
+        raise ValueError(f"density must be a share from 0 to 1, got {density}.")
+    free = free if free_scale == 1 else chain(free, Times(free_scale))
     if density == 0:
         return by_shape(matrix=free, other=inner)
-    outside = Outside(transform=free, scale=free_scale)
-    return project(projector, inner, rank=float(density), every=every, carry=carry, rest=outside, entries=entries)
+    return project(
+        projector, inner, rank=float(density), every=every, carry=carry, rest=Outside(free), entries=entries
+    )
