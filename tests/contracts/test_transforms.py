@@ -515,11 +515,12 @@ def test_stop_save_load_and_go_on_is_exact(made: Transform, dtype: torch.dtype):
     """In mid-period, through a file, with schedulers; the second run never knew the first.
 
     Some files keep no strides; states are laid out as they were in any case, as other sums round otherwise.
+    Some parameters lie in memory column by column.
     """
-    shapes = [(6, 9), (6, 9), (9, 6), (7,), ()]
+    shapes, turned = [(6, 9), (6, 9), (9, 6), (7,), ()], [(4, 7), (4, 7), (7, 4)]
 
     def begin() -> tuple[list[nn.Parameter], Optimizer, Any]:
-        params = parameters(dtype, shapes)
+        params = [*parameters(dtype, shapes), *(nn.Parameter(p.detach().mT) for p in parameters(dtype, turned))]
         optimizer = Optimizer([(params[:2], made), (params[2:], made)], lr=0.05, weight_decay=0.1)
         return params, optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
 

@@ -25,7 +25,6 @@ from .stacked import (
     joined,
     owned,
     read_only,
-    shape_of,
     stacked_gradients,
     stacked_values,
     together,
@@ -374,7 +373,7 @@ class Optimizer(torch.optim.Optimizer):
             whole = map_state(stacked_values, *states)
             for i, param in enumerate(params):
                 self.state[param] = map_state(lambda value, i=i: value[i], whole)
-        shape = parts[0].transform.shaped(shape_of(parts[0]).expand(len(params), *parts[0].shape))
+        shape = parts[0].transform.shaped(parts[0].blank().expand(len(params), *parts[0].shape))
         handed = {param: leaves(self.state[param]) for param in params}
         stack = Stack(tuple(parts), read_only(whole), shape, handed)
         self._stacks.update(dict.fromkeys(params, stack))
@@ -392,5 +391,5 @@ class Optimizer(torch.optim.Optimizer):
         part = self._part(param)
         if not param.numel():
             return {}
-        blank = blank_state(part.transform, shape_of(part))
+        blank = blank_state(part.transform, part.blank())
         return with_written(blank, self.write.init(param, torch.tensor([0])))

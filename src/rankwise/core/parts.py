@@ -58,6 +58,10 @@ class Part:
         """
         return self.param
 
+    def blank(self) -> Tensor:
+        """Return a tensor without values of the shape, type and order in memory that the transform sees."""
+        return torch.empty_like(self.own, device="meta")
+
     def value(self) -> Tensor:
         """Return the parameter that the transform sees."""
         return self.param
@@ -195,6 +199,10 @@ class Gathered(_Sharded):
         if self.transform.reads_param:
             return self.value()
         return torch.empty(self.shape, dtype=self.param.dtype, device=self.param.device)
+
+    def blank(self) -> Tensor:
+        """Without values of other parts, too."""
+        return torch.empty(self.shape, dtype=self.param.dtype, device="meta")
 
     def value(self) -> Tensor:
         """All parts."""

@@ -86,11 +86,6 @@ def each_direction(parts: Sequence[Part], seen: Direction) -> Sequence[Direction
     return owned(parts, formed(seen))
 
 
-def shape_of(part: Part) -> Tensor:
-    """Return a tensor of the shape that the transform sees, without values."""
-    return torch.empty(part.shape, dtype=part.param.dtype, device="meta")
-
-
 def stacked_values(*values: Tensor) -> Tensor:
     """Stack tensors in their order in memory, so that transposed matrices meet transposed states."""
     if values[0].ndim == 2 and values[0].stride(0) == 1:

@@ -385,8 +385,8 @@ def state_bytes(transform: Transform, *params: Tensor) -> int:
 
 def blank_state(transform: Transform, param: Tensor) -> State:
     """Return a parameter's first state (1, ...) on the meta device, of the true one's shapes and types."""
-    shape = transform.shaped(param.unsqueeze(0)).shape
-    like = torch.empty(shape, dtype=working_type(param.dtype), device="meta")
+    seen = transform.shaped(param.unsqueeze(0))
+    like = torch.empty_like(seen, dtype=working_type(param.dtype), device="meta")  # in the same order in memory
     return transform.init(like, torch.zeros(1, dtype=torch.int64))
 
 
