@@ -53,6 +53,16 @@ def test_the_gap_of_rows_of_zeros_is_finite():
     assert not bool(kind.slope(torch.zeros(1, 5, 9)).any())
 
 
+def test_the_slope_of_a_nearly_singular_matrix_is_as_exact_as_its_type():
+    """One direction holds nearly all: in float32 the products round by more than the damping."""
+    torch.manual_seed(0)
+    weight = torch.ones(1, 640, 640) + 1e-6 * torch.randn(1, 640, 640)
+    kind = ConditionGap(weight=1.0)
+    slope = kind.slope(weight)
+    assert slope.dtype == torch.float32
+    torch.testing.assert_close(slope, kind.slope(weight.double()).float(), rtol=1e-5, atol=0)
+
+
 def test_transformed_l1_lies_between_counting_and_adding():
     weight = draw(6, 7)
     weight[0] = 0

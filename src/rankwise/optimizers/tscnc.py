@@ -76,7 +76,7 @@ class ConditionGap(Penalty):
 
     Args:
         weight: of the penalty.
-        damping: that part; in float32 not much below 1e-5.
+        damping: that part.
     """
 
     weight: float
@@ -89,34 +89,37 @@ class ConditionGap(Penalty):
 
     def value(self, param: Tensor) -> Tensor:
         """(k, m, n) -> (k,)."""
-        factor = torch.linalg.cholesky(self._gram(self._scaled(param)[0]))
-        logs = 2 * factor.diagonal(dim1=-2, dim2=-1).log()
-        return math.log(1 + self.damping) - logs.mean(-1)
+        logs = 2 * self._root(_scaled(param)[0]).diagonal(dim1=-2, dim2=-1).log()
+        return (math.log(1 + self.damping) - logs.mean(-1)).to(param)
 
     def slope(self, param: Tensor) -> Tensor:
         """-2 / s (X X' + damping)^-1 X without its part along X, over the factor from W to X = W sqrt(s) / |W|.
 
         That part is what the changing norm |W| takes away: the value does not change along W.
         """
-        scaled, size = self._scaled(param)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(self._gram(scaled)))
+        scaled, size = _scaled(param)
+        inverse = torch.cholesky_inverse(self._root(scaled))
         step = inverse @ scaled * (-2 / scaled.shape[-2])
         along = (step * scaled).sum((-2, -1), keepdim=True) / scaled.shape[-2]  # |X|^2 = s
-        step = (step - along * scaled) / size
+        step = ((step - along * scaled) / size).to(param)
         return step.mT if param.shape[-2] > param.shape[-1] else step
 
-    def _scaled(self, param: Tensor) -> tuple[Tensor, Tensor]:
-        """Return matrices (k, s, l), s <= l, whose squared singular values have the mean one, and the factor."""
-        x = param.mT if param.shape[-2] > param.shape[-1] else param
-        size = torch.linalg.matrix_norm(x, keepdim=True) / math.sqrt(x.shape[-2])
-        size = torch.where(size > 0, size, 1.0)
-        return x / size, size
-
-    def _gram(self, scaled: Tensor) -> Tensor:
-        """X X' + damping."""
+    def _root(self, scaled: Tensor) -> Tensor:
+        """The Cholesky factor of X X' + damping."""
         gram = scaled @ scaled.mT
         gram.diagonal(dim1=-2, dim2=-1).add_(self.damping)
-        return gram
+        return torch.linalg.cholesky(gram)
+
+
+def _scaled(param: Tensor) -> tuple[Tensor, Tensor]:
+    """Return matrices (k, s, l), s <= l, whose squared singular values have the mean one, and the factor to them.
+
+    In float64: next to a large singular value rounding in float32 is as large as the damping.
+    """
+    x = (param.mT if param.shape[-2] > param.shape[-1] else param).double()
+    size = torch.linalg.matrix_norm(x, keepdim=True) / math.sqrt(x.shape[-2])
+    size = torch.where(size > 0, size, 1.0)
+    return x / size, size
 
 
 def check_weight(weight: float) -> None:
