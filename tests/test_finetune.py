@@ -304,7 +304,7 @@ def test_a_schedule_that_was_interrupted_goes_on_bit_by_bit(tmp_path, monkeypatc
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):
-    options = {"steps": 2, "checkpoint": tmp_path}
+    options: Any = {"steps": 2, "checkpoint": tmp_path, "rate": lambda done: 1.0, "loss": lambda *x: given(*x)}
     rankwise.finetune(tiny(), batches(), **options)
     moved = tiny()
     moved.model.norm.weight.data += 1
@@ -315,9 +315,11 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
         (tiny(Lora(rank=4, dropout=0.5)), batches(), {}, r" \(other adapters\)"),
         (tiny(), batches(seed=4), {}, r" \(other data\)"),
         (tiny(), batches(), {"lr": 1e-3, "clip": 2.0}, r" \(other clip, lr\)"),
+        (tiny(), batches(), {"rate": lambda done: 0.5}, r" \(other rate\)"),
+        (tiny(), batches(), {"loss": lambda *x: 2 * given(*x)}, r" \(other loss\)"),
     ):
         with pytest.raises(ValueError, match=f"is about another model, reference, data or setting{words};"):
-            rankwise.finetune(model, data, **options, **more)
+            rankwise.finetune(model, data, **{**options, **more})
 
 
 def test_a_step_that_is_not_finite_is_skipped_loudly():

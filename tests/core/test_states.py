@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from rankwise.core.states import described
+from rankwise.core.states import described, told
 from rankwise.preconditioners import MFac, Sngd
 
 SHARE = 0.5
@@ -70,6 +70,31 @@ def test_types():
     found = described(MFac(storage=torch.bfloat16))
     assert found["storage"] == "torch.bfloat16"
     json.dumps(found)
+
+
+def test_given_functions_are_told_apart_by_what_they_compute():
+    """Also where they hold what is no plain data, of which the name must do, and never an address."""
+
+    def around(value: object):
+        return lambda step: (value, step)
+
+    class Holds:
+        def __init__(self) -> None:
+            self.model = torch.nn.Linear(2, 2)
+
+        def loss(self, step: int) -> int:
+            return step
+
+    assert told(around(1)) == told(around(1)) != told(around(2))
+    for make in (
+        lambda: Holds().loss,
+        lambda: around(torch.ones(2)),
+        lambda: torch.nn.Linear(2, 2),
+        lambda: Falling(torch.ones(2)),  # pyright: ignore[reportArgumentType]
+    ):
+        assert told(make()) == told(make())
+        assert " at 0x" not in json.dumps(told(make()))
+    assert told(SCHEDULES[2]) != told(SCHEDULES[3])
 
 
 def test_what_says_nothing_is_refused():

@@ -19,6 +19,7 @@ from .memory import memory_bytes, peak_memory_bytes, reset_peak_memory, training
 from .modes import kept, training
 from .plan import Plan
 from .running import Follower, Observe, Run
+from .states import told
 from .statistics import Batch
 from .stepping import Stepping, Whole
 from .supervised import Supervised
@@ -151,10 +152,10 @@ def _identity(
     groups = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
     about = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
     about |= {
-        "rate": getattr(plan.rate, "__qualname__", repr(plan.rate)),
+        "rate": told(plan.rate),
         "optimizer": [type(optimizer).__name__, groups],
         "lr": [group["lr"] for group in optimizer.param_groups],
-        "loss": getattr(loss, "__qualname__", repr(loss)),
+        "loss": told(loss),
         "data": [digest_of_batches(part) for part in data],
         "model": digest_of(rest),
     }
