@@ -193,6 +193,18 @@ def test_stop_save_load_and_go_on_is_exact():
     assert first.state_bytes() == sum(leaf.nbytes for state in first.state.values() for leaf in leaves(state))
 
 
+def test_what_is_frozen_stays_so():
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4)).requires_grad_(False)
+    model[1].requires_grad_(True)
+    x = draw(3, 8).float().requires_grad_()
+    train_as_integers(model, lambda name, layer: True)
+    model(x).sum().backward()
+    assert x.grad is not None
+    assert [part.integers.change.grad is None for part in model] == [True, False]
+    train_as_floats(model)
+    assert [part.weight.requires_grad for part in model] == [False, True]
+
+
 def test_layers_in_two_places_stay_one():
     shared = nn.Linear(8, 8)
     made = nn.Sequential(shared, nn.Tanh(), shared)

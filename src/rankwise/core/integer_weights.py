@@ -27,7 +27,7 @@ class ChangingWeight(nn.Module):
     """A matrix of 8-bit integers and its change, which is zero.
 
     Args:
-        weight: (m, n), rounded to the nearest.
+        weight: (m, n), rounded to the nearest; the change asks for a gradient if this does.
         group: how many neighbours in a row share a scale and an offset, in float32.
     """
 
@@ -41,7 +41,7 @@ class ChangingWeight(nn.Module):
         codes = codes.flatten(1)[:, :n].byte()
         self.matrix = Quantized.from_codes(codes, scale, offset, bits=BITS, group=group)
         self.matrix.requires_grad_(False)
-        self.change = nn.Parameter(weight.new_zeros(()).expand(m, n))
+        self.change = nn.Parameter(weight.new_zeros(()).expand(m, n), requires_grad=weight.requires_grad)
 
     def dense(self) -> Tensor:
         """(m, n), in the type of the change."""
@@ -106,7 +106,7 @@ class IntegerLinear(nn.Module):
 
 
 def train_as_integers(model: nn.Module, where: Where | None = None, *, group: int = 256) -> int:
-    """Round the weights of linear layers to 8-bit integers that train.
+    """Round the weights of linear layers to 8-bit integers that train; frozen ones stay frozen.
 
     The optimiser needs ``write=IntegerWeights(model)``, and parameters that ask for gradients. Transforms that
     constrain weights cannot write these.
@@ -149,10 +149,10 @@ def train_as_floats(model: nn.Module) -> None:
     for name, each in list(model.named_modules(remove_duplicate=False)):
         if isinstance(each, IntegerLinear):
             if each not in made:
-                weight = each.integers.dense().detach()
+                weight = nn.Parameter(each.integers.dense().detach(), each.integers.change.requires_grad)
                 m, n = weight.shape
                 made[each] = nn.Linear(n, m, bias=False, device="meta")
-                made[each].weight, made[each].bias = nn.Parameter(weight), each.bias
+                made[each].weight, made[each].bias = weight, each.bias
             set_module(model, name, made[each])
 
 
