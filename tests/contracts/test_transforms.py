@@ -622,6 +622,14 @@ def test_a_state_of_something_else_is_refused():
         (lambda p: Optimizer([(p, adam())], lr=0.1, weight_decay=-1.0), "weight_decay must be a finite"),
         (lambda p: Optimizer([{"params": p}], lr=0.1), "each group needs a transform"),
         (lambda p: Optimizer([p[0]], lr=0.1), "give pairs"),
+        (
+            lambda p: Optimizer([{"params": p, "transform": adam(), "weigth_decay": 0.1}], lr=0.1),
+            r"no entry 'weigth_decay': did you mean weight_decay\?",
+        ),
+        (
+            lambda p: Optimizer([{"params": p, "transform": adam(), "betas": (0.9, 0.9)}], lr=0.1),
+            "such as betas, goes into its transform",
+        ),
         (lambda p: Optimizer(p[0], lr=0.1), "give pairs"),
         (lambda p: Optimizer([([torch.ones(2, dtype=torch.complex64)], adam())], lr=0.1), "real floating"),
         (lambda p: adam(betas=(0.9, 1.0)), "betas"),
@@ -803,6 +811,28 @@ def test_groups_can_be_added_and_have_their_own_numbers():
     with pytest.raises(ValueError, match="lr"):
         optimizer.add_param_group({"params": parameters(), "transform": adam(), "lr": -1.0})
     assert len(optimizer.param_groups) == 2
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        lambda optimizer, last: torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, 0.2, total_steps=9, cycle_momentum=False, last_epoch=last
+        ),
+        lambda optimizer, last: torch.optim.lr_scheduler.StepLR(optimizer, 2, last_epoch=last),
+        lambda optimizer, last: torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.02, last_epoch=last),
+    ],
+    ids=["one cycle", "steps", "averages"],
+)
+def test_what_schedulers_note_in_groups_can_be_given_again(begin: Any):
+    params = parameters()
+    first = Optimizer([(params, adam())], lr=0.1)
+    schedule = begin(first, -1)
+    trained(first, range(2))
+    schedule.step()
+    again = Optimizer(copy.copy(first.param_groups), lr=0.1)
+    begin(again, 1)
+    again.load_state_dict(first.state_dict())
 
 
 def test_closures_see_gradients_switched_on():

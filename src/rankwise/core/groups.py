@@ -7,18 +7,21 @@ import torch
 from torch import Tensor, nn
 
 from .parts import Part
+from .spelling import meant
 from .states import State, described, map_state
 from .stored import refuse_batched_inside
 from .transforms import Transform
 
 Group = dict[str, Any]
+KEYS = ("params", "param_names", "transform", "lr", "weight_decay")
+NOTED = ("initial_lr", "max_lr", "min_lr", "swa_lr", "name")  # by schedulers, and by those who log
 
 
 def as_group(given: Any) -> Group:
     """Return a group of a pair of parameters and a transform, or of a dictionary.
 
     Raises:
-        ValueError: if it is neither.
+        ValueError: if it is neither, or has entries that nothing would look at.
     """
     if isinstance(given, Mapping):
         group = dict(given)
@@ -26,6 +29,12 @@ def as_group(given: Any) -> Group:
         group = {"params": given[0], "transform": given[1]}
     else:
         raise ValueError(f"give pairs of parameters and a transform, or groups; got {type(given).__name__}.")
+    for key in group:
+        if key not in (*KEYS, *NOTED):
+            raise ValueError(
+                f"a group has no entry {key!r}: {meant(key, KEYS)}Beside params and their transform it has "
+                "lr and weight_decay; what a method is told, such as betas, goes into its transform."
+            )
     if isinstance(group.get("params"), nn.Module):
         raise ValueError(f"give the parameters of {type(group['params']).__name__}, as by model.parameters().")
     if not isinstance(group.get("transform"), Transform):
