@@ -35,6 +35,7 @@ def galore(
     References: Zhao et al., 2024, arXiv 2403.03507. There eps is 1e-6 and is added before the bias of the start
     is taken out, which matters where gradients are tiny; here it is as in torch's Adam. The published code is
     ``inner=adam(eps=1e-6, early_eps=True), every=Every(200, together=True), projector=Svd()``, but for the signs
-    of singular vectors, which are arbitrary there.
+    of singular vectors, which are arbitrary there, for square matrices, of which it projects the columns and this
+    the rows, and for weight decay, which acts there after the step and here before it.
     """
     return project(projector, inner, rank=rank, every=every, scale=scale, carry=carry)
