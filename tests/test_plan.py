@@ -114,6 +114,17 @@ def test_a_rank_is_counted_as_its_share_of_the_side():
     assert rows[0][0]["step"] == rows[1][0]["step"]
 
 
+def test_any_batch_may_be_wanted():
+    """It fits without savings where it does, whether it is a power of two, and however large it is."""
+
+    def first(memory: int, batch: int) -> dict[str, Any]:
+        return plan(WORDS, memory, batch=batch, window=8, reserve=0.0, candidates={"": adam()}).rows[0]
+
+    for batch, larger in ((63, 64), (99, 100)):
+        row = first(round(first(2**36, larger)["total"] * GIB) - 1, batch)
+        assert (row["batch"], row["layerwise"], row["checkpointing"], row["fits"]) == (batch, False, False, True)
+
+
 def test_counting_a_step_is_the_same_every_time():
     assert step_bytes(adamw8bit(), torch.bfloat16) == step_bytes(adamw8bit(), torch.bfloat16)
 

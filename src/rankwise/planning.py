@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -45,7 +45,7 @@ CANDIDATES: Mapping[str, Transform] = {
 SAMPLE, STEPS = (192, 192), 2  # what a step holds is counted on these; square ones have the largest factors
 STACK = 2**26  # bytes of gradients that are stepped together on a GPU
 WHOLE = 8  # bytes a number that a step of slices holds beside: gradient and direction of all slices
-MOST = 64  # sequences at a time
+MOST = 64  # sequences at a time, where not more are wanted
 GIB = 2**30
 
 
@@ -110,7 +110,7 @@ def plan(
         network = fresh(config, dtype=dtype, attention=causal_attention()).train()
         check_causal(network, window, "only such models are planned")
         savings = track([*product((False, True), repeat=2)], "passes")
-        ways = [_Way.of(network, window, autocast, *each) for each in savings]
+        ways = [_Way.of(network, window, autocast, max(MOST, batch), *each) for each in savings]
         weights = held_bytes(network)
         params = sum(p.numel() for p in network.parameters())
         counts = {name: _Counts.of(network, candidates[name]) for name in track([*candidates], "states")}
@@ -214,28 +214,36 @@ class _Way:
         layerwise: whether gradients are freed at once.
         checkpointing: whether activations are computed again.
         one: bytes with one sequence.
-        most: bytes with MOST sequences.
+        top: how many sequences there are at most.
+        most: bytes with these.
     """
 
     layerwise: bool
     checkpointing: bool
     one: int
+    top: int
     most: int
 
     @classmethod
     def of(
-        cls, model: nn.Module, window: int, autocast: torch.dtype | None, layerwise: bool, checkpointing: bool
+        cls,
+        model: nn.Module,
+        window: int,
+        autocast: torch.dtype | None,
+        top: int,
+        layerwise: bool,
+        checkpointing: bool,
     ) -> "_Way":
         """Run it without numbers."""
         with recomputing(model, checkpointing):
-            sizes = [
-                pass_bytes(model, _loss(model, rows, window, autocast), layerwise=layerwise) for rows in (1, MOST)
-            ]
-        return cls(layerwise, checkpointing, *sizes)
+            one, most = (
+                pass_bytes(model, _loss(model, rows, window, autocast), layerwise=layerwise) for rows in (1, top)
+            )
+        return cls(layerwise, checkpointing, one, top, most)
 
     def bytes(self, batch: int) -> int:
         """Bytes with so many sequences: at most, since the worst moment grows by a convex function."""
-        return self.one + (self.most - self.one) * (batch - 1) // (MOST - 1)
+        return self.one + (self.most - self.one) * (batch - 1) // (self.top - 1)
 
 
 @dataclass(frozen=True)
@@ -270,7 +278,7 @@ class _Need:
 def _row(need: _Need, ways: list[_Way], weights: int, room: int, wanted: int) -> dict[str, Any]:
     """Choose the first way in which the batch that is wanted fits, or else the one with the largest batch."""
     left = room - weights - need.state
-    largest = [max((b for b in _batches() if _moving(need, way, b) <= left), default=0) for way in ways]
+    largest = [max((b for b in _batches(wanted) if _moving(need, way, b) <= left), default=0) for way in ways]
     enough = [i for i, count in enumerate(largest) if count >= wanted]
     i = enough[0] if enough else max(range(len(ways)), key=lambda i: (largest[i], i if not largest[i] else -i))
     way, batch = ways[i], max(largest[i], 1)
@@ -293,11 +301,9 @@ def _moving(need: _Need, way: _Way, batch: int) -> int:
     return passing + need.single if way.layerwise else max(passing, need.whole)
 
 
-def _batches() -> Iterator[int]:
-    count = 1
-    while count <= MOST:
-        yield count
-        count *= 2
+def _batches(wanted: int) -> set[int]:
+    """The batches that are tried: the one that is wanted, and powers of two."""
+    return {wanted, *(2**i for i in range(MOST.bit_length()))}
 
 
 def _loss(model: nn.Module, rows: int, window: int, autocast: torch.dtype | None) -> Any:
