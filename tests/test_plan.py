@@ -23,7 +23,7 @@ from rankwise.core.states import leaves
 from rankwise.core.transforms import Transform
 from rankwise.core.writing import usual_write
 from rankwise.models.fresh import causal_attention, fresh
-from rankwise.optimizers import adafactor, adam, adamw8bit, galore, muon, q_galore
+from rankwise.optimizers import adafactor, adam, adamw8bit, apollo, galore, muon, q_galore, trion
 from rankwise.planning import CANDIDATES, GIB, plan, step_bytes
 
 WORDS = "llama:hidden=64,layers=2,heads=4,intermediate=128,vocab=200"
@@ -102,9 +102,10 @@ def test_steps_of_other_matrices_hold_what_is_counted(name: str, dtype: torch.dt
 
 
 def test_a_rank_is_counted_as_its_share_of_the_side():
-    """Also where the rank is above the side of what is counted on."""
-    said = [step_bytes(galore(rank=rank), torch.bfloat16, 1024) for rank in (256, 0.25)]
-    assert said[0] == said[1] != step_bytes(adam(), torch.bfloat16)
+    """Also where the rank is above the side of what is counted on, and in chains."""
+    for kind in (galore, apollo, trion):
+        said = [step_bytes(kind(rank=rank), torch.float32, 1024) for rank in (256, 0.25)]
+        assert said[0] == said[1] != step_bytes(kind(rank=256), torch.float32)
     rows = [
         plan(
             "llama:hidden=512,layers=1,heads=4,intermediate=512,vocab=20", GIB, window=8, candidates={"": kind}

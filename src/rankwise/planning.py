@@ -158,16 +158,18 @@ def step_bytes(transform: Transform, dtype: torch.dtype, side: int = SAMPLE[-1])
     return most
 
 
-def _of_side(transform: Any, side: int) -> Any:
+def _of_side(value: Any, side: int) -> Any:
     """Return a transform whose ranks, where they are numbers of directions, are shares of a side instead."""
+    if isinstance(value, tuple):
+        return tuple(_of_side(each, side) for each in value)
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
     changed: dict[str, Any] = {}
-    for field in dataclasses.fields(transform):
-        value = getattr(transform, field.name)
-        if field.name in ("rank", "above") and isinstance(value, int):
-            changed[field.name] = min(value / side, 1.0)
-        elif dataclasses.is_dataclass(value):
-            changed[field.name] = _of_side(value, side)
-    return dataclasses.replace(transform, **changed)
+    for name in [field.name for field in dataclasses.fields(value)]:
+        part = getattr(value, name)
+        is_number = name in ("rank", "above") and isinstance(part, int)
+        changed[name] = min(part / side, 1.0) if is_number else _of_side(part, side)
+    return dataclasses.replace(value, **changed)
 
 
 @dataclass(frozen=True)
