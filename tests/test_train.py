@@ -108,6 +108,14 @@ def test_what_is_stored_as_in_by_out_steps_so():
     }
 
 
+@pytest.mark.parametrize(("steps", "looks"), [(3, 3), (10, 10), (19, 10), (21, 7)])
+def test_there_are_at_most_ten_looks(steps: int, looks: int):
+    """Beside the one before the first step; the last is at the end."""
+    _, report = trained(adam(), steps=steps, every=None)
+    assert len(report.rows) == 1 + looks
+    assert report.rows[-1]["step"] == steps
+
+
 def test_it_learns_and_says_what_it_took():
     seen: dict[str, list[int]] = {}
     told: list[Any] = []

@@ -16,7 +16,7 @@ from .core.extended import Extended
 from .core.following import Follower
 from .core.labels import Labels, given
 from .core.modes import in_float32, recomputing
-from .core.plan import Plan
+from .core.plan import Plan, between_looks
 from .core.processes import several
 from .core.rates import GENERAL, WHOLE, Cosine, check_rate
 from .core.report import Report
@@ -79,7 +79,7 @@ def finetune(
         rate: share of the learning rate where a share of the run is done; None means
             :class:`rankwise.core.rates.Cosine`, as EVA's authors do.
         clip: largest 2-norm of the gradient of all parameters, or None.
-        every: steps between two looks at what judges, each followed by a checkpoint; None means ten looks.
+        every: steps between two looks at what judges, each followed by a checkpoint; None means at most ten.
         patience: stop after so many looks without a better one; None goes on to the end.
         autocast: run the model in this type. Trained parameters in half precision are kept in float32 meanwhile,
             and rounded at the end.
@@ -143,7 +143,7 @@ def finetune(
         seconds=math.inf,
         steps=steps,
         pieces=accumulate,
-        every=max(1, steps // 10) if every is None else every,
+        every=between_looks(steps) if every is None else every,
         patience=patience,
         seed=seed,
         rate=rate or Cosine(),

@@ -20,7 +20,7 @@ from .core.memory import layerwise_gradient_bytes
 from .core.modes import recomputing
 from .core.optimizer import Optimizer
 from .core.parts import is_sharded
-from .core.plan import Plan
+from .core.plan import Plan, between_looks
 from .core.processes import compare, leads, several
 from .core.rates import Cosine
 from .core.replicated import Shared
@@ -150,7 +150,7 @@ def train(
         rate: share of the learning rate where a share of the run is done; None means a tenth of the run up, then
             half a cosine down, :class:`rankwise.core.rates.Cosine`.
         clip: largest 2-norm of the gradient of all parameters, or None.
-        every: steps between two looks at what judges, each followed by a checkpoint; None means ten looks.
+        every: steps between two looks at what judges, each followed by a checkpoint; None means at most ten.
         autocast: run the model in this type.
         gradient_checkpointing: compute activations again instead of keeping them; transformers' models only.
         layerwise: step each parameter inside the backward pass and free its gradient, see
@@ -216,7 +216,7 @@ def train(
         seconds=math.inf,
         steps=steps,
         pieces=accumulate,
-        every=max(1, steps // 10) if every is None else every,
+        every=between_looks(steps) if every is None else every,
         patience=None,
         seed=seed,
         rate=rate or Cosine(0.1),

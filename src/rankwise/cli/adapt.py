@@ -42,7 +42,9 @@ def adapt(
     accumulate: Annotated[int, typer.Option(help="Batches of a step.")] = 1,
     window: Annotated[int, typer.Option(help="Most tokens of a sequence.")] = 512,
     clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0,
-    every: Annotated[int | None, typer.Option(help="Steps between evaluations; default: ten in all.")] = None,
+    every: Annotated[
+        int | None, typer.Option(help="Steps between evaluations; default: ten in all, or fewer.")
+    ] = None,
     patience: Annotated[
         int | None, typer.Option(help="Stop after so many evaluations without a better one.")
     ] = None,

@@ -66,7 +66,9 @@ def train(
             help="Largest gradient norm; default: as before --resume; 1, or none with --layerwise or processes."
         ),
     ] = None,
-    every: Annotated[int | None, typer.Option(help="Steps between evaluations; default: ten in all.")] = None,
+    every: Annotated[
+        int | None, typer.Option(help="Steps between evaluations; default: ten in all, or fewer.")
+    ] = None,
     eval_: Judges = None,
     dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32 or bfloat16.")] = "auto",
     autocast: Annotated[bool, typer.Option("--autocast", help="Run the model in bfloat16.")] = False,

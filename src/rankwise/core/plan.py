@@ -1,5 +1,6 @@
 """How long a run takes, and where it stands."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +52,15 @@ class Plan:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be >= 1 and whole, got {value}.")
+
+
+def between_looks(steps: int) -> int:
+    """Return how many steps lie between two looks, so that there are ten in so many steps, or fewer.
+
+    >>> between_looks(100), between_looks(19), between_looks(3)
+    (10, 2, 1)
+    """
+    return max(1, math.ceil(steps / 10))
 
 
 @dataclass
