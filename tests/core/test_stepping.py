@@ -250,6 +250,14 @@ def test_numbers_that_are_not_finite():
         assert layers.take([lambda first=first: first.sum() * float("inf")])[1] is False
 
 
+def test_gradients_whose_squares_overflow_are_passed_over():
+    weight = nn.Parameter(torch.ones(3))
+    whole = Whole(torch.optim.Adam([weight], lr=0.1), clip=1.0)
+    assert whole.take([lambda: 1e20 * weight.sum()])[1] is False
+    assert torch.equal(weight, torch.ones(3))
+    assert whole.take([lambda: 1e10 * weight.sum()])[1] is True
+
+
 def test_a_loop_that_does_not_end_its_steps_is_told():
     model, optimizer = made(adam())
     Layerwise(optimizer)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .groups import Group, as_group, check_group, restored, with_written
 from .kernels import check_compiler, compiling
-from .parts import Part, agreed, first_not_finite, part_of
+from .parts import Part, agreed, energy, first_not_finite, part_of
 from .stacked import (
     Stack,
     each_direction,
@@ -38,7 +38,8 @@ class Optimizer(torch.optim.Optimizer):
     """Steps each parameter by its transform: ``p -= lr * weight_decay * p``, then ``p -= lr * direction``.
 
     Groups have ``lr`` and ``weight_decay``, which schedulers may change. Parameters without a gradient are left
-    out of a step. Where a gradient is not finite, the step raises before anything has changed.
+    out of a step. Where a gradient is not finite, or so large that its squares are not, the step raises before
+    anything has changed.
 
     Parameters may be DTensors, as FSDP2's ``fully_shard`` makes them: then all processes call ``step`` together,
     and what a transform must see of others is exchanged (see :mod:`rankwise.core.parts`). States of Adam, SGD and
@@ -127,8 +128,8 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             ValueError: if a gradient is sparse, or a transform cannot begin with the values of a parameter; no
                 parameter has changed.
-            FloatingPointError: if a gradient is not finite, of any process that shares parameters; no parameter
-                and no state has changed.
+            FloatingPointError: if a gradient, or the sum of its squares, is not finite, in any process that
+                shares parameters; no parameter and no state has changed.
         """
         loss = None
         if closure is not None:
@@ -291,21 +292,21 @@ class Optimizer(torch.optim.Optimizer):
         return self._parts[param]
 
     def _check(self, params: list[Tensor]) -> None:
-        """Raise unless all gradients can be used; sums tell whether one must look closer."""
+        """Raise unless all gradients can be used; sums of squares tell whether one must look closer."""
         parts = [self._part(param) for param in params]
         grads: list[Tensor] = [part.own_gradient for part in parts if part.own_gradient is not None]
         if any(grad.is_sparse for grad in grads):
             raise ValueError("gradients are sparse; build the embedding with sparse=False.")
         sums: dict[torch.device, list[Tensor]] = {}
         for grad in grads:
-            sums.setdefault(grad.device, []).append(grad.sum(dtype=working_type(grad.dtype)))
+            sums.setdefault(grad.device, []).append(energy(grad))
         fine = all(bool(torch.stack([s.float() for s in each]).isfinite().all()) for each in sums.values())
         wrong = None if fine else first_not_finite(params, grads)
         if not agreed(wrong is None, parts):
             where = "a parameter in another process" if wrong is None else self.name_of(wrong)
             raise FloatingPointError(
-                f"the gradient of {where} is not finite; nothing was changed. Skip this step "
-                "(zero_grad and go on), lower lr, clip gradients, or with float16 use a GradScaler."
+                f"the gradient of {where}, or the sum of its squares, is not finite; nothing was changed. Skip "
+                "this step (zero_grad and go on), lower lr, clip gradients, or with float16 use a GradScaler."
             )
 
     def _begin(self, stacks: Sequence[list[Tensor]]) -> None:

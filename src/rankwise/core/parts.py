@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .finite import is_finite
 from .transforms import Transform, working_type
 
 
@@ -281,7 +280,12 @@ def agreed(fine: bool, parts: Sequence[Part]) -> bool:
     return fine
 
 
+def energy(grad: Tensor) -> Tensor:
+    """Return the sum of squares of a gradient, in the type of steps; not finite where a number or that is not."""
+    return torch.linalg.vector_norm(grad, dtype=working_type(grad.dtype)).square()
+
+
 def first_not_finite(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor | None:
-    """Return the first parameter whose gradient holds NaN or infinity."""
+    """Return the first parameter whose gradient holds NaN or infinity, or whose squares do."""
     pairs = zip(params, grads, strict=True)
-    return next((param for param, grad in pairs if not is_finite(grad)), None)
+    return next((param for param, grad in pairs if not bool(energy(grad).isfinite())), None)

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from .fingerprint import digest_of
 from .optimizer import Optimizer
-from .parts import is_sharded
+from .parts import energy, is_sharded
 from .processes import compare
 from .states import State
 from .stepping import Loss
-from .transforms import working_type
 
 BUCKET = 25 * 2**20  # bytes that are exchanged at once, as in torch's DistributedDataParallel
 
@@ -238,8 +237,9 @@ class Replicated:
     def _part(self, param: Tensor) -> "_Part":
         """Take the gradient of a parameter, in reduced form if its next step needs no more."""
         grad = torch.zeros_like(param) if param.grad is None else param.grad
-        total = grad.sum(dtype=working_type(grad.dtype))
-        flag = torch.where(total.isfinite(), float(param.grad is not None), torch.nan).to(grad.dtype).view(1)
+        flag = (
+            torch.where(energy(grad).isfinite(), float(param.grad is not None), torch.nan).to(grad.dtype).view(1)
+        )
         param.grad = grad
         low = self.optimizer.reduce_one(param, check=False) if self.clip is None else None
         param.grad = None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .conditioning import Conditioning
 from .exchange import Exchange, Traffic
 from .optimizer import Optimizer
+from .parts import energy
 from .processes import several
 
 Loss = Callable[[], Tensor]
@@ -29,7 +30,7 @@ class Stepping(Protocol):
         """Lower a sum of losses, each computed when it is called.
 
         Returns:
-            the sum, and whether the step was taken: it is not where a number is not finite.
+            the sum, and whether the step was taken: it is not where a number, or a sum of squares, is not finite.
         """
         ...
 
@@ -76,7 +77,7 @@ class Whole:
         own = 0 if self.conditioning is None else self.conditioning.samples()
         total, terms, samples = self._together(total, own)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if not all(bool(g.isfinite().all()) for g in gradients) or not torch.tensor(total).isfinite():
+        if not all(bool(energy(g).isfinite()) for g in gradients) or not torch.tensor(total).isfinite():
             if self.conditioning is not None:
                 self.conditioning.skip()
             return total, False
