@@ -6,9 +6,10 @@ import pytest
 import torch
 from optimizers.walks import assert_same, draw, gradient, ours, walk
 
-from rankwise.core.transforms import by_shape
+from rankwise.core.transforms import Transform, by_shape
 from rankwise.optimizers import adam, auon, hybrid_auon, muon, sgd
 from rankwise.optimizers.auon import HyperbolicScale
+from rankwise.optimizers.gains import GrowthLimit
 
 SHAPES = [(40, 60), (60, 40)]
 
@@ -33,6 +34,19 @@ def test_it_is_its_formula(shape: tuple[int, int], released: bool):
         weight = weight - 0.05 * (ahead / r if released else tall * unit / r)
     (found,) = walk(ours(auon(gamma=1.5, released=released)), [shape], 9)
     torch.testing.assert_close(found, weight, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [HyperbolicScale(), GrowthLimit()], ids=["auon", "growth"])
+@pytest.mark.parametrize("shape", [(3,), (3, 4), (3, 4, 5)], ids=str)
+def test_norms_of_a_stack_are_those_of_each_parameter(kind: Transform, shape: tuple[int, ...]):
+    values = draw(*shape)
+    states = [kind.init(part, torch.arange(len(part))) for part in (values, *values.split(1))]
+    for factor in (1.0, 5.0, 3.0):
+        together, *alone = (
+            kind.update(factor * part, state, part)
+            for part, state in zip((values, *values.split(1)), states, strict=True)
+        )
+        torch.testing.assert_close(together, torch.cat(alone))
 
 
 @pytest.mark.parametrize("gamma", [1.0, 1.5])

@@ -1,8 +1,8 @@
 """Momentum divided by its norm, and by a number that is one."""
 
+import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..core.states import State
@@ -10,6 +10,7 @@ from ..core.transforms import Transform, by_shape, chain
 from ..linalg import MUON, newton_schulz
 from .adam import adam
 from .aspect import Aspect
+from .gains import sizes
 from .sgd import Momentum
 
 FLOOR = 1e-7
@@ -37,11 +38,10 @@ class HyperbolicScale(Transform):
 
     def update(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
         """(k, ...) -> (k, ...)."""
-        axes = tuple(range(1, grad.ndim))
-        unit = grad / (torch.linalg.vector_norm(grad, dim=axes, keepdim=True) + FLOOR)
+        unit = grad / (sizes(grad) + FLOOR)
         if self.polynomials:
             unit = newton_schulz(unit, self.polynomials)
-        root = (unit * self.gamma).cosh().square().mean(dim=axes, keepdim=True).sqrt()
+        root = sizes((unit * self.gamma).cosh()) / math.sqrt(grad[0].numel())
         return (unit if self.normalised or self.polynomials else grad) / root
 
 

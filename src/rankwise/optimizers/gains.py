@@ -18,6 +18,12 @@ def gains(direction: Tensor, low: Tensor, *, whole: bool = False) -> Tensor:
     return above / (below + FLOOR)
 
 
+def sizes(values: Tensor) -> Tensor:
+    """Return the 2-norms of stacked parameters (k, ...) -> (k, 1, ...), of scalars (k,) their sizes."""
+    axes = tuple(range(1, values.ndim))
+    return torch.linalg.vector_norm(values, dim=axes, keepdim=True) if axes else values.abs()
+
+
 @dataclass(frozen=True, kw_only=True)
 class GrowthLimit(Transform):
     """Shorten steps so that their norm grows at most by a factor from one to the next; zeros do not count.
@@ -41,7 +47,7 @@ class GrowthLimit(Transform):
     def update(self, grad: Tensor, state: State, param: Tensor) -> Tensor:
         """(k, ...) -> (k, ...)."""
         last = state["norm"]
-        norm = torch.linalg.vector_norm(grad, dim=tuple(range(1, grad.ndim)))
+        norm = sizes(grad).flatten()
         let = torch.where(last > 0, torch.minimum(norm, self.factor * last), norm)
         share = torch.where(norm > 0, let / norm, torch.ones_like(norm))
         last.copy_(torch.where(norm > 0, let, last))
