@@ -84,7 +84,12 @@ class RelativeSize(Transform):
 
 
 def adafactor(
-    *, beta: float = 0.0, decay: float = 0.8, clip: float = 1.0, relative: bool = False, least: float = 1e-3
+    *,
+    beta: float = 0.0,
+    decay: float = 0.8,
+    clip: float = 1.0,
+    relative: bool = False,
+    least: float | None = None,
 ) -> Transform:
     """Adafactor with the learning rate of the optimiser: second moments take one number a row and a column.
 
@@ -99,14 +104,21 @@ def adafactor(
         clip: the largest root mean square of a direction.
         relative: multiply directions by the root mean square of the parameter, as in the paper; lr is then a
             share of it. Not for what runs inside a projection, which sees no parameters.
-        least: what such a root mean square is at least.
+        least: what such a root mean square is at least; None means 1e-3.
+
+    Raises:
+        ValueError: if an argument is out of range, or ``least`` is given where nothing is relative.
 
     References: Shazeer and Stern, 2018, arXiv 1804.04235; with ``relative`` and an lr of min(0.01, 1 / sqrt(t))
     it is that of the paper, and that of ``torch.optim.Adafactor``.
     """
     parts: list[Transform] = [FactoredScale(decay=decay, clip=clip)]
     if relative:
-        parts.append(RelativeSize(least=least))
+        parts.append(RelativeSize() if least is None else RelativeSize(least=least))
+    elif least is not None:
+        raise ValueError(
+            f"only relative steps have a least size, so least={least} would do nothing; leave it out."
+        )
     if beta:
         parts.append(Momentum(beta=beta, average=True))
     return chain(*parts)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..core.methods import check_count
 from ..core.states import State
 from ..core.transforms import Transform, by_shape, chain
 from ..linalg import MUON, newton_schulz
@@ -101,5 +102,6 @@ def hybrid_auon(
     References: Maity, 2025, arXiv 2509.24320. There the sides of kernels of convolutions are orthogonalised; here
     matrices (out, rest).
     """
+    check_count("the number of polynomials", len(polynomials))
     scale = HyperbolicScale(gamma=gamma, polynomials=polynomials)
     return by_shape(matrix=chain(Momentum(beta=beta, nesterov=True, average=True), scale), other=other)

@@ -7,7 +7,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..core.methods import check_count
 from ..core.states import State, counter, put, take
 from ..core.transforms import Transform, by_shape
 from ..linalg import orthonormal
@@ -42,6 +41,8 @@ class EigenAdam(Transform):
     def __post_init__(self) -> None:
         if not 0 <= self.beta < 1:
             raise ValueError(f"beta must be from 0 to below 1, got {self.beta}.")
+        if self.largest < 0:
+            raise ValueError(f"largest must be >= 0, got {self.largest}.")
 
     def init(self, param: Tensor, index: Tensor) -> State:
         """The means, their bases, and the state of Adam."""
@@ -160,7 +161,6 @@ def soap(
     Convolutions are matrices (out, rest) here, there each of their sides has a basis. There eps is added before
     the bias of the start is taken out.
     """
-    check_count("largest", largest + 1)
     adam = Adam(betas=betas, eps=eps)
     refresh = every if isinstance(every, Every) else Every(every)
     return by_shape(matrix=EigenAdam(adam=adam, refresh=refresh, beta=beta, largest=largest), other=adam)
