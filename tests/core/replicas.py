@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from contracts.examples import draw
 from contracts.test_transforms import SETTINGS, parameters
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -15,13 +16,16 @@ from torch.distributed.fsdp import fully_shard
 import rankwise
 from rankwise import IntegerWeights, Optimizer, Replicated, StochasticRounding
 from rankwise.core.fingerprint import digest_of
+from rankwise.core.methods import Course
 from rankwise.core.preconditioner import Preconditioner
 from rankwise.core.states import leaves
 from rankwise.core.transforms import Transform, chain
 from rankwise.linalg import expanded
+from rankwise.matrices import Spectral
 from rankwise.optimizers import adam, dct_adamw, frugal, galore, hard_cap, muon, project, quantised
 from rankwise.preconditioners import Kfac, Sngd
 from rankwise.projectors import EnergyDrop, Every, LargestRows
+from rankwise.schedules import SampledVectors
 
 QUICK: dict[str, Transform] = {
     "adam": adam(),
@@ -37,6 +41,7 @@ def quick() -> Mapping[str, Callable[[], None]]:
     others = [bytes_are_few, half_precision, missing, not_finite, other_states, refused, the_first_decides, whole]
     others += [
         composed_bytes_are_few,
+        decompositions,
         first_of_any_layout,
         frozen_in_turns,
         integers,
@@ -395,6 +400,26 @@ def sparse_in_one() -> None:
         net(torch.tensor([1])).sum().backward()
         with pytest.raises(ValueError, match="sparse=False"):
             optimizer.step()
+
+
+def decompositions() -> None:
+    """Vectors of SST are those of the first process, whatever signs another one finds."""
+    svd, sign = torch.linalg.svd, 1 - 2 * dist.get_rank()
+
+    def turned(*args: Any, **options: Any) -> Any:
+        u, s, vt = svd(*args, **options)
+        return sign * u, s, sign * vt
+
+    matrix = Spectral(*svd(draw(9, 6), full_matrices=False), torch.tensor([1, 4]))
+    schedule = SampledVectors(hold=1)
+    optimizer = torch.optim.SGD(matrix.parameters(), lr=0.1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.linalg, "svd", turned)
+        schedule.settle(Course(schedule, {"": matrix}, optimizer, 9, done=3))
+    torch.testing.assert_close(matrix.dense().detach(), draw(9, 6))
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, digest_of(matrix.state_dict()))
+    assert len({*found}) == 1
 
 
 def integers() -> None:

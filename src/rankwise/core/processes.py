@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 
 def several() -> bool:
@@ -13,6 +14,19 @@ def several() -> bool:
 def leads() -> bool:
     """Whether this process is the only one, or the first of several."""
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def of_first(*tensors: Tensor) -> list[Tensor]:
+    """Return tensors as the first of several processes has them; decompositions may differ in signs.
+
+    Args:
+        tensors: of the same shapes, types and kind of device in all.
+    """
+    found = [tensor.contiguous() for tensor in tensors]
+    if several():
+        for tensor in found:
+            dist.broadcast(tensor, 0)
+    return found
 
 
 def compare(mine: Any, what: str, group: Any = None) -> None:

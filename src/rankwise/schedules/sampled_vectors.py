@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..core.methods import Course, Schedule
+from ..core.processes import of_first
 from ..matrices import Dense, Diagonal, Product, Spectral, StructuredMatrix
 
 
@@ -29,9 +30,9 @@ class SampledVectors(SamplingSettings, Schedule):
 
     Of k pairs the first is drawn with probability (1 / k + s_i / sum s) / 2, the others likewise from the rest.
     After a step vectors have length one again and values are at least zero. When about as many were drawn as
-    there are, the product is decomposed anew, so that vectors are orthonormal again; then moments of the values
-    are forgotten, too. After each draw the first steps of the vectors count less. Matrices of which nothing
-    trains stay as they are.
+    there are, the product is decomposed anew, so that vectors are orthonormal again, in the first of several
+    processes for all; then moments of the values are forgotten, too. After each draw the first steps of the
+    vectors count less. Matrices of which nothing trains stay as they are.
 
     Args:
         hold: steps between two draws.
@@ -90,7 +91,7 @@ class SampledVectors(SamplingSettings, Schedule):
             forgotten = [matrix.left_chosen, matrix.right_chosen]
             turns = -(-matrix.rank // len(matrix.chosen))
             if course.done // self.hold % turns == 0:
-                left, values, right = _decomposed(left, matrix.values.detach(), right)
+                left, values, right = of_first(*_decomposed(left, matrix.values.detach(), right))
                 matrix.values.copy_(values)
                 forgotten.append(matrix.values)
             generator = Generator().manual_seed(self.seed + 7919 * course.done + i)
