@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..core.transforms import Transform, by_shape, chain, wide
@@ -28,17 +27,11 @@ class NotOrthogonal(Penalty):
         if not 0 < self.scale < math.inf:
             raise ValueError(f"scale must be a finite number > 0, got {self.scale}.")
 
-    def value(self, param: Tensor) -> Tensor:
-        """(k, m, n) -> (k,)."""
-        return self._gap(param).square().sum((-2, -1))
-
     def slope(self, param: Tensor) -> Tensor:
         """4 (W W' - s^2 I) W."""
-        return 4 * self._gap(param) @ param
-
-    def _gap(self, param: Tensor) -> Tensor:
         gram = param @ param.mT
-        return gram - self.scale**2 * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        gram.diagonal(dim1=-2, dim2=-1).sub_(self.scale**2)
+        return 4 * gram @ param
 
 
 def orthogonal_penalty(

@@ -28,12 +28,8 @@ class Penalty(Transform):
         return True
 
     @abc.abstractmethod
-    def value(self, param: Tensor) -> Tensor:
-        """Return the penalty of matrices (k, m, n) in their own type, without its weight, (k,)."""
-
-    @abc.abstractmethod
     def slope(self, param: Tensor) -> Tensor:
-        """Return its gradient (k, m, n)."""
+        """Return the gradient of the penalty (k, m, n) in the type of the parameters, without its weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +50,6 @@ class TransformedL1(Penalty):
         check_weight(self.weight)
         if not self.sharpness > 0:
             raise ValueError(f"sharpness must be > 0, got {self.sharpness}.")
-
-    def value(self, param: Tensor) -> Tensor:
-        """(k, m, n) -> (k,)."""
-        size = param.abs()
-        return ((self.sharpness + 1) * size / (self.sharpness + size)).sum((-2, -1))
 
     def slope(self, param: Tensor) -> Tensor:
         """Sign(w) a (a + 1) / (a + |w|)^2."""
@@ -87,28 +78,19 @@ class ConditionGap(Penalty):
         if not 0 < self.damping < 1:
             raise ValueError(f"damping must be > 0 and < 1, got {self.damping}.")
 
-    def value(self, param: Tensor) -> Tensor:
-        """(k, m, n) -> (k,)."""
-        logs = 2 * self._root(_scaled(param)[0]).diagonal(dim1=-2, dim2=-1).log()
-        return (math.log(1 + self.damping) - logs.mean(-1)).to(param)
-
     def slope(self, param: Tensor) -> Tensor:
         """-2 / s (X X' + damping)^-1 X without its part along X, over the factor from W to X = W sqrt(s) / |W|.
 
         That part is what the changing norm |W| takes away: the value does not change along W.
         """
         scaled, size = _scaled(param)
-        inverse = torch.cholesky_inverse(self._root(scaled))
+        gram = scaled @ scaled.mT
+        gram.diagonal(dim1=-2, dim2=-1).add_(self.damping)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
         step = inverse @ scaled * (-2 / scaled.shape[-2])
         along = (step * scaled).sum((-2, -1), keepdim=True) / scaled.shape[-2]  # |X|^2 = s
         step = ((step - along * scaled) / size).to(param)
         return step.mT if param.shape[-2] > param.shape[-1] else step
-
-    def _root(self, scaled: Tensor) -> Tensor:
-        """The Cholesky factor of X X' + damping."""
-        gram = scaled @ scaled.mT
-        gram.diagonal(dim1=-2, dim2=-1).add_(self.damping)
-        return torch.linalg.cholesky(gram)
 
 
 def _scaled(param: Tensor) -> tuple[Tensor, Tensor]:
