@@ -1,5 +1,6 @@
 """A checkpoint compressed block by block equals one compressed in memory; a killed run equals a whole one."""
 
+import gc
 import json
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ from rankwise.core import labels, steps
 from rankwise.core.steps import Steps
 from rankwise.models.blocks import Chain, find_blocks
 from rankwise.models.checkpoint import Checkpoint
+from rankwise.streaming import _Run
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
@@ -530,6 +532,30 @@ def test_one_block_at_a_time_has_values(dense):
         with checkpoint.filled(f"{blocks}.{i}"):
             assert filled() == {"m", str(i)}
     assert filled() == {"m"}
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: llama(intermediate_size=56), MIXTURES["qwen2 moe"]], ids=["mlp", "experts"]
+)
+@pytest.mark.parametrize("sequential", [False, True])
+def test_no_weight_of_a_finished_block_stays_in_memory(make, sequential, tmp_path, monkeypatch):
+    folder = source(make, tmp_path / "dense")
+    shapes = {p.shape for name, p in make().named_parameters() if ".layers." in name and p.dim() > 1}
+    shapes |= {shape[1:] for shape in shapes if len(shape) == 3}
+    left, write = [], _Run._write
+
+    def writes(self: _Run, part: str, picks: Any) -> Any:
+        found = write(self, part, picks)
+        gc.collect()
+        tensors = [each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter) and not each.is_meta]
+        left.append([tuple(each.shape) for each in tensors if each.shape in shapes])
+        return found
+
+    monkeypatch.setattr(_Run, "_write", writes)
+    rankwise.compress_folder(
+        folder, tmp_path / "out", WhitenedSvd(), keep=0.5, data=plain(), sequential=sequential
+    )
+    assert left == [[]] * 3
 
 
 class Toy(nn.Module):

@@ -80,17 +80,19 @@ class Checkpoint:
 
     @contextlib.contextmanager
     def filled(self, part: str) -> Iterator[nn.Module]:
-        """Fill the module at a path, and empty it again.
+        """Fill the module at a path, and empty it again, also what was replaced in it meanwhile.
 
         Raises:
             ValueError: if a tensor is missing, damaged or not finite.
         """
         module = self.model.get_submodule(part)
+        before = list(module.modules())
         try:
             self._check(self._fill(_under(part)), _under(part))
             yield module.requires_grad_(False)
         finally:
-            empty(module)
+            for each in (module, *before):
+                empty(each)
 
     def _dtype(self) -> torch.dtype:
         """The type of the weights as transformers sees it: what the config says, else the first tensor's."""
