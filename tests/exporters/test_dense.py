@@ -3,17 +3,22 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from mixtures import MIXTURES
 from safetensors.torch import load_file, save_file
 from structures import IDS, STRUCTURES, bert, filled, gpt2, left_behind, low_rank, output, pivoted
 from tiny import llama
+from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, BertModel, ViTConfig, ViTModel
 
 import rankwise
 from rankwise.adapters import Lora
+from rankwise.compressors import PlainSvd
 from rankwise.exporters import Dense, Merged
 
 
@@ -115,6 +120,52 @@ def test_a_damaged_folder_is_refused(damage, tmp_path):
     with pytest.raises(ValueError, match="damaged" if damage == "cut" else name):
         rankwise.export(tmp_path / "small", Dense(), tmp_path / "out")
     assert left_behind(tmp_path) == ["small"]
+
+
+def changed(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.pop("model.norm.weight"), r"model\.norm\.weight is not in the checkpoint, as 1 of"),
+        (lambda x: x.pop("lm_head.weight"), r"lm_head\.weight is not in the checkpoint, as 1 of"),
+        (
+            lambda x: x.update({"model.norm.weight": torch.ones(3)}),
+            r"norm\.weight is \(3,\) in .*, but \(32,\) in",
+        ),
+    ],
+)
+def test_a_folder_that_lacks_tensors_is_refused(change, message, tmp_path):
+    rankwise.save(filled(llama(tie_word_embeddings=False), low_rank), tmp_path / "small")
+    with pytest.raises(ValueError, match=message):
+        rankwise.export(changed(tmp_path / "small", change), Dense(), tmp_path / "out")
+
+
+def test_a_mixture_that_lacks_an_expert_is_refused(tmp_path):
+    model = MIXTURES["mixtral"]()
+    model.save_pretrained(tmp_path / "dense")
+    rankwise.compress(model, PlainSvd(), keep=0.6, where=lambda name, _: "self_attn" in name)
+    small = rankwise.save(model, tmp_path / "small")
+    whole = rankwise.export(small, Dense(), tmp_path / "whole")
+    written, own = (load_file(folder / "model.safetensors") for folder in (whole, tmp_path / "dense"))
+    assert written.keys() == own.keys()
+    changed(small, lambda x: x.pop("model.layers.1.block_sparse_moe.experts.2.w1.weight"))
+    with pytest.raises(ValueError, match=r"only 5 of 6 tensors of model\.layers\.1\.mlp\.experts\.gate_up_proj"):
+        rankwise.export(small, Dense(), tmp_path / "out")
+
+
+def test_what_the_model_does_not_know_is_named_and_left_out(tmp_path):
+    small = rankwise.save(filled(llama(), low_rank), tmp_path / "small")
+    changed(small, lambda x: x.update({"stray": torch.ones(2), "model.rotary_emb.inv_freq": torch.ones(4)}))
+    with pytest.warns(UserWarning, match=r"1 tensors of .*small are not used: stray\."):
+        out = rankwise.export(small, Dense(), tmp_path / "out")
+    assert load_file(out / "model.safetensors").keys() == llama().state_dict().keys() - {"lm_head.weight"}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
+from safetensors.torch import load_file, save_file
 from structures import (
     filled,
     gpt2,
@@ -136,6 +137,28 @@ def test_numbers_that_are_none_are_named(value, tmp_path):
         with pytest.raises(ValueError, match=rf"{layer}.*_proj\.weight holds NaN or infinity"):
             rankwise.export(small, exporter, tmp_path / "out", tokenizer=bpe())
     assert not list(tmp_path.iterdir())
+
+
+def test_what_older_files_hold_beside_the_weights_is_left_out(tmp_path, run):
+    small = model("llama")
+    small.save_pretrained(tmp_path / "dense")
+    bpe().save_pretrained(tmp_path / "dense")
+    file = tmp_path / "dense" / "model.safetensors"
+    beside = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(2)}
+    save_file(load_file(file) | beside, file, metadata={"format": "pt"})
+    out = rankwise.export(tmp_path / "dense", Gguf(**EXACT), tmp_path / "out")
+    close(logits(run(out), IDS), output(small, IDS)[0])
+
+
+def test_a_folder_without_its_head_is_refused(tmp_path):
+    llama(**SIZES, **HEADS, tie_word_embeddings=False).save_pretrained(tmp_path / "dense")
+    bpe().save_pretrained(tmp_path / "dense")
+    file = tmp_path / "dense" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["lm_head.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lm_head\.weight is not in the checkpoint"):
+        rankwise.export(tmp_path / "dense", Gguf(**EXACT), tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..core.finite import is_finite
 from .load import find, without_values
 from .model_folder import weight_files
+from .places import places_of, unread_words
 from .quiet import quiet
 
 Wanted = Callable[[str], bool]
@@ -46,7 +47,7 @@ class Checkpoint:
         empty(self.model)  # some modules give their parameters values in spite of the device
         self.model.eval().requires_grad_(False)
         self.loading: Any = self._loading()
-        self.places = self._places()
+        self.places = places_of(self.model, self.files)
 
     def identity(self) -> dict[str, Any]:
         """Return what tells this checkpoint from others: of each file the size, date and hash of the header."""
@@ -73,9 +74,8 @@ class Checkpoint:
             found.unexpected_keys = set(self.places.values()) - self.model.state_dict().keys()
             found = self.model._finalize_model_loading(self.model, self.loading, found)
         self._check(found, lambda name: not inside(name))
-        if unread := sorted(found.unexpected_keys):
-            names = ", ".join(unread[:3])
-            warnings.warn(f"{len(unread)} tensors of {self.folder} are not used: {names} ...", stacklevel=2)
+        if unread := list(found.unexpected_keys):
+            warnings.warn(unread_words(self.folder, unread), stacklevel=2)
         self.model.eval().requires_grad_(False)
 
     @contextlib.contextmanager
@@ -117,21 +117,6 @@ class Checkpoint:
             dtype_plan=self.model._get_dtype_plan(self.dtype),
             weight_mapping=rules,
         )
-
-    def _places(self) -> dict[str, str]:
-        """Return the tensor of the model, or the first of several, that each tensor of the files becomes."""
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-        rules, state = self.loading.weight_mapping, self.model.state_dict()
-        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-        prefix = self.model.base_model_prefix
-        places = {}
-        for key in self.files:
-            places[key], _ = rename_source_key(key, renamings, converters, prefix, state)
-            if places[key] not in state and key in state:
-                places[key], _ = rename_source_key(key, [], [], prefix, state)
-        return places
 
     def _fill(self, wanted: Wanted) -> Any:
         """Load the tensors whose places are wanted; return what transformers found missing or of a wrong size."""

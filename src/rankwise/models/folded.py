@@ -15,6 +15,7 @@ from ..core.surgery import StructuredLinear, structured
 from ..matrices import StructuredMatrix, from_spec
 from .load import config_from, without_values
 from .model_folder import weight_files
+from .places import used_names
 from .quantizer import FORMAT, METHOD, install, path_of, share
 
 
@@ -33,7 +34,8 @@ class Folded(Mapping[str, Tensor]):
         layers: the structured layers by their names in the file, without values.
 
     Raises:
-        ValueError: if a file is missing or damaged, or the model is quantised by another tool.
+        ValueError: if a file is missing or damaged, tensors that the model needs are missing or of another shape,
+            or the model is quantised by another tool.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -45,39 +47,27 @@ class Folded(Mapping[str, Tensor]):
         self.config: dict[str, Any] = read_json(file)
         try:
             groups = _groups(self.config.pop("quantization_config", None))
-            config = config_from(self.config)
+            model = without_values(config_from(self.config))
+            sharing = install(model, groups, torch.float32, f"{model.base_model_prefix}.")
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
-        self.layers: Mapping[str, StructuredLinear] = {}
-        self._stacks: dict[str, Stack] = {}
+        share(model, sharing)
+        found = structured(model)
+        self._stacks: dict[str, Stack] = dict(stacks(model))
+        self._revert = partial(revert_weight_conversion, model)
         self._cut: dict[str, tuple[str, torch.Size]] = {}  # of tensors in ordinary files: stack and shape
         self._whole: tuple[str, Mapping[str, Tensor]] = "", {}
-        if groups:
-            try:
-                model = without_values(config)
-                sharing = install(model, groups, torch.float32, f"{model.base_model_prefix}.")
-            except ValueError as error:
-                raise ValueError(f"{file}: {error}") from error
-            share(model, sharing)
-            found = structured(model)
-            self._stacks = dict(stacks(model))
-            self._revert = partial(revert_weight_conversion, model)
-            for path, stack in self._stacks.items():
-                whole = torch.empty(stack.shape, device="meta")
-                self._cut |= {name: (path, part.shape) for name, part in self._revert({path: whole}).items()}
-            written = _written(model, found, tuple(f"{path}." for path in self._stacks))
-            self.layers = {written[name]: layer for name, layer in found.items()}
-            paths = {
-                (name, part): path_of(written[name], part) for each in sharing.items() for name, part in each
-            }
-            self._owners = {paths[place]: paths[owner] for place, owner in sharing.items()}
-        for name in self.layers:
-            if f"{name}.weight" not in self._files:
-                raise ValueError(f"{self.folder}: layer {name} is not in the checkpoint; it is incomplete.")
+        for path, stack in self._stacks.items():
+            whole = torch.empty(stack.shape, device="meta")
+            self._cut |= {name: (path, part.shape) for name, part in self._revert({path: whole}).items()}
         inside = tuple(f"{path}." for path in self._stacks)
+        written = _written(model, found, inside)
+        self.layers: Mapping[str, StructuredLinear] = {written[name]: layer for name, layer in found.items()}
+        paths = {(name, part): path_of(written[name], part) for each in sharing.items() for name, part in each}
+        self._owners = {paths[place]: paths[owner] for place, owner in sharing.items()}
         self._plain = [
             name
-            for name in self._files
+            for name in used_names(model, self._shapes(), self.folder)
             if self._layer(name) is None and name not in self._stacks and not name.startswith(inside)
         ]
 
@@ -138,6 +128,15 @@ class Folded(Mapping[str, Tensor]):
                     raise ValueError(f"{f'{name}.matrix.{path}'.rstrip('.')}: {error}") from error
         return matrix
 
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor in the files."""
+        found = {}
+        for file in dict.fromkeys(self._files.values()):
+            with safe_open(file, framework="pt") as opened:
+                names = [name for name, place in self._files.items() if place == file]
+                found |= {name: tuple(opened.get_slice(name).get_shape()) for name in names}
+        return found
+
     def _place(self, path: str) -> str:
         """Return under which name a tensor of a matrix is stored, which may be shared, as a whole or in part."""
         for own, owner in self._owners.items():
@@ -164,7 +163,7 @@ class Folded(Mapping[str, Tensor]):
 
 def _groups(quantization: Any) -> Any:
     if quantization is None:
-        return None
+        return []
     if not isinstance(quantization, dict):
         raise ValueError(f"quantization_config must hold fields, got {str(quantization)[:80]!r}; it is damaged.")
     if quantization.get("quant_method") != METHOD or quantization.get("version") != FORMAT:

@@ -12,6 +12,7 @@ from ..core.spelling import meant
 from .embedded import EMBEDDED, embedded_folder
 from .gguf import from_gguf
 from .model_folder import BESIDE, weight_files
+from .places import unread_words
 from .quantizer import register_when_ready
 from .quiet import quiet
 
@@ -122,10 +123,7 @@ def _model(folder: Path, dtype: torch.dtype | None, trust: bool) -> Any:
             f"{missing[0]} is not in the checkpoint, as {len(missing)} of the model's tensors in all."
         )
     if found["unexpected_keys"]:
-        unread = sorted(found["unexpected_keys"])
-        warnings.warn(
-            f"{len(unread)} tensors of {folder} are not used: {', '.join(unread[:3])} ...", stacklevel=3
-        )
+        warnings.warn(unread_words(folder, found["unexpected_keys"]), stacklevel=3)
     return model.eval()
 
 
