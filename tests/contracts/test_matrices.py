@@ -265,6 +265,14 @@ def test_bad_specs_say_what_is_wrong(spec: object, message: str):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", [matrices.Sparse, matrices.IndexedSparse])
+def test_a_sparse_matrix_without_entries_is_rebuilt(kind: type):
+    matrix = kind.from_dense(torch.zeros(4, 8))
+    rebuilt = from_spec(matrix.spec())
+    rebuilt.load_state_dict(matrix.state_dict())
+    assert torch.equal(rebuilt(torch.ones(2, 8)), torch.zeros(2, 4))
+
+
 @pytest.mark.parametrize("build", [matrices.Sum, matrices.Product])
 def test_expressions_refuse_what_is_no_matrix(build: type):
     with pytest.raises(TypeError, match="StructuredMatrix"):

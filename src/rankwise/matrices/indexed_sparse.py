@@ -101,7 +101,7 @@ class IndexedSparse(StructuredMatrix):
     def empty(cls, spec: Mapping[str, Any], **where: Any) -> Self:
         """The spec's number of entries, not initialised, at the first places."""
         m, n = shape_of(spec)
-        kept = size(spec, "kept", largest=m * n)
+        kept = size(spec, "kept", least=0, largest=m * n)
         places = torch.arange(kept, device="cpu")  # whatever the default is
         counts = torch.bincount(places // n, minlength=m).to(where.get("device") or "cpu")
         return cls(torch.empty(kept, **where), (places % n).to(counts.device), counts, n)
