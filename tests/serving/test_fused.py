@@ -83,6 +83,8 @@ def test_damaged_layers_are_refused():
     key = next(key for key in found if key.startswith("matrix."))
     with pytest.raises(ValueError, match=f"{key} of matrix 0"):
         fused.assemble([specs[name]], {**found, key: {0: torch.zeros(3, 3, 3)}})
+    with pytest.raises(ValueError, match=f"{key} of matrix 0"):
+        fused.assemble([specs[name]], {**found, key: {0: torch.zeros_like(found[key][0], dtype=torch.int8)}})
     with pytest.raises(ValueError, match="share a matrix"):
         fused.specs_by_name([{"names": ["a", "b"], "spec": {}}])
     with pytest.raises(ValueError, match="b, a share a matrix or part"):
@@ -91,6 +93,14 @@ def test_damaged_layers_are_refused():
         fused.specs_by_name([{"names": ["a"], "biased": ["a"], "spec": {}}])
     with pytest.raises(ValueError, match="holds 1 matrix for 3 outputs"):
         fused.split([Dense(torch.zeros(16, 8))], [8, 4, 4], 8, 0, 1)
+
+
+def test_numbers_that_a_matrix_cannot_use_are_refused():
+    matrix = pivoted(8, 6)
+    found = {f"matrix.{key}": {0: tensor.clone()} for key, tensor in matrix.state_dict().items()}
+    found["matrix.order"][0].zero_()
+    with pytest.raises(ValueError, match=r"matrix 0: .*order"):
+        fused.assemble([matrix.spec()], found)
 
 
 class LinearBase(nn.Module):

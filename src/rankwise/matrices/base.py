@@ -135,6 +135,20 @@ def shared_parts(
     return found
 
 
+def check_parts(path: str, matrix: nn.Module) -> None:
+    """Check a matrix, or a module around one, and all matrices in it; those without values are passed over.
+
+    Raises:
+        ValueError: if stored numbers are impossible, with the path of their matrix.
+    """
+    for inside, part in matrix.named_modules():
+        if isinstance(part, StructuredMatrix) and not any(t.is_meta for t in part.state_dict().values()):
+            try:
+                part.check()
+            except ValueError as error:
+                raise ValueError(f"{f'{path}.{inside}'.rstrip('.')}: {error}") from error
+
+
 def autocast_of(device: torch.device) -> torch.dtype | None:
     """Return the type that torch casts to on a device at the moment, or None if it does not."""
     kind = device.type

@@ -18,6 +18,7 @@ from ..core.files import write_text
 from ..core.surgery import Site, base_of, select, structured
 from ..core.views import View
 from ..matrices import Base, StructuredMatrix, from_spec
+from ..matrices.base import check_parts
 from ..matrices.frozen import put_base
 from .adapter_folder import NONE, AdapterFolder, check_shape
 from .bases import is_record, record_of
@@ -182,7 +183,7 @@ class OwnFolder(AdapterFolder):
             return False
         for key, value in found.items():
             _put(made, key, value)
-        _check(prefix, made)
+        check_parts(prefix, made)
         return True
 
     def _tensor(self, name: str, like: Tensor, device: torch.device) -> Tensor | None:
@@ -270,12 +271,3 @@ def _put(matrix: nn.Module, key: str, value: Any) -> None:
     path, _, name = key.rpartition(".")
     owner = matrix.get_submodule(path)
     (owner._parameters if isinstance(value, nn.Parameter) else owner._buffers)[name] = value
-
-
-def _check(prefix: str, made: nn.Module) -> None:
-    for path, part in made.named_modules():
-        if isinstance(part, StructuredMatrix) and not any(t.is_meta for t in part.state_dict().values()):
-            try:
-                part.check()
-            except ValueError as error:
-                raise ValueError(f"{f'{prefix}.{path}'.rstrip('.')}: {error}") from error

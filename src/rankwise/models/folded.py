@@ -13,6 +13,7 @@ from ..core.files import read_json
 from ..core.stacks import Stack, stacks
 from ..core.surgery import StructuredLinear, structured
 from ..matrices import StructuredMatrix, from_spec
+from ..matrices.base import check_parts
 from .load import config_from, without_values
 from .model_folder import weight_files
 from .places import used_names
@@ -120,12 +121,7 @@ class Folded(Mapping[str, Tensor]):
                     f"{path} is stored as {values[key].dtype} {tuple(values[key].shape)}; the file is damaged."
                 )
         matrix.load_state_dict(values, assign=True)
-        for path, part in matrix.named_modules():
-            if isinstance(part, StructuredMatrix):
-                try:
-                    part.check()
-                except ValueError as error:
-                    raise ValueError(f"{f'{name}.matrix.{path}'.rstrip('.')}: {error}") from error
+        check_parts(f"{name}.matrix", matrix)
         return matrix
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:

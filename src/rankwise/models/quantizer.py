@@ -18,7 +18,7 @@ from ..core.surgery import StructuredLinear, set_module, structured, unstack
 from ..core.ties import declare_ties
 from ..core.views import view_of
 from ..matrices import StructuredMatrix, from_spec
-from ..matrices.base import Place, shared_parts
+from ..matrices.base import Place, check_parts, shared_parts
 
 METHOD = "rankwise"
 FORMAT = 1
@@ -241,9 +241,4 @@ def _check_tensors(path: str, matrix: StructuredMatrix) -> None:
             raise ValueError(f"{path}.{name} is not in the checkpoint; it is incomplete.")
         if tensor.is_floating_point() != wanted[name]:
             raise ValueError(f"{path}.{name} is stored as {tensor.dtype}; the checkpoint is damaged.")
-    for part, module in matrix.named_modules():
-        if isinstance(module, StructuredMatrix) and not any(t.is_meta for t in module.state_dict().values()):
-            try:
-                module.check()
-            except ValueError as error:
-                raise ValueError(f"{f'{path}.{part}'.rstrip('.')}: {error}") from error
+    check_parts(path, matrix)

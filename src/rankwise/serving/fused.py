@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.sharding import columns, rows, span
 from ..matrices import Dense, StructuredMatrix, from_spec
+from ..matrices.base import check_parts
 
 Spec = Mapping[str, Any]
 
@@ -73,7 +74,7 @@ def assemble(
     """Return the whole matrices of a layer from the tensors of :func:`tensor_shapes`, and dense weights.
 
     Raises:
-        ValueError: if a tensor is missing or has another shape.
+        ValueError: if a tensor is missing, has another shape, or holds what its matrix cannot use.
     """
     found: list[StructuredMatrix] = []
     for i, spec in enumerate(members):
@@ -83,11 +84,14 @@ def assemble(
         matrix = from_spec(spec, device="meta")
         values = {key: _tensor(tensors, f"matrix.{key}", i) for key in matrix.state_dict()}
         for key, like in matrix.state_dict().items():
-            if values[key].shape != like.shape:
+            value = values[key]
+            if value.shape != like.shape or value.is_floating_point() != like.is_floating_point():
                 raise ValueError(
-                    f"matrix.{key} of matrix {i} is {tuple(values[key].shape)}, not {tuple(like.shape)}."
+                    f"matrix.{key} of matrix {i} is {value.dtype} {tuple(value.shape)}, not {tuple(like.shape)} "
+                    f"of {'numbers' if like.is_floating_point() else 'integers'}; the file is damaged."
                 )
         matrix.load_state_dict(values, assign=True)
+        check_parts(f"matrix {i}", matrix)
         found.append(matrix)
     return found
 
