@@ -116,6 +116,14 @@ def test_logits_that_are_not_finite_are_an_error():
         evaluate(model, None, {"novel": some_ids(20)}, window=16)
 
 
+def test_a_loss_without_a_finite_perplexity_is_an_error():
+    model = tiny()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(1e6)
+    with pytest.raises(ValueError, match=r'text "novel": a loss of .* nats per token has no finite perplexity'):
+        evaluate(model, None, {"novel": some_ids(20)}, window=16)
+
+
 @pytest.mark.parametrize(
     ("texts", "options", "message"),
     [

@@ -52,7 +52,7 @@ def evaluate(
 
     Raises:
         ValueError: if there is no text or an empty one, an argument is out of range, a model is not a
-            causal language model, the vocabularies differ, or logits are not finite.
+            causal language model, the vocabularies differ, or logits or a perplexity are not finite.
     """
     if not texts:
         raise ValueError("texts is empty; give at least one text to evaluate on.")
@@ -133,8 +133,17 @@ def _row(name: str, parts: list[Tensor], model: Any, dense: Any = None) -> dict[
         for sums in _scores(name, part, model, dense):
             totals += sums
     nats, dense_nats, divergence = (totals / count).tolist()
-    row = {"name": name, "tokens": count, "perplexity": math.exp(nats), "nats": nats}
-    return row if dense is None else {**row, "dense_perplexity": math.exp(dense_nats), "kl": divergence}
+    row = {"name": name, "tokens": count, "perplexity": _perplexity(name, nats), "nats": nats}
+    return row if dense is None else {**row, "dense_perplexity": _perplexity(name, dense_nats), "kl": divergence}
+
+
+def _perplexity(name: str, nats: float) -> float:
+    try:
+        return math.exp(nats)
+    except OverflowError as error:
+        raise ValueError(
+            f'text "{name}": a loss of {nats:.4g} nats per token has no finite perplexity; the model is broken.'
+        ) from error
 
 
 def _scores(name: str, ids: Tensor, model: Any, dense: Any) -> Iterator[Tensor]:
