@@ -220,6 +220,16 @@ def interrupted(folder: Path, out: Path, monkeypatch: Any, after: int, **changes
     return False
 
 
+def test_a_streamed_folder_is_like_one_that_is_saved(dense, whole, tmp_path):
+    model, _ = rankwise.load(dense)
+    rankwise.save(model, tmp_path / "saved")
+    modes = {file.stat().st_mode for folder in (whole, tmp_path / "saved") for file in folder.iterdir()}
+    assert len(modes) == 1
+    index = json.loads((whole / "model.safetensors.index.json").read_text())
+    shards = [load_file(file) for file in whole.glob("*.safetensors")]
+    assert index["metadata"]["total_size"] == sum(x.nbytes for tensors in shards for x in tensors.values())
+
+
 def test_a_run_interrupted_after_every_step_makes_the_same_bits(dense, whole, tmp_path, monkeypatch):
     times = 0
     while interrupted(dense, tmp_path / "out", monkeypatch, 1):

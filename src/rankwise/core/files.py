@@ -98,7 +98,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     try:
         with named(folder):
             yield temporary
-            _share(temporary)
+            share(temporary)
             if folder.exists():
                 folder.rmdir()
             temporary.rename(folder)
@@ -106,7 +106,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _share(folder: Path) -> None:
+def share(folder: Path) -> None:
     """Let all who may read a new folder read its files, which libraries make for their user alone."""
     mode = folder.stat().st_mode & 0o666
     for file in folder.rglob("*"):

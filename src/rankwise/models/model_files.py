@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..core.adapted import adapted
-from ..core.files import new_folder, sync, write_text
+from ..core.files import new_folder, share, sync, write_text
 from ..core.stacks import stacks
 from ..core.surgery import StructuredLinear, structured
 from ..matrices.base import Place, shared_parts
@@ -89,12 +89,14 @@ def assemble(config: Any, shards: Sequence[Path], source: Path, work: Path, fold
             file = temporary / f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
             _link(shard, file)
             with safe_open(file, framework="pt") as opened:
-                places |= dict.fromkeys(opened.keys(), file.name)
-                sizes += file.stat().st_size
+                names = opened.keys()
+                places |= dict.fromkeys(names, file.name)
+                sizes += sum(opened.get_tensor(name).nbytes for name in names)
         index = {"metadata": {"total_size": sizes}, "weight_map": dict(sorted(places.items()))}
         write_text(temporary / INDEX, json.dumps(index, indent=2) + "\n")
         for file in files_beside(source):
             shutil.copyfile(file, temporary / file.name)
+        share(temporary)
         for file in temporary.iterdir():
             sync(file)
         sync(temporary)
