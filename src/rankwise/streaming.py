@@ -119,8 +119,8 @@ def compress_folder(
             "give token ids or batches as data."
         )
     out = Path(os.path.abspath(out))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already; remove it or give another path.")
+    if not Steps.begun(_partial(out)):
+        _refuse_used(out)
     if sequential is not False and data is None:
         raise ValueError(
             "a sequential compression runs data through the model; give token ids or batches as data."
@@ -128,6 +128,16 @@ def compress_folder(
     run = _Run(source, out, method, data, where, labels, window, seed, dtype)
     with contextlib.closing(run.steps), without_cache(run.model):
         return run.finish(keep, of, allocate or (water_filling if method.comparable else uniform), sequential)
+
+
+def _partial(out: Path) -> Path:
+    """Where the steps of an unfinished run lie."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def _refuse_used(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists already; remove it or give another path.")
 
 
 class _Run:
@@ -172,7 +182,7 @@ class _Run:
         self.resident = {name for name, tensor in tensors_of(self.model).items() if not tensor.is_meta}
         self.order: Sequential | None = None
         self.before: dict[str, Any] = {}  # what the shards so far were made of, where the next depend on them
-        self.steps = Steps(out.with_name(f"{out.name}.partial"), about)
+        self.steps = Steps(_partial(out), about)
         self.sweeps = Sweeps(
             self.checkpoint, self.chain, self.steps, batches, self.parts, method.needs, loss, seed
         )
@@ -191,6 +201,10 @@ class _Run:
         ladders = self._ladders(of)
         unreached = {name for part in self.parts if self.parts[part] for name in self._choice(part)["unreached"]}
         picks = spend(allocate, ladders, budget)
+        result = {"picks": picks, "sequential": None if self.order is None else self.order.strength}
+        there = self.steps.has("assembled") and self.steps.figures("assembled") == result
+        if not there:
+            _refuse_used(self.out)
         made = [
             self._write(part, {name: (ladders[name], picks[name]) for name in self.parts[part]})
             for part in track(self.parts, "new matrices")  # the part outside comes last
@@ -207,7 +221,9 @@ class _Run:
             {name: ladder.spectrum.tolist() for name, ladder in ladders.items() if ladder.spectrum is not None},
             [name for name in self.sites if name in unreached],
         )
-        self._assemble([group for each in made for group in each["groups"]])
+        if not (there and self.out.exists()):  # else a run was stopped after its very last step
+            self._assemble([group for each in made for group in each["groups"]], result)
+        self.steps.remove()
         return report
 
     def _choose(self, part: str) -> None:
@@ -306,15 +322,15 @@ class _Run:
         fitted, _, after = self.order.block(i, chosen, fit, dense, now)
         return fitted, {str(b): x for b, x in enumerate(after)}
 
-    def _assemble(self, groups: Sequence[Any]) -> None:
-        """Put the shards together and remove the rest."""
+    def _assemble(self, groups: Sequence[Any], result: Mapping[str, Any]) -> None:
+        """Put the shards together, noting first what the folder will hold."""
         order = {name: i for i, name in enumerate(self.sites)}
         steps = [f"shard-{self._number(part)}" for part in (OUTSIDE, *self.chain.names)]
         shards = [self.steps.file(step, SHARD) for step in steps]
         config = with_specs(self.checkpoint.config, sorted(groups, key=lambda group: order[group["names"][0]]))
         config.architectures, config.dtype = [type(self.model).__name__], self.checkpoint.dtype
+        self.steps.run("assembled", lambda folder: result, result)
         assemble(config, shards, self.checkpoint.folder, self.steps.folder, self.out)
-        self.steps.remove()
 
     def _values(self, part: str) -> dict[str, Tensor]:
         """Return the tensors that the shard of a part holds.

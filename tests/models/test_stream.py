@@ -235,9 +235,39 @@ def test_a_run_interrupted_after_every_step_makes_the_same_bits(dense, whole, tm
     while interrupted(dense, tmp_path / "out", monkeypatch, 1):
         times += 1
         assert not (tmp_path / "out").exists()
-    assert times == 3 + 1 + 2 + 2 + 3  # hidden states, the loss, gradients, choices, shards
+    assert times == 3 + 1 + 2 + 2 + 3 + 1  # hidden states, the loss, gradients, choices, shards, the whole
     assert contents(tmp_path / "out") == contents(whole)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("removed", [0, 1, 5])
+def test_a_run_killed_after_its_last_step_is_over_when_it_is_started_again(
+    removed, dense, whole, tmp_path, monkeypatch
+):
+    left, remove, rmtree = [removed], Steps.remove, shutil.rmtree
+
+    def dies(path: Path, **options: Any) -> None:
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        rmtree(path, **options)
+
+    def removes(self: Steps) -> None:
+        with monkeypatch.context() as inside:
+            inside.setattr(shutil, "rmtree", dies)
+            remove(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Steps, "remove", removes)
+        with pytest.raises(KeyboardInterrupt):
+            run(dense, tmp_path / "out")
+    with pytest.raises(ValueError, match="exists already"):
+        run(dense, tmp_path / "out", keep=0.5)
+    known = rankwise.compress_folder(dense, tmp_path / "known", KroneckerFactoredSvd(), keep=KEEP, data=plain())
+    report = rankwise.compress_folder(dense, tmp_path / "out", KroneckerFactoredSvd(), keep=KEEP, data=plain())
+    assert report.rows == known.rows
+    assert contents(tmp_path / "out") == contents(whole)
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_experts_streamed_with_an_interrupt_after_every_step_have_the_same_bits(tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ class Steps:
         self.folder, self.about = folder, json.loads(json.dumps(about))
         self.known: dict[str, Any] = {}
         path = folder / MANIFEST
-        if not path.is_file() and folder.exists() and (not folder.is_dir() or _foreign(folder)):
+        if not self.begun(folder) and folder.exists() and (not folder.is_dir() or _foreign(folder)):
             raise ValueError(f"{folder} exists, but is no unfinished run; remove it or give another path.")
         folder.mkdir(parents=True, exist_ok=True)
         self.lock = _lock(folder)
@@ -47,6 +47,11 @@ class Steps:
         except BaseException:
             self.close()
             raise
+
+    @staticmethod
+    def begun(folder: Path) -> bool:
+        """Whether a folder holds the steps of a work."""
+        return (folder / MANIFEST).is_file()
 
     def run(
         self, name: str, make: Callable[[Path], Mapping[str, Any]], about: Mapping[str, Any] | None = None
@@ -90,8 +95,13 @@ class Steps:
         return figures
 
     def remove(self) -> None:
-        """Remove everything; the work is over."""
+        """Remove everything, what says so last; the work is over."""
         self.close()
+        for path in [path for path in self.folder.iterdir() if path.name != MANIFEST]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
         shutil.rmtree(self.folder)
 
     def close(self) -> None:

@@ -103,6 +103,7 @@ def assemble(config: Any, shards: Sequence[Path], source: Path, work: Path, fold
         if folder.exists():
             folder.rmdir()
         temporary.rename(folder)
+        sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
