@@ -85,7 +85,8 @@ def compress_folder(
         sequential: as in :func:`compress`; then the hidden states of all batches and the inputs of one block's
             layers are in memory too.
         where: as in :func:`compress`; called with the model on the meta device.
-        labels: from :mod:`rankwise.core.labels`; None means labels drawn from the model.
+        labels: from :mod:`rankwise.core.labels`, or another function of a module; None means labels drawn from
+            the model.
         window: as in :func:`calibrate`.
         seed: for the labels.
         dtype: of the weights; None keeps those of the checkpoint.
@@ -174,7 +175,7 @@ class _Run:
             "method": described(method),
             "layers": list(self.sites),
             "data": digest_of(batches),
-            "labels": getattr(loss, "__qualname__", repr(loss)),
+            "labels": label_kinds.name_of(loss),
             "seed": seed,
             "versions": [__version__, torch.__version__, transformers.__version__],
         }

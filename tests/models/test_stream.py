@@ -1,5 +1,6 @@
 """A checkpoint compressed block by block equals one compressed in memory; a killed run equals a whole one."""
 
+import functools
 import gc
 import json
 import shutil
@@ -345,6 +346,13 @@ def test_a_run_about_something_else_is_refused(change, named, dense, tmp_path, m
     assert interrupted(dense, tmp_path / "out", monkeypatch, 1)
     with pytest.raises(ValueError, match=f"unfinished run with another {named}"):
         run(dense, tmp_path / "out", **change)
+
+
+@pytest.mark.parametrize("change", [lambda *x: labels.given(*x), functools.partial(labels.given)])
+def test_labels_that_cannot_be_told_from_others_are_refused(change, dense, tmp_path):
+    with pytest.raises(ValueError, match="labels must be a function of a module"):
+        run(dense, tmp_path / "out", labels=change)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_checkpoint_is_refused(dense, tmp_path, monkeypatch):
@@ -751,9 +759,10 @@ def test_a_weight_shared_by_blocks_is_refused(dense, tmp_path, monkeypatch):
         run(dense, tmp_path / "out")
 
 
-def test_data_that_does_not_reach_a_loss_is_named(dense, tmp_path):
-    def nothing(output: Any, batch: Any, generator: Generator) -> Tensor:
-        return (output["logits"] * 0).sum() * torch.nan
+def nothing(output: Any, batch: Any, generator: Generator) -> Tensor:
+    return (output["logits"] * 0).sum() * torch.nan
 
+
+def test_data_that_does_not_reach_a_loss_is_named(dense, tmp_path):
     with pytest.raises(CalibrationError, match="not finite"):
         run(dense, tmp_path / "out", labels=nothing)
