@@ -27,7 +27,7 @@ from .core import labels as label_kinds
 from .core.choices import UNITS, Allocator, Choices, Ladder, Unit, spend
 from .core.data import batches_of
 from .core.labels import Labels
-from .core.methods import Compressor, check_function
+from .core.methods import Compressor, check_function, check_seed
 from .core.progress import track
 from .core.report import Report
 from .core.statistics import Batch, Statistics, Stats
@@ -101,6 +101,7 @@ def compress_folder(
         OSError: if the disk is full; finished steps are kept.
     """
     check_arguments(method, keep, of, sequential)
+    check_seed("seed", seed)
     check_function("allocate", allocate, "a function from rankwise.allocators")
     check_function("labels", labels, "a function from rankwise.core.labels")
     if method.shifts:

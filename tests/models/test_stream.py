@@ -551,6 +551,9 @@ def test_arguments_are_checked_before_anything_is_written(dense, whole, tmp_path
         ({"data": None}, "needs calibration data"),
         ({"keep": 1.5}, "keep"),
         ({"where": lambda name, layer: False}, "no layer"),
+        ({"seed": 2**70}, "seed must be a whole number of at most 18 digits"),
+        ({"data": torch.arange(40), "window": 0}, "window must be >= 2"),
+        ({"data": torch.arange(40), "window": 1}, "window must be >= 2"),
     ]
     for change, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -10,12 +10,12 @@ import torch
 import typer
 from torch import nn
 
-from ..core.methods import BlockAdapter
+from ..core.methods import BlockAdapter, check_seed
 from ..core.report import Report
 from .app import app, say
 from .arguments import Dtype, Json, Model, Settings, WherePattern
 from .files import check_files, check_folder, write_report
-from .options import at_least, build, check_matches, check_seed, layer_names, pick, registry, where_option
+from .options import at_least, build, check_matches, layer_names, pick, registry, where_option
 from .several import alone
 from .work import DTYPES, in_words, partial_folder, stopped
 
@@ -72,7 +72,7 @@ def adapt(
     at_least("--window", window, 2)
     at_least("--patience", patience, 1)
     at_least("--calibration-tokens", calibration_tokens, 1)
-    check_seed(seed)
+    check_seed("--seed", seed)
     for flag, value in (("--lr", lr), ("--clip", clip), ("--epochs", epochs)):
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{flag} must be a positive number, got {value}.")

@@ -11,6 +11,7 @@ import typer
 from ..core.choices import BUDGETS, Unit
 from ..core.data import batches_of
 from ..core.labels import Labels
+from ..core.methods import check_seed
 from ..core.rates import check_rate
 from .app import app, say
 from .arguments import (
@@ -36,7 +37,6 @@ from .options import (
     at_least,
     build_mix,
     check_matches,
-    check_seed,
     duration,
     layer_names,
     only_with,
@@ -98,7 +98,7 @@ def compress(
     same command is given again; what it needs for that lies in the folder OUT.partial until OUT is complete.
     """
     check_sizes(keep, calibration_tokens, window)
-    check_seed(seed)
+    check_seed("--seed", seed)
     sizes = judging(bool(eval_), max_tokens, eval_window)
     at_least("--latency-rows", latency_rows, 1)
     from .. import allocators, compressors

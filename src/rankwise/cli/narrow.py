@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from ..core.methods import check_seed
 from .app import app, say
 from .arguments import (
     CalibrationTokens,
@@ -24,7 +25,7 @@ from .arguments import (
     Window,
 )
 from .files import check_files, check_folder, data_texts, named_texts
-from .options import at_least, build, check_matches, check_seed, layer_names, pick, where_option
+from .options import at_least, build, check_matches, layer_names, pick, where_option
 from .work import DTYPES, LABELS, Work, check_sizes, judging
 
 
@@ -53,7 +54,7 @@ def narrow(
     Fields for --set are input_shrinkage, input_damping and output_damping.
     """
     check_sizes(keep, calibration_tokens, window)
-    check_seed(seed)
+    check_seed("--seed", seed)
     sizes = judging(bool(eval_), max_tokens, eval_window)
     at_least("--multiple-of", multiple_of, 1)
     from ..compressors.loss_metric import Regularisers

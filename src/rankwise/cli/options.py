@@ -260,12 +260,6 @@ def only_with(needed: str, there: bool, given: Mapping[str, Any]) -> None:
             raise ValueError(f"{flag} needs {needed}.")
 
 
-def check_seed(seed: int) -> None:
-    """Raise if a generator cannot be seeded with a number."""
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"--seed must be a whole number of at most 18 digits, got {seed}.")
-
-
 def at_least(flag: str, value: int | None, least: int) -> None:
     """Raise if a count is too small."""
     if value is not None and value < least:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..core.checkpoint import load_tree
 from ..core.data import batches_of
+from ..core.methods import check_seed
 from ..core.preconditioner import Preconditioner
 from ..core.processes import leads
 from ..core.rates import Cosine
@@ -24,7 +25,7 @@ from ..core.tensorboard import tensorboard
 from .app import app, say
 from .arguments import Json, Settings
 from .files import check_files, check_folder, texts_of, write_report
-from .options import at_least, build, check_seed, pick, registry, settable
+from .options import at_least, build, pick, registry, settable
 from .several import first_first, launched
 from .work import DTYPES, TOKENIZER, in_words, partial_folder, stopped
 
@@ -111,7 +112,7 @@ def train(
     for flag, count in (("--steps", steps), ("--batch", batch), ("--accumulate", accumulate), ("--every", every)):
         at_least(flag, count, 1)
     at_least("--window", window, 2)
-    check_seed(seed)
+    check_seed("--seed", seed)
     for flag, value in (("--lr", lr), ("--other-lr", other_lr), ("--clip", clip)):
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{flag} must be a positive number, got {value}.")

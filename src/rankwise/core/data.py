@@ -20,6 +20,8 @@ def batches_of(data: Tensor | Iterable[Batch], *, window: int = 512, tokens: int
         tokens: how many tokens a batch has at most, if a sequence is not longer.
 
     Raises:
+        TypeError: if a tensor holds no token ids.
+        ValueError: if the window is too short.
         CalibrationError: if there is nothing in it.
     """
     if not isinstance(data, Tensor):
@@ -32,6 +34,8 @@ def batches_of(data: Tensor | Iterable[Batch], *, window: int = 512, tokens: int
             f"a calibration tensor holds token ids, (t,) or (b, t), got {data.dtype} {tuple(data.shape)}; "
             "put other inputs in a list of batches."
         )
+    if window < 2:
+        raise ValueError(f"window must be >= 2, got {window}.")
     if data.numel() == 0:
         raise CalibrationError("the calibration text is empty; give at least a few tokens.")
     sequences = [data] if data.dim() == 1 else list(data)

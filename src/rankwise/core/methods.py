@@ -255,6 +255,12 @@ def check_count(name: str, value: object) -> None:
         raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
 
 
+def check_seed(name: str, value: int) -> None:
+    """Raise unless a generator can be seeded with a number."""
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must be a whole number of at most 18 digits, got {value}.")
+
+
 def check_finite(name: str, value: float) -> None:
     """Raise unless a field is a finite number."""
     if not math.isfinite(value):
