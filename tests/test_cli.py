@@ -466,6 +466,13 @@ def test_flags_that_would_do_nothing_are_refused(folder, text, tmp_path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+@pytest.mark.parametrize("flag", ["--calibration-tokens", "--window", "--seed"])
+def test_sizes_of_a_calibration_that_is_not_made_are_refused(flag, folder, tmp_path):
+    words = ["compress", folder, "--method", "plain-svd", "--keep", 0.9, "--out", tmp_path / "out"]
+    refused(run(*words, flag, 9), f"{flag} needs a method that reads data, unlike plain-svd")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_figures_go_through_links_and_into_pipes(folder, tmp_path):
     target, link, pipe = tmp_path / "target.html", tmp_path / "link.html", tmp_path / "pipe"
     target.write_text("old")

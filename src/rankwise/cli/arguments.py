@@ -9,8 +9,10 @@ Model = Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or
 Keep = Annotated[float, typer.Option(help="Size afterwards as a share of the size before, in (0, 1].")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="field=value of the method.")]
 Data = Annotated[list[str] | None, typer.Option(help="self (the default), text files, topics or python.")]
-CalibrationTokens = Annotated[int, typer.Option(help="Tokens to calibrate with, shared by all texts.")]
-Window = Annotated[int, typer.Option(help="Length of a calibration sequence.")]
+CalibrationTokens = Annotated[
+    int | None, typer.Option(help="Tokens to calibrate with, shared by all texts; default: 24576.")
+]
+Window = Annotated[int | None, typer.Option(help="Length of a calibration sequence; default: 512.")]
 LabelKind = Annotated[str | None, typer.Option(help="Labels of the gradients: sampled or data.")]
 Eval = Annotated[list[str] | None, typer.Option("--eval", help="NAME=FILE, topics or python.")]
 MaxTokens = Annotated[
@@ -19,7 +21,7 @@ MaxTokens = Annotated[
 EvalWindow = Annotated[int | None, typer.Option(help="Of --eval: length of a window; default: 1024.")]
 WherePattern = Annotated[str | None, typer.Option(help="Regular expression on layer names.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
-Seed = Annotated[int, typer.Option(help="For sampled sequences and labels.")]
+Seed = Annotated[int | None, typer.Option(help="For sampled sequences and labels; default: 0.")]
 Out = Annotated[Path | None, typer.Option(help="New folder for the smaller model.")]
 Json = Annotated[Path | None, typer.Option(help="File for the figures.")]
 Html = Annotated[Path | None, typer.Option(help="File for the report; default: report.html in --out.")]

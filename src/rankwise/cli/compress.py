@@ -11,7 +11,6 @@ import typer
 from ..core.choices import BUDGETS, Unit
 from ..core.data import batches_of
 from ..core.labels import Labels
-from ..core.methods import check_seed
 from ..core.rates import check_rate
 from .app import app, say
 from .arguments import (
@@ -44,7 +43,7 @@ from .options import (
     registry,
     where_option,
 )
-from .work import DTYPES, LABELS, Work, check_sizes, cut, file_bytes, judging, show
+from .work import DTYPES, LABELS, Work, calibrating, check_keep, cut, file_bytes, judging, show
 
 
 @app.command()
@@ -62,8 +61,8 @@ def compress(
     gauge: Annotated[str | None, typer.Option(help="How low-rank matrices are stored: pivot or factors.")] = None,
     settings: Settings = None,
     data: Data = None,
-    calibration_tokens: CalibrationTokens = 24576,
-    window: Window = 512,
+    calibration_tokens: CalibrationTokens = None,
+    window: Window = None,
     labels: LabelKind = None,
     eval_: Eval = None,
     max_tokens: MaxTokens = None,
@@ -84,7 +83,7 @@ def compress(
     ] = None,
     where: WherePattern = None,
     dtype: Dtype = "auto",
-    seed: Seed = 0,
+    seed: Seed = None,
     out: Out = None,
     stream: Annotated[
         bool, typer.Option("--stream", help="For a model larger than memory; run again to continue. Needs --out.")
@@ -97,8 +96,8 @@ def compress(
     With --stream only one block at a time is in memory. A run that was killed continues where it was when the
     same command is given again; what it needs for that lies in the folder OUT.partial until OUT is complete.
     """
-    check_sizes(keep, calibration_tokens, window)
-    check_seed("--seed", seed)
+    check_keep(keep)
+    sampling: Any = calibrating(calibration_tokens, window, seed)
     sizes = judging(bool(eval_), max_tokens, eval_window)
     at_least("--latency-rows", latency_rows, 1)
     from .. import allocators, compressors
@@ -121,12 +120,13 @@ def compress(
     only_with("--of latency", unit == "latency", {"--latency-rows": latency_rows})
     reader = f"a method that reads data, unlike {method}"
     only_with(reader, bool(chosen.needs), {"--labels": labels})
-    only_with(f"{reader}, or --sequential or --heal", bool(chosen.needs or sequential or heal), {"--data": data})
+    read = {"--data": data, "--calibration-tokens": calibration_tokens, "--window": window, "--seed": seed}
+    only_with(f"{reader}, or --sequential or --heal", bool(chosen.needs or sequential or heal), read)
     check_folder("--out", out)
     check_files(json, html)
     html_at = html or (None if out is None else out / "report.html")
     calibration, evaluation = data_texts(data or []), named_texts("--eval", eval_ or [])
-    limit = calibration_tokens // max(len(calibration), 1)
+    limit = sampling["tokens"] // max(len(calibration), 1)
 
     from .. import api, models, streaming, training
 
@@ -148,13 +148,13 @@ def compress(
             out,
             chosen,
             keep=keep,
-            data=[batch for ids in heads for batch in batches_of(ids, window=window)] or None,
+            data=[batch for ids in heads for batch in batches_of(ids, window=sampling["window"])] or None,
             of=unit,
             allocate=allocator,
             sequential=sequential,
             where=layers,
             labels=gradients,
-            seed=seed,
+            seed=sampling["seed"],
             dtype=precision,
         )
         figures = {**report.totals, "perplexity": {}, "file_bytes": file_bytes(out)}
@@ -165,10 +165,9 @@ def compress(
     network = work.network
     check_matches("--where", where, layer_names(network))
     check_matches("--heal-also", heal_also, [name for name, _ in network.named_parameters()])
-    batches = work.batches(window)
+    batches = work.batches(sampling["window"])
     say(f"compressing with {method} to keep {keep:g} of the {unit}")
     source: Any = batches if calibration else "self"
-    sampling: Any = {"tokens": calibration_tokens, "window": window, "seed": seed}
     needs = chosen.needs
     statistics = (
         api.calibrate(network, needs, data=source, where=layers, labels=gradients, **sampling) if needs else None
@@ -195,7 +194,7 @@ def compress(
             healed = training.heal(
                 network,
                 before,
-                data=training.portions(work.unscored, window) if work.unscored else "self",
+                data=training.portions(work.unscored, sampling["window"]) if work.unscored else "self",
                 budget=seconds,
                 checkpoint=heal_checkpoint,
                 also=None if beside is None else (lambda name: beside(name, network)),

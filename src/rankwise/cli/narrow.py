@@ -4,7 +4,6 @@ from typing import Annotated
 
 import typer
 
-from ..core.methods import check_seed
 from .app import app, say
 from .arguments import (
     CalibrationTokens,
@@ -26,7 +25,7 @@ from .arguments import (
 )
 from .files import check_files, check_folder, data_texts, named_texts
 from .options import at_least, build, check_matches, layer_names, pick, where_option
-from .work import DTYPES, LABELS, Work, check_sizes, judging
+from .work import DTYPES, LABELS, Work, calibrating, check_keep, judging
 
 
 @app.command()
@@ -36,15 +35,15 @@ def narrow(
     multiple_of: Annotated[int, typer.Option(help="Numbers of neurons are multiples of it.")] = 32,
     settings: Settings = None,
     data: Data = None,
-    calibration_tokens: CalibrationTokens = 24576,
-    window: Window = 512,
+    calibration_tokens: CalibrationTokens = None,
+    window: Window = None,
     labels: LabelKind = None,
     eval_: Eval = None,
     max_tokens: MaxTokens = None,
     eval_window: EvalWindow = None,
     where: WherePattern = None,
     dtype: Dtype = "auto",
-    seed: Seed = 0,
+    seed: Seed = None,
     out: Out = None,
     json: Json = None,
     html: Html = None,
@@ -53,8 +52,8 @@ def narrow(
 
     Fields for --set are input_shrinkage, input_damping and output_damping.
     """
-    check_sizes(keep, calibration_tokens, window)
-    check_seed("--seed", seed)
+    check_keep(keep)
+    sampling = calibrating(calibration_tokens, window, seed)
     sizes = judging(bool(eval_), max_tokens, eval_window)
     at_least("--multiple-of", multiple_of, 1)
     from ..compressors.loss_metric import Regularisers
@@ -69,21 +68,19 @@ def narrow(
 
     from .. import narrowing
 
-    limit = calibration_tokens // max(len(calibration), 1)
+    limit = sampling["tokens"] // max(len(calibration), 1)
     work = Work.begin(model, precision, calibration, evaluation, limit=limit, **sizes)
     check_matches("--where", where, layer_names(work.network))
     say(f"narrowing to keep {keep:g} of the params")
     report = narrowing.narrow(
         work.network,
         keep=keep,
-        data=work.batches(window) if calibration else "self",
+        data=work.batches(sampling["window"]) if calibration else "self",
         regularisers=regularisers,
         multiple_of=multiple_of,
         where=layers,
         labels=gradients,
-        tokens=calibration_tokens,
-        window=window,
-        seed=seed,
+        **sampling,
     )
     work.evaluate("narrowed")
     work.finish(report, {}, out, json, html or (None if out is None else out / "report.html"))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..core import labels as kinds
 from ..core.data import batches_of
+from ..core.methods import check_seed
 from ..core.report import Report
 from ..core.statistics import Batch
 from ..core.supervision import CHECKPOINT
@@ -27,12 +28,18 @@ DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 LABELS = {"sampled": kinds.sampled, "data": kinds.given}
 
 
-def check_sizes(keep: float, calibration_tokens: int, window: int) -> None:
-    """Raise if a number that these commands share is out of range."""
+def check_keep(keep: float) -> None:
+    """Raise if a share is none."""
     if not 0 < keep <= 1:
         raise ValueError(f"--keep must be > 0 and <= 1, got {keep}.")
-    at_least("--calibration-tokens", calibration_tokens, 1)
+
+
+def calibrating(tokens: int | None, window: int | None, seed: int | None) -> dict[str, int]:
+    """Return the sizes of the calibration and its seed, or raise if one is out of range."""
+    at_least("--calibration-tokens", tokens, 1)
     at_least("--window", window, 2)
+    check_seed("--seed", seed or 0)
+    return {"tokens": tokens or 24576, "window": window or 512, "seed": seed or 0}
 
 
 def judging(judged: bool, max_tokens: int | None, window: int | None) -> dict[str, int]:
