@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import rankwise
+from rankwise import CalibrationError
 from rankwise.compressors import (
     KroneckerFactoredPruning,
     KroneckerFactoredSvd,
@@ -22,6 +23,7 @@ from rankwise.compressors import (
 )
 from rankwise.core.statistics import InputGram
 from rankwise.core.surgery import structured
+from rankwise.matrices import Scaled
 from rankwise.models import sequential
 
 KEEP = 0.7
@@ -139,6 +141,26 @@ def test_an_interrupt_leaves_the_model_whole(monkeypatch):
     assert list(after) == list(before)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert model.config.use_cache
+
+
+@pytest.mark.parametrize(
+    ("layer", "what"),
+    [
+        (
+            "layers.1.mlp.down_proj",
+            r"compressed block model\.layers\.1 makes hidden states",
+        ),  # the very last layer
+        ("layers.0.mlp.up_proj", r"the compressed model makes inputs of model\.layers\.0\.mlp\.down_proj"),
+    ],
+)
+def test_numbers_too_large_for_the_compressed_model_are_named(layer, what, monkeypatch):
+    def put(model: Any, site: Any, matrix: Any) -> None:
+        replace(model, site, Scaled(matrix, 3e38) if layer in site.name else matrix)
+
+    replace = sequential.replace
+    monkeypatch.setattr(sequential, "replace", put)
+    with pytest.raises(CalibrationError, match=f"{what} that are not finite"):
+        rankwise.compress(llama(initializer_range=1.0), PlainSvd(), keep=KEEP, data=plain(), sequential=True)
 
 
 def test_any_chain_of_blocks_will_do():

@@ -15,7 +15,7 @@ from ..core.views import View
 from ..core.watch import Watch, frozen
 from ..matrices import StructuredMatrix
 from .blocks import Chain
-from .stream import parts_of
+from .stream import finite, parts_of
 
 SHRINKAGE = 0.05  # of C' towards its diagonal, where a weight is aimed at the dense model's outputs
 DAMPING = 1e-6  # multiple of the mean of the diagonal of C' that is added to it there
@@ -123,6 +123,9 @@ class Sequential:
 
         Returns:
             the matrices, and what leaves the block in both models.
+
+        Raises:
+            CalibrationError: if something in the block is not finite.
         """
         sites = {name: site for name, site in self.parts[self.chain.names[i]].items() if name in chosen}
         found: dict[str, StructuredMatrix] = {}
@@ -142,7 +145,12 @@ class Sequential:
             for name in [name for name in sites if name not in found]:
                 put(name, sites[name].weight, {})
             same = not found and now is dense
-            return found, after, after if same else [self._run(i, b, x) for b, x in enumerate(now)]
+            return found, after, after if same else self._made(i, now, "compressed ")
+
+    def _made(self, i: int, hidden: Iterable[Tensor], how: str = "") -> list[Tensor]:
+        """Return what leaves a block, as it is now, batch by batch."""
+        what = f"{how}block {self.chain.names[i]} makes hidden states"
+        return [finite(self._run(i, b, x), what) for b, x in enumerate(hidden)]
 
     def _run(self, i: int, b: int, x: Tensor) -> Tensor:
         return self.chain.block(i, self.batches[b], x)
@@ -171,11 +179,12 @@ class Sequential:
 
             return fill
 
-        def each(b: int, x: Tensor) -> Tensor:
-            seen.clear()
-            shape[0] = x.shape[:-1]
-            self.watch.begin(self.batches[b])
-            return self._run(i, b, x)
+        def each() -> Iterator[Tensor]:
+            for batch, x in zip(self.batches, hidden, strict=True):
+                seen.clear()
+                shape[0] = x.shape[:-1]
+                self.watch.begin(batch)
+                yield x
 
         with contextlib.ExitStack() as hooks:
             for name, site in sites.items():
@@ -183,7 +192,7 @@ class Sequential:
                     continue  # a weight with several inputs, or one of a mixture
                 handle = self.model.get_submodule(name).register_forward_pre_hook(hook(name, site))
                 hooks.callback(handle.remove)
-            made = [each(b, x) for b, x in enumerate(hidden)]
+            made = self._made(i, each())
         return [g for g in groups.values() if g.aligned and len(g.rows) == len(hidden)], made
 
     def _compare(
@@ -207,7 +216,7 @@ class Sequential:
                 try:
                     self._run(i, b, x)
                 except _Seen as seen:
-                    rows = seen.rows.float()
+                    rows = finite(seen.rows.float(), f"the compressed model makes inputs of {group.names[0]}")
                     for statistic in new.values():
                         statistic.update(rows)
                     change.addmm_((group.rows[b].float() - rows).mT, rows)

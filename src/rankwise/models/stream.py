@@ -144,7 +144,7 @@ class Sweeps:
         def each(b: int, batch: Batch, watch: Watch) -> Mapping[str, Tensor]:
             with watch.on(self.chain.model):
                 y = self.chain.block(i, batch, self._read(f"hidden-{i}", b))
-            _check(y, f"block {part} makes hidden states")
+            finite(y, f"block {part} makes hidden states")
             return {"x": y}
 
         self._step(f"hidden-{i + 1}", {} if self.gradients else self.parts[part], each, part)
@@ -243,10 +243,15 @@ def _file(b: int) -> str:
 def _gradient(x: Tensor, what: str) -> Tensor:
     if x.grad is None:
         raise CalibrationError(f"the loss does not depend on what enters {what}; use other labels.")
-    return _check(x.grad, f"{what} makes gradients")
+    return finite(x.grad, f"{what} makes gradients")
 
 
-def _check(x: Tensor, what: str) -> Tensor:
+def finite(x: Tensor, what: str) -> Tensor:
+    """Return what the run of a model made.
+
+    Raises:
+        CalibrationError: if it holds NaN or infinity.
+    """
     if not bool(x.isfinite().all()):
         raise CalibrationError(f"{what} that are not finite; use float32, or look at the weights.")
     return x
