@@ -536,6 +536,29 @@ def test_a_damaged_checkpoint_is_named(damage, dense, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda config: "{", "damaged"),
+        (lambda config: config | {"model_type": "none such"}, "none such"),
+        (lambda config: config | {"model_type": "none such", "auto_map": {"AutoConfig": "x.Y"}}, "none such"),
+        (lambda config: config | {"num_attention_heads": 5}, "multiple of the number of attention heads"),
+    ],
+)
+def test_a_damaged_config_is_named(change, message, dense, tmp_path, monkeypatch):
+    def asked(*words: Any) -> str:
+        raise AssertionError("nobody is there to be asked whether code may run")
+
+    monkeypatch.setattr("builtins.input", asked)
+    file = Path(shutil.copytree(dense, tmp_path / "dense")) / "config.json"
+    changed = change(json.loads(file.read_text()))
+    file.write_text(changed if isinstance(changed, str) else json.dumps(changed))
+    with pytest.raises(ValueError, match=rf"config\.json.*{message}") as caught:
+        run(tmp_path / "dense", tmp_path / "out")
+    assert type(caught.value) is ValueError
+    assert "\n" not in str(caught.value)
+
+
 def test_a_tensor_that_nobody_reads_is_named(dense, whole, tmp_path):
     def add(file: Path) -> None:
         save_file({**load_file(file), "model.layers.1.strange.weight": torch.ones(2)}, file, {"format": "pt"})

@@ -12,8 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..core.files import read_json
 from ..core.finite import is_finite
-from .load import find, without_values
+from .load import config_from, find, without_values
 from .model_folder import weight_files
 from .places import places_of, unread_words
 from .quiet import quiet
@@ -33,13 +34,15 @@ class Checkpoint:
     """
 
     def __init__(self, source: str | Path, dtype: torch.dtype | None = None) -> None:
-        from transformers import AutoConfig
-
         self.folder = find(source, trust=False)
         if self.folder.is_file():
             raise ValueError(f"{source} is one GGUF file, which cannot be streamed; convert it to safetensors.")
         self.files = weight_files(self.folder)
-        self.config = AutoConfig.from_pretrained(self.folder)
+        file = self.folder / "config.json"
+        try:
+            self.config = config_from(read_json(file))
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
         if found := getattr(self.config, "quantization_config", None):
             raise ValueError(f"{source} is compressed by {found.get('quant_method')} already; give the original.")
         self.dtype = dtype or self._dtype()
