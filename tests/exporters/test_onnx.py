@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import rankwise
 from rankwise.exporters import Onnx
 from rankwise.exporters import onnx as module
+from rankwise.matrices import Quantized
 
 
 def computed(folder, **inputs: Tensor) -> Tensor:
@@ -130,6 +131,19 @@ class Difference(nn.Module):
 def test_what_cancels_may_differ_by_rounding(tmp_path):
     torch.manual_seed(0)
     rankwise.export(Difference(), Onnx(example=(torch.randn(16, 2048),)), tmp_path / "out")
+
+
+def test_a_model_with_nothing_to_fold_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no structured layer to fold"):
+        rankwise.export(net(), Onnx(fold=True, example=(torch.randn(2, 3, 8, 8),)), tmp_path / "out")
+
+
+def test_a_matrix_that_is_a_module_of_its_own_stays_in_the_model(tmp_path):
+    torch.manual_seed(0)
+    small, x = nn.Sequential(quantized(8, 32), nn.ReLU()), torch.randn(2, 32)
+    out = rankwise.export(small, Onnx(example=(x,)), tmp_path / "out")
+    torch.testing.assert_close(computed(out, input_0=x), small(x), rtol=1e-4, atol=1e-4)
+    assert isinstance(small[0], Quantized)
 
 
 def test_low_bit_matrices_in_expressions_are_written_out_in_a_copy(tmp_path):

@@ -54,14 +54,17 @@ class Onnx(Exporter):
         """Trace the model, write it and run it.
 
         Raises:
-            ValueError: if it is not in float32, has unknown inputs, cannot be traced, or computes something else
-                in onnxruntime; or if a package is missing.
+            ValueError: if it is not in float32, has nothing to fold or unknown inputs, cannot be traced, or
+                computes something else in onnxruntime; or if a package is missing.
         """
         model = source.model(torch.float32)
         wrong = {t.dtype for t in model.state_dict().values() if t.is_floating_point()} - {torch.float32}
         if wrong:
             raise ValueError(f"the model is in {wrong.pop()}, but is exported in float32; give model.float().")
-        model = copy.deepcopy(model) if model is source.given and structured(model) else model
+        if model is source.given and any(isinstance(part, StructuredMatrix) for part in model.modules()):
+            model = copy.deepcopy(model)
+        if self.fold and not structured(model):
+            raise ValueError("the model has no structured layer to fold; export it without fold.")
         model = fold(model) if self.fold else _written_out(model)
         module, inputs, free = _traced(model, self.example)
         with evaluating(module):
