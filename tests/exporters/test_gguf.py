@@ -258,6 +258,15 @@ def test_special_tokens_and_template_are_written(tmp_path):
     assert kinds[len(tokenizer) :] == [5] * (320 - len(tokenizer))  # unused
 
 
+def test_all_of_several_templates_are_written(tmp_path):
+    tokenizer = bpe(chat_template={"default": "{{ messages }}", "tool_use": "{{ tools }}"})
+    out = rankwise.export(model("llama"), Gguf(), tmp_path / "out", tokenizer=tokenizer)
+    fields = GGUFReader(out / "model.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == "{{ messages }}"
+    assert fields["tokenizer.chat_template.tool_use"].contents() == "{{ tools }}"
+    assert fields["tokenizer.chat_templates"].contents() == ["tool_use"]
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_it_can_be_loaded_again(kind, tmp_path):
     small = filled(model(kind), low_rank, quantized)

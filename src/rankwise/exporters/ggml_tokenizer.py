@@ -52,8 +52,11 @@ def add_tokenizer(writer: Any, tokenizer: Any, rows: int) -> None:
     writer.add_add_bos_token(len(ids) > 1 and ids[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(len(ids) > 1 and ids[-1] == tokenizer.eos_token_id)
     writer.add_add_space_prefix(False)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict):
+        templates = [{"name": name, "template": text} for name, text in templates.items()]
+    if templates:
+        writer.add_chat_template(templates)
 
 
 def _data(tokenizer: Any) -> dict[str, Any]:
