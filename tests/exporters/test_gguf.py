@@ -40,7 +40,7 @@ from rankwise.core.surgery import structured
 from rankwise.exporters import Gguf
 from rankwise.exporters.ggml_blocks import low_bit, plain
 from rankwise.exporters.ggml_tokenizer import LLAMA3, QWEN2
-from rankwise.matrices import Quantized
+from rankwise.matrices import Quantized, Sum
 
 TEXT = "The lazy dog's 2026 jumps, they'll see:\n\n  over 12345 fences;\tÄpfel, 日本 and <|end|>?! don't  WE'RE"
 IDS = torch.tensor([[5, 300, 17, 42, 9, 260, 77, 31]])
@@ -319,8 +319,13 @@ def test_low_bit_matrices_keep_their_integers(run, tmp_path):
     close(logits(run(outs[0]), IDS), output(small, IDS)[0], 0.1)  # llama.cpp rounds the inputs to 8 bits
 
 
-def test_low_rank_terms_become_an_adapter(run, tmp_path):
-    small = filled(model("llama"), low_bit_and_low_rank, low_rank)
+def sparse_and_pivoted(m: int, n: int) -> Sum:
+    return Sum(sparse(m, n), pivoted(m, n), low_rank(m, n))
+
+
+@pytest.mark.parametrize("kind", [low_bit_and_low_rank, sparse_and_pivoted])
+def test_low_rank_terms_become_an_adapter(kind, run, tmp_path):
+    small = filled(model("llama"), kind, low_rank)
     out = rankwise.export(small, Gguf(**EXACT, adapter=True), tmp_path / "out", tokenizer=bpe())
     adapter = GGUFReader(out / "adapter.gguf")
     assert adapter.fields["adapter.lora.alpha"].contents() == 0.0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.finite import is_finite
 from ..core.progress import track
-from ..matrices import LowRank, Quantized, StructuredMatrix, Sum
+from ..matrices import LowRank, PivotedLowRank, Quantized, StructuredMatrix, Sum
 from ..models.folded import Folded
 from ..models.load import config_from, tokenizer_of
 from .base import Exporter, Source
@@ -114,8 +114,8 @@ class Gguf(Exporter):
         """Return the (r, n) and the (m, r) factor of the low-rank terms of a matrix."""
         rows, apart = row_order(config, name), _apart(weights, name)
         assert apart is not None
-        left = torch.cat([term.left for term in apart[1]], 1).detach()
-        right = torch.cat([term.right for term in apart[1]]).detach()
+        lefts, rights = zip(*(term.factors() for term in apart[1]), strict=True)
+        left, right = torch.cat(lefts, 1).detach(), torch.cat(rights).detach()
         return _plain(name, right, self.dtype), _plain(name, left if rows is None else left[rows], self.dtype)
 
 
@@ -133,13 +133,13 @@ def _matrix(weights: Folded, name: str) -> StructuredMatrix | None:
     return weights.matrix(layer) if layer in weights.layers and layer != name else None
 
 
-def _apart(weights: Folded, name: str) -> tuple[StructuredMatrix, list[LowRank]] | None:
+def _apart(weights: Folded, name: str) -> tuple[StructuredMatrix, list[LowRank | PivotedLowRank]] | None:
     """Return a sum without its low-rank terms, and these; None if it is no such sum."""
     matrix = _matrix(weights, name)
     if not isinstance(matrix, Sum):
         return None
-    low = [term for term in matrix.parts if isinstance(term, LowRank)]
-    rest = [term for term in matrix.parts if not isinstance(term, LowRank)]
+    low = [term for term in matrix.parts if isinstance(term, LowRank | PivotedLowRank)]
+    rest = [term for term in matrix.parts if not isinstance(term, LowRank | PivotedLowRank)]
     return (rest[0] if len(rest) == 1 else Sum(*rest), low) if low and rest else None
 
 
