@@ -31,15 +31,16 @@ from .core.methods import Compressor, check_function, check_seed
 from .core.progress import track
 from .core.report import Report
 from .core.statistics import Batch, Statistics, Stats
-from .core.steps import Steps, write_tensors
+from .core.steps import Steps
 from .core.surgery import Where, replace, select
+from .core.tensor_file import write_tensors
 from .core.together import Together
 from .matrices import StructuredMatrix
 from .models.blocks import Chain, find_blocks
 from .models.causal import check_tokens
 from .models.checkpoint import Checkpoint
 from .models.labelled import placed
-from .models.model_files import assemble, tensors_of, verify, with_specs
+from .models.model_files import assemble, tensors_of, with_specs
 from .models.sequential import Sequential, without_cache
 from .models.stream import OUTSIDE, Sweeps, digest_of, parts_of
 
@@ -292,9 +293,7 @@ class _Run:
                     costs[name] = matrix_costs(matrix)
                     replace(self.model, site, matrix)
                     groups.append({"names": list(site.names), "spec": matrix.spec()})
-                tensors = self._values(part)
-                write_tensors(folder / SHARD, tensors)
-                verify(tensors, folder)
+                write_tensors(folder / SHARD, self._values(part))
                 if after:
                     write_tensors(folder / HIDDEN, after)
             return {"rows": rows, "costs": costs, "groups": groups}

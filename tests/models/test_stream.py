@@ -15,7 +15,6 @@ import pytest
 import torch
 import transformers
 from mixtures import MIXTURES
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny import gpt2, llama, padded, plain
 from torch import Generator, Tensor, nn
@@ -23,7 +22,7 @@ from torch import Generator, Tensor, nn
 import rankwise
 from rankwise import CalibrationError
 from rankwise.compressors import KroneckerFactoredSvd, Mixed, PlainSvd, WhitenedSvd
-from rankwise.core import labels, steps
+from rankwise.core import labels, steps, tensor_file
 from rankwise.core.steps import Steps
 from rankwise.models.blocks import Chain, find_blocks
 from rankwise.models.checkpoint import Checkpoint
@@ -137,7 +136,8 @@ def same_as_in_memory(folder: Path, work: Path, method: Any, batches: list[Any],
 
 @pytest.fixture(autouse=True)
 def without_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr(steps, "sync", lambda path: None)
+    for module in (steps, tensor_file):
+        monkeypatch.setattr(module, "sync", lambda path: None)
 
 
 @pytest.mark.parametrize(
@@ -308,14 +308,12 @@ def test_a_process_killed_at_any_time_makes_the_same_bits(dense, whole, tmp_path
 import sys, time
 sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
 from pathlib import Path
-from safetensors.torch import save_file
-from rankwise.core import steps
+from rankwise.core import tensor_file
 from test_stream import run
-def told(*arguments):
-    save_file(*arguments)
+def told(file):
     print("saved", flush=True)
     time.sleep(0.05)
-steps.save_file = told
+tensor_file.sync = told
 run(Path({str(dense)!r}), Path({str(tmp_path / "out")!r}))
 """
     kills = 0
@@ -449,14 +447,13 @@ def test_two_runs_at_once_are_refused(dense, tmp_path):
 def test_a_full_disk_keeps_the_work(writes, dense, whole, tmp_path, monkeypatch):
     left = [writes]
 
-    def fills(*arguments: Any) -> None:
+    def fills(file: Path) -> None:
         left[0] -= 1
         if left[0] == 0:
-            raise SafetensorError("I/O error: No space left on device (os error 28)")
-        save_file(*arguments)
+            raise OSError(28, "No space left on device", str(file))
 
     with monkeypatch.context() as patched:
-        patched.setattr(steps, "save_file", fills)
+        patched.setattr(tensor_file, "sync", fills)
         with pytest.raises(OSError, match=r"step .* failed: .*No space left .* kept in .*out\.partial"):
             run(dense, tmp_path / "out")
     left_over = [path.name for path in (tmp_path / "out.partial").iterdir() if path.name.endswith(".tmp")]

@@ -27,7 +27,7 @@ def save_tree(tree: Any, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with named(path):
-            write_tensors(temporary, tensors, lambda key: [tensors[key]], about={"rankwise": header})
+            write_tensors(temporary, tensors, about={"rankwise": header})
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from .bits import bits
+
 
 def fingerprint(model: nn.Module) -> str:
     """Return a hash of the names, shapes, types and bytes of all parameters and persistent buffers.
@@ -23,9 +25,7 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().view(-1)
-        dense = flat.as_strided(flat.shape, (1,), flat.storage_offset())  # one number alone may have any stride
-        digest.update(dense.view(torch.uint8).numpy().data)
+        digest.update(bits(tensor).numpy().data)
     return digest.hexdigest()
 
 

@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
 from .files import sync, write_text
@@ -85,7 +84,7 @@ class Steps:
             seconds = time.perf_counter() - start
             self.known[name] = {"about": about, "files": files, "figures": figures, "seconds": seconds}
             self._write()
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise OSError(
                 f"step {name} failed: {error}; the steps before it are kept in {self.folder}: "
                 "when the cause is gone, run the same again."
@@ -164,11 +163,6 @@ class Steps:
     def _write(self) -> None:
         text = json.dumps({"about": self.about, "steps": self.known}, indent=1)
         write_text(self.folder / MANIFEST, text + "\n")
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file."""
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, {"format": "pt"})
 
 
 def _foreign(folder: Path) -> bool:

@@ -1,14 +1,19 @@
-"""Files of safetensors that are written some numbers at a time."""
+"""Files of safetensors that are written and read some numbers at a time."""
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
+from .bits import bits
 from .files import sync
+
+PART = 2**24  # numbers that are read at once
 
 _NAMES = {
     "complex64": "C64",
@@ -36,8 +41,8 @@ KINDS = {vars(torch)[name]: kind for name, kind in _NAMES.items() if name in var
 
 def write_tensors(
     file: Path,
-    empty: Mapping[str, Tensor],
-    parts: Callable[[str], Iterable[Tensor]],
+    tensors: Mapping[str, Tensor],
+    parts: Callable[[str], Iterable[Tensor]] | None = None,
     *,
     about: Mapping[str, str] | None = None,
 ) -> None:
@@ -45,10 +50,9 @@ def write_tensors(
 
     Args:
         file: to be made.
-        empty: of each name a tensor of the shape and type that its value will have; the meta device will do. They
-            are written in this order, wider types first.
+        tensors: by name, in the order in which they are written, but wider types come first.
         parts: makes the tensor of a name, or consecutive parts of it; nothing of a tensor is held when the next
-            is made.
+            is made. Of ``tensors`` then the shapes and types alone count; the meta device will do.
         about: texts that stand in the header.
 
     Raises:
@@ -56,7 +60,7 @@ def write_tensors(
             they do not read back.
         OSError: if the disk is full.
     """
-    names = sorted(empty, key=lambda name: -empty[name].element_size())  # so that all are aligned
+    names = sorted(tensors, key=lambda name: -tensors[name].element_size())  # so that all are aligned
     digest = hashlib.blake2b()
     with file.open("wb") as opened:
 
@@ -64,20 +68,39 @@ def write_tensors(
             digest.update(content)
             opened.write(content)
 
-        write(_header({name: empty[name] for name in names}, about or {}))
+        write(_header({name: tensors[name] for name in names}, about or {}))
         for name in names:
-            planned, made, found = empty[name].dtype, 0, set()
-            for part in parts(name):
+            planned, made, found = tensors[name].dtype, 0, set()
+            for part in [tensors[name]] if parts is None else parts(name):
                 made, found = made + part.numel(), found | {part.dtype}
-                write(_bytes(part))
+                write(bits(part).numpy().data)
                 del part
-            if found != {planned} or made != empty[name].numel():
+            if found != {planned} or made != tensors[name].numel():
                 raise ValueError(
-                    f"{name} is {made} of {found}, but {empty[name].numel()} of {planned} was planned."
+                    f"{name} is {made} of {found}, but {tensors[name].numel()} of {planned} was planned."
                 )
     sync(file)
     if _digest(file) != digest.digest():
         raise ValueError(f"{file} does not read back as it was written; is the disk sound?")
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    """Read a tensor of a file, with little memory beside its own: mapped pages count until they are let go.
+
+    Raises:
+        SafetensorError: if the file is damaged or has no such tensor.
+        OSError: if it cannot be read.
+    """
+    with safe_open(file, framework="pt") as opened:
+        shape = opened.get_slice(name).get_shape()
+        lines = max(1, PART // max(1, math.prod(shape[1:])))
+        if not shape or shape[0] <= lines:
+            return opened.get_tensor(name).clone()
+        tensor = torch.empty(shape, dtype=opened.get_slice(name)[:0].dtype)
+    for start in range(0, shape[0], lines):
+        with safe_open(file, framework="pt") as opened:
+            tensor[start : start + lines] = opened.get_slice(name)[start : start + lines]
+    return tensor
 
 
 def _digest(file: Path) -> bytes:
@@ -101,7 +124,3 @@ def _header(empty: Mapping[str, Tensor], about: Mapping[str, str]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..core.files import read_json
 from ..core.finite import is_finite
+from ..core.tensor_file import read_tensor
 from .load import config_from, find, without_values
 from .model_folder import weight_files
 from .places import places_of, unread_words
@@ -132,8 +133,7 @@ class Checkpoint:
     def _read(self, key: str) -> Tensor:
         file = self.files[key]
         try:
-            with safe_open(file, framework="pt") as opened:
-                tensor = opened.get_tensor(key).clone()  # mapped memory counts until it is let go
+            tensor = read_tensor(file, key)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{key} cannot be read from {file} ({error}); get the file again.") from error
         if not is_finite(tensor):

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..core.adapted import adapted
+from ..core.bits import bits
 from ..core.files import new_folder, share, sync, write_text
 from ..core.stacks import stacks
 from ..core.surgery import StructuredLinear, structured
@@ -231,8 +232,4 @@ def read_back(file: Path, tensors: Mapping[str, Tensor]) -> set[str]:
 def _same(written: Tensor, own: Tensor) -> bool:
     if written.dtype != own.dtype or written.shape != own.shape:
         return False
-    return torch.equal(_bits(written), _bits(own.detach().cpu()))
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)
+    return torch.equal(bits(written), bits(own))

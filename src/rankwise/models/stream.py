@@ -16,8 +16,9 @@ from ..core.labels import Labels
 from ..core.progress import track
 from ..core.statistics import Batch, Statistic, Stats, divide_alike
 from ..core.statistics_file import gradient_counts, pack, unpack
-from ..core.steps import Steps, write_tensors
+from ..core.steps import Steps
 from ..core.surgery import Site
+from ..core.tensor_file import write_tensors
 from ..core.watch import Watch
 from .blocks import Chain
 from .checkpoint import Checkpoint
