@@ -580,6 +580,13 @@ def test_lines_are_read_as_texts_everywhere(folder, text, tmp_path):
             named_texts("--eval", [f"mine={lines}"])
 
 
+def test_a_text_given_twice_is_refused(folder, text, tmp_path):
+    (tmp_path / "link.txt").symlink_to(text)
+    for words in ([text, text], [text, tmp_path / "link.txt"], ["python", "python"]):
+        more = [word for each in words for word in ("--data", each)]
+        refused(run("compress", folder, "--keep", 0.8, *more), f"--data: the text {words[1]} is given twice")
+
+
 def test_little_data_is_told(folder, text, tmp_path):
     (tmp_path / "few.txt").write_text(" ".join(WORDS[:21]))
     assert "only 21 of the 512 tokens" in run(*small(folder, tmp_path / "few.txt", "--keep", 0.5)).stderr

@@ -53,13 +53,21 @@ def data_texts(words: Sequence[str]) -> list[Text]:
     """Read the calibration texts, files or embedded ones; "self" or nothing gives no text.
 
     Raises:
-        ValueError: if "self" is mixed with texts, or a file is missing, unreadable or empty.
+        ValueError: if "self" is mixed with texts, a text is given twice, or a file is missing, unreadable or
+            empty.
     """
     if "self" in words and len(words) > 1:
         raise ValueError("--data self cannot be combined with texts; give either self or files.")
     if not words or words[0] == "self":
         return []
-    return [_joined(parts[0].name, parts[0].origin, parts) for parts in (texts_of("--data", w) for w in words)]
+    found: dict[str, Text] = {}
+    for word in words:
+        parts = texts_of("--data", word)
+        text = _joined(parts[0].name, parts[0].origin, parts)
+        if text.origin in found:
+            raise ValueError(f"--data: the text {word} is given twice; give each text once.")
+        found[text.origin] = text
+    return list(found.values())
 
 
 def texts_of(flag: str, word: str) -> list[Text]:
