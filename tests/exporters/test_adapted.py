@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from contracts.examples import draw
 from safetensors.torch import load_file, save_file
 from tiny import gpt2, ids, llama
@@ -23,7 +24,7 @@ from rankwise.adapters import Lora as LoraAdapter
 from rankwise.cli import app
 from rankwise.compressors import Gptq, PlainSvd
 from rankwise.core.surgery import base_of, replace, select
-from rankwise.exporters import Absorbed, Delta, Lora, Merged
+from rankwise.exporters import Absorbed, Delta, Lora, Merged, merged
 from rankwise.matrices import Base, Branch, Dense, Diagonal, LowRank, Product, StructuredMatrix, Sum
 from rankwise.models import adapted_weights
 from rankwise.models.adapted_weights import AdaptedWeights
@@ -583,3 +584,22 @@ def test_a_part_for_another_model_is_named(two: tuple[Path, nn.Module]):
         rankwise.export(
             {folder / "poet": 1.0, folder / "coder": 1.0}, Merged(base=str(folder / "other")), folder / "x"
         )
+
+
+def test_outputs_are_compared_where_the_vocabulary_is_that_of_a_part(tmp_path, monkeypatch):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**sizes, image_size=16, patch_size=8),
+        text_config=transformers.LlamaConfig(**sizes, vocab_size=64),
+        image_token_index=63,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    rankwise.adapt(
+        model, LoraAdapter(rank=2), where=lambda name, _: "language_model" in name and "q_proj" in name
+    )
+    compared, outputs = [], merged.outputs_of
+    monkeypatch.setattr(merged, "outputs_of", lambda *words: compared.append(words) or outputs(*words))
+    rankwise.export(model, Merged(base=str(tmp_path / "base")), tmp_path / "out")
+    assert len(compared) == 2

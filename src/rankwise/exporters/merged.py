@@ -29,8 +29,8 @@ class Merged(AdaptedExporter):
             little more than the largest tensor, and a float32 copy for adapters that do not just add something to
             a matrix.
         shard: largest size of a file of weights, in megabytes; a larger tensor has its own.
-        compare: the largest model, in megabytes as stored, of which outputs are compared at the end; that takes
-            two copies in float32. 0 compares tensors alone.
+        compare: the largest model of tokens, in megabytes as stored, of which outputs are compared at the end;
+            that takes two copies in float32. Of other models, and with 0, tensors alone are compared.
     """
 
     memory: str | None = None
@@ -42,7 +42,7 @@ class Merged(AdaptedExporter):
         check_shard(self.shard)
 
     def write(self, source: Source, out: Path) -> None:
-        """Merge tensor by tensor, and compare outputs where the model is small.
+        """Merge tensor by tensor, and compare outputs where the model is small and takes tokens.
 
         Raises:
             ValueError: if adapter and model do not belong together, or the outputs differ.
@@ -58,7 +58,7 @@ class Merged(AdaptedExporter):
         copy_beside(weights.folder, weights.config, out)
         weights.save_tokenizer(out)
         stored = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-        if stored <= self.compare * 10**6 and "vocab_size" in weights.config:
+        if stored <= self.compare * 10**6 and weights.model.main_input_name == "input_ids":
             _compare(weights, out)
 
 
@@ -66,9 +66,9 @@ def _compare(weights: AdaptedWeights, out: Path) -> None:
     """Raise unless a merged model computes what the adapted one does, up to the rounding of its weights."""
     adapted = weights.load(torch.float32)
     merged: Any = load(out, dtype=torch.float32)[0]
-    if adapted.main_input_name != "input_ids":
-        return
-    ids = torch.randint(weights.config["vocab_size"], (2, 16), generator=Generator().manual_seed(0))
+    ids = torch.randint(
+        adapted.config.get_text_config().vocab_size, (2, 16), generator=Generator().manual_seed(0)
+    )
     kinds = [weights.empty(name).dtype for name in weights.names]
     limit = max(torch.finfo(kind).eps for kind in kinds) ** 0.5
     batch = {"input_ids": ids, **({"decoder_input_ids": ids} if adapted.config.is_encoder_decoder else {})}
