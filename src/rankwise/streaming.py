@@ -25,7 +25,7 @@ from .compression import (
 )
 from .core import labels as label_kinds
 from .core.choices import UNITS, Allocator, Choices, Ladder, Unit, spend
-from .core.data import batches_of
+from .core.data import batches_of, digest_of_batches
 from .core.labels import Labels
 from .core.methods import Compressor, check_function, check_seed
 from .core.progress import track
@@ -42,7 +42,7 @@ from .models.checkpoint import Checkpoint
 from .models.labelled import placed
 from .models.model_files import assemble, tensors_of, with_specs
 from .models.sequential import Sequential, without_cache
-from .models.stream import OUTSIDE, Sweeps, digest_of, parts_of
+from .models.stream import OUTSIDE, Sweeps, parts_of
 
 LADDERS, SHARD, HIDDEN = "ladders.safetensors", "model.safetensors", "hidden.safetensors"
 
@@ -176,7 +176,7 @@ class _Run:
             "dtype": str(self.checkpoint.dtype),
             "method": described(method),
             "layers": list(self.sites),
-            "data": digest_of(batches),
+            "data": digest_of_batches(batches),
             "labels": label_kinds.name_of(loss),
             "seed": seed,
             "versions": [__version__, torch.__version__, transformers.__version__],

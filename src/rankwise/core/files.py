@@ -1,6 +1,7 @@
 """Where files are kept, and files and folders that appear whole or not at all."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -25,6 +26,12 @@ def sync(path: Path) -> None:
         os.fsync(number)
     finally:
         os.close(number)
+
+
+def digest_of_file(file: Path) -> str:
+    """Return a hash of a file, which is not mapped, as mapped pages count as memory."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """A long work in steps that a killed run takes up again: the files of each appear whole, or not at all."""
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -13,7 +12,7 @@ from typing import IO, Any
 from safetensors import safe_open
 from torch import Tensor
 
-from .files import sync, write_text
+from .files import digest_of_file, sync, write_text
 
 MANIFEST, LOCK = "manifest.json", "lock"
 
@@ -74,7 +73,7 @@ class Steps:
             files = {}
             for file in sorted(temporary.iterdir()):
                 sync(file)
-                files[file.name] = [file.stat().st_size, _digest(file)]
+                files[file.name] = [file.stat().st_size, digest_of_file(file)]
             sync(temporary)
             if self.known.pop(name, None) is not None:
                 self._write()  # else a kill before the end would leave new files under an old hash
@@ -128,7 +127,7 @@ class Steps:
             ValueError: if it is not what was written.
         """
         path = self.folder / name / file
-        if _size(path) is None or _digest(path) != self.known[name]["files"][file][1]:
+        if _size(path) is None or digest_of_file(path) != self.known[name]["files"][file][1]:
             raise ValueError(
                 f"{path} is damaged; remove the folder {path.parent} and run the same again, which makes it anew."
             )
@@ -182,11 +181,6 @@ def _lock(folder: Path) -> IO[str]:
             opened.close()
             raise ValueError(f"another run is at work in {folder}; wait until it has ended.") from error
     return opened
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _size(file: Path) -> int | None:

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .bits import bits
-from .files import sync
+from .files import digest_of_file, sync
 
 PART = 2**24  # numbers that are read at once
 
@@ -61,7 +61,7 @@ def write_tensors(
         OSError: if the disk is full.
     """
     names = sorted(tensors, key=lambda name: -tensors[name].element_size())  # so that all are aligned
-    digest = hashlib.blake2b()
+    digest = hashlib.blake2b(digest_size=16)
     with file.open("wb") as opened:
 
         def write(content: bytes | memoryview) -> None:
@@ -80,7 +80,7 @@ def write_tensors(
                     f"{name} is {made} of {found}, but {tensors[name].numel()} of {planned} was planned."
                 )
     sync(file)
-    if _digest(file) != digest.digest():
+    if digest_of_file(file) != digest.hexdigest():
         raise ValueError(f"{file} does not read back as it was written; is the disk sound?")
 
 
@@ -101,15 +101,6 @@ def read_tensor(file: Path, name: str) -> Tensor:
         with safe_open(file, framework="pt") as opened:
             tensor[start : start + lines] = opened.get_slice(name)[start : start + lines]
     return tensor
-
-
-def _digest(file: Path) -> bytes:
-    """Hash a file without mapping it, as mapped pages count as memory."""
-    digest, block = hashlib.blake2b(), bytearray(2**20)
-    with file.open("rb", buffering=0) as opened:
-        while count := opened.readinto(block):
-            digest.update(memoryview(block)[:count])
-    return digest.digest()
 
 
 def _header(empty: Mapping[str, Tensor], about: Mapping[str, str]) -> bytes:

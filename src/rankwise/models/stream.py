@@ -1,8 +1,7 @@
 """Statistics of a model that does not fit in memory: two sweeps over its blocks."""
 
 import contextlib
-import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from statistics import median_low
@@ -47,27 +46,6 @@ def parts_of(chain: Chain, sites: Mapping[str, Site]) -> dict[str, dict[str, Sit
             )
         parts[found.pop()][name] = site
     return parts
-
-
-def digest_of(batches: Iterable[Batch]) -> str:
-    """Return a hash of calibration data."""
-    digest = hashlib.blake2b(digest_size=16)
-
-    def add(value: Any) -> None:
-        if isinstance(value, Tensor):
-            digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        elif isinstance(value, Mapping):
-            add([part for item in value.items() for part in item])
-        elif isinstance(value, (list, tuple)):
-            digest.update(f"{len(value)} parts".encode())
-            for part in value:
-                add(part)
-        else:
-            digest.update(repr(value).encode())
-
-    add(list(batches))
-    return digest.hexdigest()
 
 
 class Sweeps:
