@@ -416,7 +416,9 @@ def test_compress_a_stream(folder, text, tmp_path):
     known = tmp_path / "known.json"
     result = run(*small(folder, text, "--json", known))
     assert result.exit_code == 0, result.output
-    assert found["keep"] == json.loads(known.read_text())["keep"]
+    wanted = json.loads(known.read_text())
+    assert found["keep"] == wanted["keep"]
+    assert found["sizes"] == wanted["sizes"]
     assert "<svg" in (out / "report.html").read_text()
     measured = ["--text", f"words={text}", "--window", 64, "--max-tokens", 512]
     assert run("evaluate", out, *measured).exit_code == 0

@@ -12,6 +12,8 @@ from ..core.choices import BUDGETS, Unit
 from ..core.data import batches_of
 from ..core.labels import Labels
 from ..core.rates import check_rate
+from ..models.folded import empty_model
+from ..models.load import find
 from .app import app, say
 from .arguments import (
     CalibrationTokens,
@@ -157,7 +159,9 @@ def compress(
             seed=sampling["seed"],
             dtype=precision,
         )
-        figures = {**report.totals, "perplexity": {}, "file_bytes": file_bytes(out)}
+        before, after = (empty_model(folder)[0] for folder in (find(model), out))
+        counted = {"dense": models.sizes(before.to(precision)), "compressed": models.sizes(after)}
+        figures = {**report.totals, "perplexity": {}, "sizes": counted, "file_bytes": file_bytes(out)}
         show(report, model, figures, json, html_at)
         return
     check_arguments(chosen, keep, unit, sequential)

@@ -17,7 +17,7 @@ from ..matrices.base import check_parts
 from .load import config_from, without_values
 from .model_folder import weight_files
 from .places import used_names
-from .quantizer import FORMAT, METHOD, install, path_of, share
+from .quantizer import FORMAT, METHOD, Sharing, install, path_of, share
 
 
 class Folded(Mapping[str, Tensor]):
@@ -44,15 +44,7 @@ class Folded(Mapping[str, Tensor]):
 
         self.folder = Path(folder)
         self._files = weight_files(self.folder)
-        file = self.folder / "config.json"
-        self.config: dict[str, Any] = read_json(file)
-        try:
-            groups = _groups(self.config.pop("quantization_config", None))
-            model = without_values(config_from(self.config))
-            sharing = install(model, groups, torch.float32, f"{model.base_model_prefix}.")
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
-        share(model, sharing)
+        model, self.config, sharing = empty_model(self.folder)
         found = structured(model)
         self._stacks: dict[str, Stack] = dict(stacks(model))
         self._revert = partial(revert_weight_conversion, model)
@@ -155,6 +147,28 @@ class Folded(Mapping[str, Tensor]):
         """Return the layer whose matrix a tensor is a part of, if any."""
         layer, found, _ = name.partition(".matrix.")
         return layer if found and layer in self.layers else None
+
+
+def empty_model(folder: Path) -> tuple[Any, dict[str, Any], Sharing]:
+    """Return the model of a folder on the meta device, compressed or not.
+
+    Returns:
+        the model; what ``config.json`` holds, without the specs of structured matrices; and where matrices stand
+        that are stored elsewhere.
+
+    Raises:
+        ValueError: if the config is damaged, or the model is quantised by another tool.
+    """
+    file = folder / "config.json"
+    data = read_json(file)
+    try:
+        groups = _groups(data.pop("quantization_config", None))
+        model = without_values(config_from(data))
+        sharing = install(model, groups, model.dtype, f"{model.base_model_prefix}.")
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    share(model, sharing)
+    return model, data, sharing
 
 
 def _groups(quantization: Any) -> Any:
