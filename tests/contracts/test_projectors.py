@@ -21,7 +21,7 @@ SETTINGS: dict[str, list[Projector]] = {
     "Randomised": [projectors.Randomised(), projectors.Randomised(oversampling=0, steps=0)],
     "RowBlock": [projectors.RowBlock()],
     "Svd": [projectors.Svd()],
-    "WarmPower": [projectors.WarmPower(), projectors.WarmPower(steps=3, start=5)],
+    "WarmPower": [projectors.WarmPower(), projectors.WarmPower(steps=3, start=5, fresh=2)],
 }
 NAMES = [n for n in projectors.__all__ if not issubclass(getattr(projectors, n), (Refresh, Carry))]
 FIND_VECTORS = (projectors.Randomised, projectors.Svd, projectors.WarmPower)
@@ -144,6 +144,18 @@ def test_chosen_rows_are_the_best_of_all_subsets(name: str):
     assert float(held) == pytest.approx(best, rel=1e-10)
 
 
+def test_what_finds_vectors_finds_those_that_the_first_gradients_had_not(projector: Projector):
+    """Other rows and other columns, as those of units that did not fire before: no product leads there."""
+    if not isinstance(projector, FIND_VECTORS):
+        pytest.skip("chooses from a fixed basis")
+    one, other = torch.zeros(2, 3, SIDE, LENGTH, dtype=torch.float64)
+    one[:, :4, :6], other[:, 4:8, 6:] = gradients(side=4, length=6), gradients(side=4, length=8, seed=50)
+    state = fitted(projector, one, rank=4, fits=2)
+    for _ in range(2):
+        state = projector.fit(other, state, first=False)
+    torch.testing.assert_close(projector.up(projector.down(other, state), state), other, **CLOSE)
+
+
 @pytest.mark.parametrize("name", ["RandomOrthogonal", "RandomRows", "RowBlock"])
 def test_subspaces_move_on(name: str):
     projector, grad = SETTINGS[name][0], gradients(side=40)
@@ -218,6 +230,7 @@ def test_columns_keep_their_signs_and_order():
     [
         (lambda: projectors.WarmPower(steps=0), "steps"),
         (lambda: projectors.WarmPower(start=0), "start"),
+        (lambda: projectors.WarmPower(fresh=-1), "fresh"),
         (lambda: projectors.Randomised(steps=-1), "steps"),
         (lambda: projectors.Randomised(oversampling=-1), "oversampling"),
         (lambda: projectors.Packed(bits=9), "bits"),

@@ -73,7 +73,7 @@ def ldadam(
     eps: float = 1e-8,
     rho: float = 0.908,
     feedback: bool = True,
-    projector: Projector = WarmPower(),  # noqa: B008 (frozen)
+    projector: Projector = WarmPower(fresh=0),  # noqa: B008 (frozen)
 ) -> Transform:
     """LDAdam: Adam in a low-rank subspace that moves at each step, with moments that move along.
 
@@ -91,7 +91,8 @@ def ldadam(
         rho: how far the subspace follows the mean instead of the gradient.
         feedback: keep what is lost, in float32. It takes a number for each entry of the matrix; in the published
             code it lies in ``.grad``, where clipping and logging meet it and what is saved misses it.
-        projector: makes the subspace go on.
+        projector: makes the subspace go on; without ``feedback``, ``WarmPower()`` lets it also leave what the
+            first gradients spanned.
 
     References: Robert et al., ICLR 2025, arXiv 2410.16103. There the first basis is that of an SVD, here of power
     steps from random vectors (``projector=Svd()`` computes one at each change), and negative variances turn their

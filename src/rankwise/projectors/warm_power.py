@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..core.methods import check_count
@@ -15,11 +16,15 @@ class WarmPower(StoredBasis):
     """Improve the last basis Q by block power steps, Q <- qr(G G' Q): two products and a QR of r columns.
 
     Gradients change slowly, so one step from the last basis finds about what an SVD finds. The sign and order of
-    columns go on too, so that moments keep their meaning.
+    columns go on too, so that moments keep their meaning. But where a later gradient is orthogonal to the basis,
+    as one of other units is, a power step does not find it: so a few random columns are stepped beside the basis,
+    and each takes the place of a column that holds less of the gradient.
 
     Args:
         steps: at each fit.
         start: steps of the first fit, from random vectors.
+        fresh: random columns of each later fit, at most r; with 0 the basis never leaves what the first gradients
+            spanned, unless something outside of it is kept and comes back, as LDAdam's errors do.
 
     References: Halko, Martinsson, Tropp, "Finding structure with randomness", 2011, arXiv 0909.4061; the warm
     start is that of PowerSGD (Vogels et al. 2019, arXiv 1905.13727) and LDAdam (Robert et al. 2024,
@@ -28,14 +33,32 @@ class WarmPower(StoredBasis):
 
     steps: int = 1
     start: int = 2
+    fresh: int = 4
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps)
         check_count("start", self.start)
+        if self.fresh < 0:
+            raise ValueError(f"fresh must be >= 0, got {self.fresh}.")
 
     def fit(self, grad: Tensor, state: State, *, first: bool) -> State:
         """Go on from the last basis, or from random vectors."""
         basis, steps = state["columns"], self.steps
+        fresh = min(self.fresh, basis.shape[-1], basis.shape[-2] - basis.shape[-1])
         if first:
-            basis, steps = draw_normal(tuple(basis.shape[1:]), state["index"], grad), self.start
-        return {**state, "columns": power_steps(grad, basis, steps)}
+            basis, steps, fresh = draw_normal(tuple(basis.shape[1:]), state["index"], grad), self.start, 0
+        if fresh:
+            basis = torch.cat([basis, draw_normal((basis.shape[-2], fresh), state["index"], grad)], dim=-1)
+        basis = power_steps(grad, basis, steps)
+        return {**state, "columns": _exchanged(grad, basis, fresh) if fresh else basis}
+
+
+def _exchanged(grad: Tensor, basis: Tensor, fresh: int) -> Tensor:
+    """Return the r columns of (k, s, r + fresh) that hold most, the last ones in places of the first."""
+    held = (basis.mT @ grad).square().sum(-1)
+    last = held[:, -fresh:].argsort(descending=True) + held.shape[-1] - fresh
+    weak = held[:, :-fresh].argsort()[:, :fresh]
+    better = held.gather(-1, last) > held.gather(-1, weak)
+    places = torch.arange(held.shape[-1] - fresh, device=held.device).repeat(len(held), 1)
+    places.scatter_(-1, weak, torch.where(better, last, weak))
+    return basis.gather(-1, places[:, None].expand(-1, basis.shape[-2], -1))
