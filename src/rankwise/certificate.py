@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .core.finite import is_finite
 from .core.report import Report
 from .core.surgery import StructuredLinear
 from .core.views import LinearView
@@ -196,7 +197,7 @@ def _norm(weight: Tensor, name: str) -> float:
     """From root mean square to root mean square."""
     m, n = weight.shape
     values = weight.detach().double().cpu()
-    if values.is_meta or not bool(values.isfinite().all()):
+    if values.is_meta or not is_finite(values):
         raise ValueError(f"the weight of {name or 'the model'} has no finite values.")
     return float(torch.linalg.matrix_norm(values, 2)) * math.sqrt(n / m) * SLACK if m * n else 0.0
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .core.choices import BUDGETS, UNITS, Choices, Unit, nothing
 from .core.errors import CalibrationError
+from .core.finite import is_finite
 from .core.memory import peak_memory_bytes
 from .core.methods import Adapter, BlockAdapter, Compressor
 from .core.report import Report
@@ -51,7 +52,7 @@ def check_keep(keep: float) -> None:
 def check_weights(sites: Mapping[str, Site]) -> None:
     """Raise if a weight holds NaN or infinity."""
     for name, site in sites.items():
-        if not all(bool(t.isfinite().all()) for t in site.matrix.state_dict().values()):
+        if not all(map(is_finite, site.matrix.state_dict().values())):
             raise ValueError(f"layer {name}: its weight holds NaN or infinity; load a sound checkpoint.")
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .core.finite import is_finite
 from .estimators.base import Estimator
 from .estimators.network import Loss, Network
 
@@ -98,7 +99,7 @@ def estimate(
 def _finite(value: Any) -> bool:
     """Whether all tensors in it are finite."""
     if isinstance(value, Tensor):
-        return not value.is_floating_point() or bool(value.isfinite().all())
+        return is_finite(value)
     if isinstance(value, dict):
         return all(map(_finite, value.values()))
     return all(map(_finite, value)) if isinstance(value, (tuple, list)) else True

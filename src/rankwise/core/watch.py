@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .errors import CalibrationError
+from .finite import is_finite
 from .labels import UNLABELLED, Labels
 from .memory import peak_memory_bytes
 from .progress import track
@@ -161,7 +162,7 @@ class Watch:
         given = (x != 0).any(-1) if name in self.stacks else None
         if leader == name or both:
             inputs = self.rows(site.view.inputs(x)) if given is None else x[given]
-            if not bool(inputs.isfinite().all()):
+            if not is_finite(inputs):
                 raise CalibrationError(
                     f"layer {name}: its inputs are not finite; use float32, or look at the weights."
                 )
@@ -180,7 +181,7 @@ class Watch:
 
         def fill(gradient: Tensor) -> None:
             rows = self.rows(self.sites[name].view.outputs(gradient)) if given is None else gradient[given]
-            if not bool(rows.isfinite().all()):
+            if not is_finite(rows):
                 raise CalibrationError(f"layer {name}: its output gradients are not finite; use float32.")
             for need, statistic in self.layers[name].items():
                 if need.side != "input":

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..core.adapted import in_use
 from ..core.extended import refuse_extended
+from ..core.finite import is_finite
 from ..core.progress import track
 from ..core.surgery import Site, base_of, fold, refuse_followed, replace, select, structured
 from ..core.ties import declare_ties
@@ -125,7 +126,7 @@ def _absorbed(
 
 def _check_finite(matrix: StructuredMatrix, problem: str) -> None:
     tensors = [*matrix.parameters(), *matrix.buffers()]
-    if not all(bool(tensor.isfinite().all()) for tensor in tensors if tensor.is_floating_point()):
+    if not all(map(is_finite, tensors)):
         raise ValueError(f"{problem}; nothing was changed.")
 
 

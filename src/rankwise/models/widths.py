@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.finite import is_finite
 from ..core.statistics import Batch
 from ..core.surgery import Site
 from .blocks import find_blocks
@@ -134,7 +135,7 @@ def find_widths(model: Any, sites: Mapping[str, Site], batch: Batch) -> list[Wid
             f"{type(model).__name__} has no list of blocks; nothing in it can be narrowed."
         ) from None
     _refuse_shared(model, blocks)
-    if not all(bool(output.isfinite().all()) for output in outputs_of(model, batch, {})):
+    if not all(map(is_finite, outputs_of(model, batch, {}))):
         raise ValueError("the model's outputs are not finite; look at its weights and inputs.")
     found: list[Width] = []
     tried: dict[str, None] = {}
