@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..core.errors import CalibrationError
+from ..core.finite import is_finite
 from ..core.labels import Labels
 from ..core.progress import track
 from ..core.statistics import Batch, Statistic, Stats, divide_alike
@@ -231,6 +232,6 @@ def finite(x: Tensor, what: str) -> Tensor:
     Raises:
         CalibrationError: if it holds NaN or infinity.
     """
-    if not bool(x.isfinite().all()):
+    if not is_finite(x):
         raise CalibrationError(f"{what} that are not finite; use float32, or look at the weights.")
     return x
