@@ -615,12 +615,18 @@ def test_no_weight_of_a_finished_block_stays_in_memory(make, sequential, tmp_pat
     shapes |= {shape[1:] for shape in shapes if len(shape) == 3}
     left, write = [], _Run._write
 
+    def alive() -> list[Tensor]:
+        gc.collect()
+        tensors = [each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter)]
+        return [each for each in tensors if not each.is_meta and each.shape in shapes]
+
     def writes(self: _Run, part: str, picks: Any) -> Any:
         found = write(self, part, picks)
-        gc.collect()
-        tensors = [each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter) and not each.is_meta]
-        left.append([tuple(each.shape) for each in tensors if each.shape in shapes])
+        left.append([tuple(each.shape) for each in alive() if id(each) not in others])
         return found
+
+    before = alive()  # what other tests left; held, so that nothing new takes their places
+    others = {id(each) for each in before}
 
     monkeypatch.setattr(_Run, "_write", writes)
     rankwise.compress_folder(
