@@ -43,14 +43,17 @@ class WarmPower(StoredBasis):
 
     def fit(self, grad: Tensor, state: State, *, first: bool) -> State:
         """Go on from the last basis, or from random vectors."""
-        basis, steps = state["columns"], self.steps
-        fresh = min(self.fresh, basis.shape[-1], basis.shape[-2] - basis.shape[-1])
+        basis = state["columns"]
+        side, rank = basis.shape[-2:]
         if first:
-            basis, steps, fresh = draw_normal(tuple(basis.shape[1:]), state["index"], grad), self.start, 0
-        if fresh:
-            basis = torch.cat([basis, draw_normal((basis.shape[-2], fresh), state["index"], grad)], dim=-1)
-        basis = power_steps(grad, basis, steps)
-        return {**state, "columns": _exchanged(grad, basis, fresh) if fresh else basis}
+            start = draw_normal((side, rank), state["index"], grad)
+            return {**state, "columns": power_steps(grad, start, self.start)}
+        fresh = min(self.fresh, rank, side - rank)
+        if not fresh:
+            return {**state, "columns": power_steps(grad, basis, self.steps)}
+        beside = draw_normal((side, fresh), state["index"], grad)
+        wider = power_steps(grad, torch.cat([basis, beside], dim=-1), self.steps)
+        return {**state, "columns": _exchanged(grad, wider, fresh)}
 
 
 def _exchanged(grad: Tensor, basis: Tensor, fresh: int) -> Tensor:
