@@ -5,6 +5,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .symmetric_eigen import symmetric_eigen
+
 ROUNDING = 1e-4  # of a float32 sum's largest eigenvalue; what is more negative is no second moment
 
 
@@ -99,12 +101,18 @@ def metric_svd(weight: Tensor, outputs: Metric, inputs: Metric) -> tuple[Tensor,
     ``T^-1 U_r U_r' T W`` (see :func:`truncated_factors`), which needs no inverse of L, and its error is the
     sum of the squares of the singular values left out.
 
+    V is not needed, so that eigenvectors of a matrix (k, k) do, in a fraction of the time. The squares of s are
+    exact to the rounding of the largest one, 1e-15 of it.
+
     Returns:
         U (m, k) and s (k,) with k = min(m, n), float64.
     """
     core = inputs.whiten(outputs.whiten(weight.double()).mT).mT  # T W L
-    u, s, _ = torch.linalg.svd(core, full_matrices=False)
-    return u, s
+    tall = core.shape[0] > core.shape[1]
+    basis, core = torch.linalg.qr(core) if tall else (None, core)
+    squares, u = symmetric_eigen(core @ core.mT)
+    u = u if basis is None else basis @ u
+    return u.flip(1), squares.flip(0).sqrt()
 
 
 def truncated_factors(weight: Tensor, outputs: Metric, u: Tensor) -> tuple[Tensor, Tensor]:
