@@ -30,6 +30,7 @@ from .core.labels import Labels
 from .core.methods import Compressor, check_function, check_seed
 from .core.progress import track
 from .core.report import Report
+from .core.states import told
 from .core.statistics import Batch, Statistics, Stats
 from .core.steps import Steps
 from .core.surgery import Where, replace, select
@@ -177,7 +178,7 @@ class _Run:
             "method": described(method),
             "layers": list(self.sites),
             "data": digest_of_batches(batches),
-            "labels": label_kinds.name_of(loss),
+            "labels": told(loss),
             "seed": seed,
             "versions": [__version__, torch.__version__, transformers.__version__],
         }

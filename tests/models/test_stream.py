@@ -1,6 +1,5 @@
 """A checkpoint compressed block by block equals one compressed in memory; a killed run equals a whole one."""
 
-import functools
 import gc
 import json
 import shutil
@@ -346,11 +345,12 @@ def test_a_run_about_something_else_is_refused(change, named, dense, tmp_path, m
         run(dense, tmp_path / "out", **change)
 
 
-@pytest.mark.parametrize("change", [lambda *x: labels.given(*x), functools.partial(labels.given)])
-def test_labels_that_cannot_be_told_from_others_are_refused(change, dense, tmp_path):
-    with pytest.raises(ValueError, match="labels must be a function of a module"):
-        run(dense, tmp_path / "out", labels=change)
-    assert list(tmp_path.iterdir()) == []
+def test_labels_without_a_name_are_told_by_what_they_compute(dense, tmp_path, monkeypatch):
+    one, same = (lambda *arguments: labels.given(*arguments) for _ in range(2))
+    assert interrupted(dense, tmp_path / "out", monkeypatch, 1, labels=one)
+    with pytest.raises(ValueError, match="unfinished run with another labels"):
+        run(dense, tmp_path / "out", labels=lambda *arguments: labels.gaussian(*arguments))
+    run(dense, tmp_path / "out", labels=same)
 
 
 def test_another_checkpoint_is_refused(dense, tmp_path, monkeypatch):

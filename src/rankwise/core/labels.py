@@ -5,7 +5,6 @@ information; with the labels of the data it is the empirical one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -65,20 +64,6 @@ def count_given(batch: Any, ahead: bool) -> int:
     """
     sequences = not _has_labels(batch) or batch["labels"].dim() == 2
     return int((_targets(batch, sequences, ahead) != UNLABELLED).sum())
-
-
-def name_of(labels: Labels) -> str:
-    """Return the name by which a run that continues knows that it has the same labels.
-
-    Raises:
-        ValueError: if they have none that other labels cannot have, too.
-    """
-    if not isinstance(labels, FunctionType) or "<" in labels.__qualname__:  # <lambda>, or <locals> of a function
-        raise ValueError(
-            "labels must be a function of a module, so that a stopped run can tell it from others, "
-            f"got {labels!r}."
-        )
-    return f"{labels.__module__}.{labels.__qualname__}"
 
 
 def _entropy(output: Any, batch: Any, ahead: bool) -> Tensor:
