@@ -9,7 +9,6 @@ it: it is the same transform with a stack of one.
 """
 
 import itertools
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, overload
 
@@ -200,14 +199,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def state_bytes(self) -> int:
         """Count the bytes that all states will take in this process once every parameter has been stepped."""
-        kinds: dict[Any, Tensor] = {}  # all others take as much as one of their kind
-        counts: Counter[Any] = Counter()
-        for i, group in enumerate(self.param_groups):
-            for param in group["params"]:
-                kind = (i, param.shape, param.dtype)
-                kinds[kind] = param
-                counts[kind] += 1
-        return sum(counts[kind] * leaf.nbytes for kind in counts for leaf in leaves(self._blank(kinds[kind])))
+        params = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+        return sum(leaf.nbytes for param in params for leaf in leaves(self._blank(param)))
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values in torch's layout, which ``torch.load(weights_only=True)`` reads."""
@@ -267,6 +260,7 @@ class Optimizer(torch.optim.Optimizer):
         self._places: dict[Tensor, tuple[int, int]] = {}  # group and number of each parameter
         self._parts: dict[Tensor, Part] = {}
         self._stacks: dict[Tensor, Stack] = {}
+        self._blanks: dict[Any, State] = {}
 
     def _stackable(self) -> list[tuple[Group, list[Tensor]]]:
         """Return which parameters may be stacked, in an order that depends on nothing but the groups."""
@@ -388,9 +382,13 @@ class Optimizer(torch.optim.Optimizer):
         return map_state(lambda leaf: leaf.squeeze(0), state)
 
     def _blank(self, param: Tensor) -> State:
-        """Return the first state (1, ...) of one parameter on the meta device."""
+        """Return the first state (1, ...) of one parameter on the meta device; those of one kind share it."""
         part = self._part(param)
         if not param.numel():
             return {}
-        blank = blank_state(part.transform, part.blank())
-        return with_written(blank, self.write.init(param, torch.tensor([0])))
+        like = part.blank()
+        kind = (self._places[param][0], param.shape, param.dtype, like.shape, like.stride())
+        if kind not in self._blanks:
+            written = self.write.init(param, torch.tensor([0]))
+            self._blanks[kind] = with_written(blank_state(part.transform, like), written)
+        return self._blanks[kind]

@@ -91,7 +91,7 @@ def _elimination(inputs: Metric, n: int, device: torch.device) -> tuple[Tensor, 
 
 
 def choose_grids(
-    weight: Tensor, importance: Tensor, bits: int, group: int, dtype: torch.dtype
+    weight: Tensor, importance: Tensor, bits: int, group: int, dtype: torch.dtype, ranges: int = SHRINKS
 ) -> tuple[Tensor, Tensor]:
     """Choose a grid of 2^bits values for each group of columns of a row.
 
@@ -103,6 +103,7 @@ def choose_grids(
         bits: 1 ... 8.
         group: how many columns share a grid.
         dtype: to whose numbers scale and offset are rounded.
+        ranges: how many are tried, from all of the range down.
 
     Returns:
         scale and offset, (m, ceil(n / group)) float64.
@@ -115,7 +116,7 @@ def choose_grids(
     weights = torch.cat([importance, importance.new_zeros(pad)]).view(groups, group)
     low, high = values.amin(-1), values.amax(-1)
     best, scale, offset = torch.full_like(low, torch.inf), low, low
-    for i in range(SHRINKS):
+    for i in range(ranges):
         cut = (high - low) * i / (4 * SHRINKS)
         a = ((high - low - 2 * cut) / (2**bits - 1)).to(dtype).double()
         a = torch.where(a > 0, a, torch.ones_like(a))

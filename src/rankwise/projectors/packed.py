@@ -11,6 +11,7 @@ from ..core.methods import check_count
 from ..core.states import State
 from ..core.subspaces import Projector
 from ..linalg import choose_grids, nearest_codes, pack_fitting, product, unpack
+from ..linalg.rounding import SHRINKS
 from .bases import StoredBasis, side_of
 from .warm_power import WarmPower
 
@@ -43,7 +44,7 @@ class Packed(Projector):
     def init(self, grad: Tensor, rank: int, index: Tensor) -> State:
         """The first basis of the projector, packed, and the number of its rows."""
         side = torch.full_like(index, grad.shape[-2])
-        return self._packed({**self.projector.init(grad, rank, index), "side": side})
+        return self._packed({**self.projector.init(grad, rank, index), "side": side}, ranges=1)
 
     def fit(self, grad: Tensor, state: State, *, first: bool) -> State:
         """Unpack, fit and pack."""
@@ -65,14 +66,14 @@ class Packed(Projector):
         """The number of columns."""
         return state["codes"].shape[-2]
 
-    def _packed(self, state: State) -> dict[str, Any]:
+    def _packed(self, state: State, ranges: int = SHRINKS) -> dict[str, Any]:
         """Write codes (k, r, bytes), scales and offsets (k, r, groups) in the place of columns (k, s, r)."""
         left = {key: value for key, value in state.items() if key not in ("columns", "codes", "scale", "offset")}
         columns = state["columns"]
         k, side, rank = columns.shape
         values = columns.mT.reshape(k * rank, side).double()
         weights = torch.ones(side, dtype=values.dtype, device=values.device)
-        scale, offset = choose_grids(values, weights, self.bits, self.group, columns.dtype)
+        scale, offset = choose_grids(values, weights, self.bits, self.group, columns.dtype, ranges)
         a, b = (each.repeat_interleave(self.group, 1)[:, :side] for each in (scale, offset))
         codes = pack_fitting(nearest_codes(values, a, b, self.bits), self.bits)
         kept = {"codes": codes, "scale": scale.to(columns.dtype), "offset": offset.to(columns.dtype)}
