@@ -106,11 +106,10 @@ def plan(
     if not candidates:
         raise ValueError("candidates is empty; give at least one transform by name.")
     config = _config(model)
-    with without_numbers():
+    numberless = without_numbers()
+    with numberless:
         network = fresh(config, dtype=dtype, attention=causal_attention()).train()
         check_causal(network, window, "only such models are planned")
-        savings = track([*product((False, True), repeat=2)], "passes")
-        ways = [_Way.of(network, window, autocast, max(MOST, batch), *each) for each in savings]
         weights = held_bytes(network)
         params = sum(p.numel() for p in network.parameters())
         counts = {name: _Counts.of(network, candidates[name]) for name in track([*candidates], "states")}
@@ -119,7 +118,13 @@ def plan(
         _Need.of(name, counts[name], (step_bytes(transform, dtype, counts[name].side), others))
         for name, transform in candidates.items()
     ]
-    room = int(memory * (1 - reserve))
+    room = int(memory * (1 - reserve)) - weights
+    ways: list[_Way] = []
+    with numberless:
+        for savings in track([*product((False, True), repeat=2)], "passes"):
+            ways.append(_Way.of(network, window, autocast, max(MOST, batch), *savings))
+            if all(any(_largest(need, way, room, batch) >= batch for way in ways) for need in needs):
+                break  # more savings would not be taken
     rows = [_row(need, ways, weights, room, batch) for need in needs]
     fitting = [row for row in rows if row["fits"]]
     rows = [*fitting, *sorted((row for row in rows if not row["fits"]), key=lambda row: row["total"])]
@@ -279,8 +284,7 @@ class _Need:
 
 def _row(need: _Need, ways: list[_Way], weights: int, room: int, wanted: int) -> dict[str, Any]:
     """Choose the first way in which the batch that is wanted fits, or else the one with the largest batch."""
-    left = room - weights - need.state
-    largest = [max((b for b in _batches(wanted) if _moving(need, way, b) <= left), default=0) for way in ways]
+    largest = [_largest(need, way, room, wanted) for way in ways]
     enough = [i for i, count in enumerate(largest) if count >= wanted]
     i = enough[0] if enough else max(range(len(ways)), key=lambda i: (largest[i], i if not largest[i] else -i))
     way, batch = ways[i], max(largest[i], 1)
@@ -295,6 +299,12 @@ def _row(need: _Need, ways: list[_Way], weights: int, room: int, wanted: int) ->
         **{name: size / GIB for name, size in sizes.items()},
         "fits": largest[i] > 0,
     }
+
+
+def _largest(need: _Need, way: _Way, room: int, wanted: int) -> int:
+    """Return the largest batch that fits beside the weights, or zero."""
+    left = room - need.state
+    return max((batch for batch in _batches(wanted) if _moving(need, way, batch) <= left), default=0)
 
 
 def _moving(need: _Need, way: _Way, batch: int) -> int:

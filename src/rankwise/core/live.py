@@ -1,8 +1,8 @@
 """How many bytes a forward and backward pass holds at its worst moment, counted, also without any numbers."""
 
-import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -75,13 +75,14 @@ def pass_bytes(model: nn.Module, loss: Callable[[], Tensor], *, layerwise: bool 
     return live.peak
 
 
-@contextlib.contextmanager
-def without_numbers() -> Iterator[None]:
-    """Let tensors that are made inside have shapes, types and devices, but no values and no memory."""
+def without_numbers() -> AbstractContextManager[Any]:
+    """Let tensors that are made inside have shapes, types and devices, but no values and no memory.
+
+    What is returned may be entered again, to go on with the same tensors.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode():
-        yield
+    return FakeTensorMode()
 
 
 def _free(parameter: Tensor) -> None:
