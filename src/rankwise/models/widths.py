@@ -5,6 +5,7 @@ blocks: these tell what belongs to a unit. Whether units can really be dropped i
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -244,9 +245,10 @@ class _Candidates:
                 if value > 1 and (*path, name) not in fixed:
                     yield (*path, name), value
             for name in [name for name, value in vars(config).items() if value is None and name[0] != "_"]:
-                for value in sorted(self.inputs):
-                    if self._shapes({**fixed, (*path, name): value}) == self.base:
-                        yield (*path, name), value
+                values = sorted(self.inputs, reverse=True)
+                fits = (value for value in values if self._shapes({**fixed, (*path, name): value}) == self.base)
+                for value in itertools.islice(fits, 1):  # all fit if it counts nothing here
+                    yield (*path, name), value
 
     def _shapes(self, numbers: Numbers) -> Shapes:
         """Return the shapes with other numbers, or none where transformers cannot build that."""
