@@ -74,7 +74,7 @@ def calibrate(
         model: the model, which stays as it is.
         needs: the statistics, such as ``KroneckerFactoredSvd.needs``.
         data: "self" samples sequences from the model, which must be a causal language model; otherwise token
-            ids, (t,) or (b, t), or batches as the model takes them.
+            ids, (t,) or (b, t), or batches as the model takes them, perhaps with labels as in :func:`finetune`.
         where: which layers; see :func:`rankwise.core.surgery.select`.
         compressed: also watch layers that are structured already.
         labels: from :mod:`rankwise.core.labels`; None means the sampled tokens themselves for "self", and labels

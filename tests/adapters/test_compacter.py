@@ -256,3 +256,13 @@ def test_bad_fields_and_models_without_blocks_are_refused():
         rankwise.adapt(nn.Sequential(nn.Linear(8, 8)), Compacter())
     with pytest.raises(ValueError, match="no linear layer that a module"):
         rankwise.adapt(nn.Sequential(nn.Conv2d(3, 8, 3)), Compacter(), where=lambda *_: True)
+
+
+@pytest.mark.parametrize("reduction", [2, 4])
+def test_its_sums_of_products_are_no_stacks_of_experts(reduction: int, tmp_path):
+    model = llama()
+    rankwise.adapt(model, Compacter(count=4, reduction=reduction, rank=2))
+    rankwise.save(model, tmp_path / "compacter", format="rankwise")
+    other = llama()
+    rankwise.load_adapter(other, tmp_path / "compacter")
+    torch.testing.assert_close(other(ids()).logits, model(ids()).logits, rtol=0, atol=0)

@@ -5,7 +5,7 @@ import torch
 from contracts.examples import draw
 from contracts.problems import fill
 from tiny import llama, plain
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 import rankwise
 from rankwise.adapters import Lora
@@ -98,3 +98,30 @@ def test_bad_arguments():
     zero = fill([WeightGradient], torch.zeros(9, N), draw(9, M))
     with pytest.raises(ValueError, match="is zero"):
         Lora(rank=2, start=GradientSvd()).attach(base, zero, Generator())
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_labels_of_the_data_do_not_reach_a_model_that_takes_none(called: bool):
+    class Tempered(nn.Module):
+        """The second argument is not labels."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 4)
+
+        def forward(self, inputs: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+            return self.layer(inputs) / temperature
+
+    model, x, y = Tempered(), draw(30, 6).float(), torch.arange(30) % 4
+    batch = {"inputs": x, "labels": y} if called else (x, y)
+    found = rankwise.calibrate(model, [WeightGradient], data=[batch]).layers["layer"][WeightGradient]
+    torch.nn.functional.cross_entropy(model(x), y).backward()
+    assert model.layer.weight.grad is not None
+    torch.testing.assert_close(found.value().float(), model.layer.weight.grad)
+
+
+def test_factors_are_where_the_base_is():
+    base = Base(Dense(torch.empty(M, N, device="meta")))
+    stats = fill(GradientSvd().needs, draw(40, N), draw(40, M))
+    matrix = Lora(rank=RANK, start=GradientSvd()).attach(base, stats, Generator())
+    assert {tensor.device.type for tensor in matrix.state_dict().values()} == {"meta"}

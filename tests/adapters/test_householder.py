@@ -144,3 +144,11 @@ def test_autocast_does_not_reach_the_triangle():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, inner = matrix.factors()
     assert torch.equal(inner, matrix.factors()[1])
+
+
+@pytest.mark.parametrize("length", [1e-30, 1e-13, 1e20, 1e30])
+def test_lengths_do_not_matter(length: float):
+    vectors = draw(3, 8)
+    wanted = one_by_one(vectors)
+    found = Reflections((length * vectors).float()).dense()
+    torch.testing.assert_close(found.detach().double(), wanted, rtol=0, atol=2e-6)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from contracts.examples import draw
-from torch import Generator
+from torch import Generator, nn
 
+import rankwise
 from rankwise.adapters import KronLora, Lora
 from rankwise.core.methods import Adapter
 from rankwise.matrices import Base, Dense, StructuredMatrix
@@ -54,3 +55,11 @@ def test_what_does_not_fit_is_refused(fields, message):
 def test_bad_fields_are_refused(name: str, value: float):
     with pytest.raises(ValueError, match=name):
         KronLora(**{name: value})
+
+
+def test_another_adapter_beside_it_sees_the_layer_alone():
+    model = nn.Sequential(nn.Linear(16, 16))
+    rankwise.adapt(model, KronLora(count=4, rank=2), name="one")
+    assert [row["name"] for row in rankwise.adapt(model, Lora(rank=2), name="two").rows] == ["0"]
+    rankwise.fold(model)
+    assert type(model[0]) is nn.Linear

@@ -46,3 +46,11 @@ def test_inputs_of_the_branch_alone_are_dropped_and_only_while_it_trains():
         found = adapted.train()(x)
         torch.manual_seed(3)
         torch.testing.assert_close(found, x @ WEIGHT.mT + functional.dropout(x, 0.5) @ change.mT)
+
+
+def test_long_rows_in_half_precision_keep_their_lengths():
+    """Their squares are no numbers of that type."""
+    base = Base(Dense(300 * draw(6, 4)))
+    matrix = Lora(rank=2, magnitudes=True).attach(base, {}, Generator().manual_seed(0))
+    wide, half = matrix.double().dense(), matrix.half().dense()
+    torch.testing.assert_close(half.double(), wide, rtol=2e-3, atol=0)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+import rankwise
+from rankwise.compressors import PlainSvd
 from rankwise.core.surgery import StructuredLinear, fold, replace, select, structured
 from rankwise.core.views import view_of
 from rankwise.matrices import Dense, PivotedLowRank
@@ -220,3 +222,11 @@ def test_a_plain_layer_refuses_the_checkpoint_of_a_structured_one():
 def test_a_filter_that_matches_nothing_is_an_error():
     with pytest.raises(ValueError, match="no layer was selected"):
         select(nn.Sequential(nn.Linear(2, 2)), lambda name, layer: "attention" in name)
+
+
+def test_folded_weights_lie_in_order():
+    """As files of tensors ask for."""
+    model = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 16))
+    rankwise.compress(model, PlainSvd(), keep=0.5)
+    fold(model)
+    assert all(parameter.is_contiguous() for parameter in model.parameters())

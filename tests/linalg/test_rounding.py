@@ -103,3 +103,12 @@ def test_exact_where_the_weight_is_on_a_grid():
     weight = codes * 0.25 - 1.0
     rounded = round_to_grid(weight.double(), Metric(gram(16), 1e-6), bits=4, group=16, dtype=torch.bfloat16)
     torch.testing.assert_close(rounded.dense().double(), weight.double(), rtol=0, atol=1e-12)
+
+
+def test_steps_are_the_least_that_half_precision_holds_where_a_range_asks_for_less():
+    weight = 1e-6 * draw(7, 64)
+    rounded = round_to_grid(weight, Metric(), bits=8, group=64, dtype=torch.float16, feedback=False)
+    least = torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps
+    values = rounded.scale.double() * rounded.codes + rounded.offset.double()
+    assert bool((rounded.scale.double() == least).all())
+    assert bool(((weight - values).abs() <= 1.01 * least).all())

@@ -251,3 +251,10 @@ def test_a_constraint_inside_a_projection_is_refused():
     transform = galore(rank=2, inner=chain(adam(), soft_cap(limit=0.1)))
     with pytest.raises(ValueError, match="chain it behind"):
         state_bytes(transform, torch.zeros(8, 8))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e12, 1e30])
+def test_bounds_hold_at_any_size_of_the_numbers(size: float):
+    weight = draw(6, 9)
+    found = spectral_bound((size * weight).float()).double() / size
+    torch.testing.assert_close(found, spectral_bound(weight), rtol=1e-5, atol=0)

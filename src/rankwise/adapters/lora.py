@@ -90,9 +90,10 @@ class Lora(Ranked):
         check_rank(self.rank, *base.shape)
         factors = self.start.factors(base, self.rank, self.scale, stats, generator)
         wide = torch.promote_types(base.dtype, torch.float32)
-        left, right = (factor.to(wide) for factor in factors)
+        moves = all(bool(factor.any()) for factor in factors)  # the weight
+        left, right = (factor.to(base.device, wide) for factor in factors)
         update: StructuredMatrix = LowRank(left, right)
-        if bool(left.any()) and bool(right.any()):
+        if moves:
             update = Sum(update, Scaled(Frozen(LowRank(left.clone(), right.clone())), -1.0))
         return Branch(update, self.scale, self.dropout)
 

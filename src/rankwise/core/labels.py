@@ -57,6 +57,14 @@ def named(batch: Any) -> Any:
     return {"labels": batch[-1]} if several else batch
 
 
+def unlabelled(batch: Any) -> Any:
+    """Return a batch without ``labels``, or without the last of several arguments: what a model is given."""
+    if isinstance(batch, Mapping):
+        return {key: value for key, value in batch.items() if key != "labels"}
+    several = isinstance(batch, Sequence) and len(batch) > 1
+    return batch[:-1] if several else batch
+
+
 def count_given(batch: Any, ahead: bool) -> int:
     """Count the labels that :func:`given` finds, or :func:`in_place` where they are not ahead.
 

@@ -15,8 +15,8 @@ class Linear:
     Args:
         warmup: share of the run that goes up.
 
-    >>> Linear(0.5)(0.25) < Linear(0.5)(0.5), Linear()(1.0)
-    (True, 0.0)
+    >>> round(Linear(0.5)(0.25), 3), Linear(0.5)(0.5), Linear(0.5)(0.75), Linear()(1.0)
+    (0.502, 1.0, 0.5, 0.0)
     """
 
     warmup: float = 0.05
@@ -26,7 +26,7 @@ class Linear:
 
     def __call__(self, done: float) -> float:
         """Return the share of the largest rate where a share of the run is done."""
-        return _up(done, self.warmup) * max(1 - done, 0.0)
+        return min(_up(done, self.warmup), max(1 - done, 0.0) / (1 - self.warmup))
 
 
 @dataclass(frozen=True)

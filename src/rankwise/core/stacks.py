@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..matrices import StructuredMatrix
+
 
 class Slice(nn.Module):
     """One matrix of a stack as it is, a linear layer whose weight may be stored as (n, m).
@@ -193,7 +195,7 @@ def stacks_of(owner: nn.Module) -> Mapping[str, bool]:
     its matrices are stored (``is_transposed``, as transformers' experts do), or where another one of as many
     slices takes up its outputs: an (e, 2 k, h) followed by an (e, h, k), behind a gate, is used as
     ``linear(x, W)``, and an (e, h, 2 k) followed by an (e, k, h) as ``x @ W``. Without a gate both are possible,
-    and the first is taken.
+    and the first is taken. What a structured matrix is made of is no stack.
 
     >>> import torch
     >>> from torch import nn
@@ -205,7 +207,7 @@ def stacks_of(owner: nn.Module) -> Mapping[str, bool]:
     >>> stacks_of(experts)
     {'up': False, 'down': False}
     """
-    if kind_of(owner).__module__.startswith("torch."):
+    if isinstance(owner, StructuredMatrix) or kind_of(owner).__module__.startswith("torch."):
         return {}
     found = {
         name: parameter.shape

@@ -6,7 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .healing import output_of
-from .labels import Labels, count_given, given, in_place, named
+from .labels import Labels, count_given, given, in_place, named, unlabelled
 from .running import Piece
 from .statistics import Batch
 
@@ -59,14 +59,5 @@ class Supervised(Piece):
     def loss(self, model: nn.Module) -> Tensor:
         """Sum the loss over the labels."""
         self.note(self.count)
-        output = output_of(model, _unlabelled(self.batch), self.autocast)
+        output = output_of(model, unlabelled(self.batch), self.autocast)
         return self.compute(output, self.told, Generator())
-
-
-def _unlabelled(batch: Batch) -> Batch:
-    """Return what the model is given of a batch."""
-    if isinstance(batch, Tensor):
-        return batch
-    if isinstance(batch, Mapping):
-        return {key: value for key, value in batch.items() if key != "labels"}
-    return batch[:-1]

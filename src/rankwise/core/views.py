@@ -119,7 +119,7 @@ class TransposedView(LinearView):
         m, n = weight.shape
         with torch.device("meta"):
             layer = self.kind(m, n)
-        return _filled(layer, self.stored(weight).contiguous(), weight.new_zeros(m) if bias is None else bias)
+        return _filled(layer, self.stored(weight), weight.new_zeros(m) if bias is None else bias)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +237,7 @@ class SliceView(LinearView):
     def restore(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """Build a :class:`Slice`."""
         return Slice(
-            nn.Parameter(self.stored(weight).contiguous()),
+            nn.Parameter(self.stored(weight)),
             self.transposed,
             None if bias is None else parameter_of(bias),
         )
@@ -295,7 +295,7 @@ class EmbeddingView(View):
         """Build an ``nn.Embedding``."""
         m, n = weight.shape
         layer = nn.Embedding(n, m, padding_idx=self.padding, device="meta")
-        return _filled(layer, self.stored(weight).contiguous(), None)
+        return _filled(layer, self.stored(weight), None)
 
 
 VIEWS: tuple[type[View], ...] = (LinearView, TransposedView, Conv2dView, SliceView)
@@ -330,7 +330,7 @@ def computes_linear(kind: type[nn.Module]) -> bool:
 
 
 def _filled(layer: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    layer.weight = nn.Parameter(weight)
+    layer.weight = nn.Parameter(weight.contiguous())
     if bias is not None:
         layer.bias = parameter_of(bias)
     return layer

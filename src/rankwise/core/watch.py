@@ -1,6 +1,7 @@
 """One pass over the data that fills the statistics of all layers."""
 
 import contextlib
+import inspect
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from torch import Generator, Tensor, nn
 
 from .errors import CalibrationError
 from .finite import is_finite
-from .labels import UNLABELLED, Labels
+from .labels import UNLABELLED, Labels, given, in_place, named, unlabelled
 from .memory import peak_memory_bytes
 from .progress import track
 from .stacks import Stack, stacks
@@ -249,7 +250,9 @@ def collect(
         sites: the layers to watch, from :func:`rankwise.core.surgery.select`.
         needs: the statistics to fill.
         batches: what the model takes: a tensor, positional arguments, or keyword arguments. A keyword
-            ``attention_mask`` marks padding, which does not count.
+            ``attention_mask`` marks padding, which does not count. Labels of the data are those called
+            ``labels``, which go to the model, too, if it takes such; or, where they are asked for, the last of
+            several arguments, which does not.
         labels: turns the model's output into the loss whose gradients are wanted, summed over tokens.
         generator: source of the labels' randomness.
         autocast: run the model in this type (for a float32 model on hardware that is faster in bfloat16).
@@ -261,18 +264,28 @@ def collect(
     start, watch, count = time.perf_counter(), Watch(sites, needs), 0
     device = next(model.parameters()).device
     cast = torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None)
+    of_data = labels in (given, in_place)
     with watch.on(model), frozen(model), torch.set_grad_enabled(watch.gradients):
         for batch in track(batches, "statistics", total):
-            arguments, options = call_of(batch, device)
+            arguments, options = call_of(_fed(model, batch, of_data), device)
             watch.begin(batch)
             with cast:
                 output = model(*arguments, **options)
             if watch.gradients:
-                labels(output, batch, generator).backward()
+                labels(output, named(batch) if of_data else batch, generator).backward()
             count += 1
     if count == 0:
         raise CalibrationError("the calibration data is empty; give at least one batch.")
     return Statistics(watch.result(), time.perf_counter() - start, peak_memory_bytes())
+
+
+def _fed(model: nn.Module, batch: Batch, of_data: bool) -> Batch:
+    """Return what a model is given of a batch."""
+    if isinstance(batch, Mapping):
+        taken = inspect.signature(model.forward).parameters.values()
+        all_named = any(each.kind is each.VAR_KEYWORD for each in taken)
+        return batch if all_named or "labels" in {each.name for each in taken} else unlabelled(batch)
+    return unlabelled(batch) if of_data else batch
 
 
 def call_of(batch: Batch, device: torch.device) -> tuple[list[Any], dict[str, Any]]:

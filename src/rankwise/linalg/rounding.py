@@ -52,7 +52,7 @@ def round_to_grid(
         in the order of diag C over ranges chosen beforehand are its code's "act-order" with "static groups".
     """
     m, n = weight.shape
-    metric = inputs if feedback else Metric(inputs.diagonal(n))
+    metric = inputs if feedback else Metric(inputs.diagonal(n).to(weight.device))
     order, upper = _elimination(metric, n, weight.device)
     importance = upper.square().sum(0)[order.argsort()].reciprocal()  # 1 / C^-1_jj: the rest is made up for
     left = weight.double()
@@ -115,11 +115,12 @@ def choose_grids(
     values = repeated.view(m, groups, group)
     weights = torch.cat([importance, importance.new_zeros(pad)]).view(groups, group)
     low, high = values.amin(-1), values.amax(-1)
+    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # above zero
     best, scale, offset = torch.full_like(low, torch.inf), low, low
     for i in range(ranges):
         cut = (high - low) * i / (4 * SHRINKS)
         a = ((high - low - 2 * cut) / (2**bits - 1)).to(dtype).double()
-        a = torch.where(a > 0, a, torch.ones_like(a))
+        a = torch.where(high > low, a.clamp_min(least), 1.0)
         b = (low + cut).to(dtype).double()
         rounded = a[..., None] * nearest_codes(values, a[..., None], b[..., None], bits) + b[..., None]
         error = ((values - rounded).square() * weights).sum(-1)

@@ -18,7 +18,9 @@ def spectral_bound(values: Tensor, squarings: int = 5) -> Tensor:
     >>> round(float(spectral_bound(torch.diag(torch.tensor([3.0, 1.0])))), 4)
     3.0
     """
-    x = values.mT if values.shape[-2] > values.shape[-1] else values
+    largest = values.abs().amax((-2, -1), keepdim=True)  # divided by, as powers would leave the range of numbers
+    largest = largest.where(largest > 0, 1)
+    x = (values.mT if values.shape[-2] > values.shape[-1] else values) / largest
     power, logarithm, tiny = x @ x.mT, torch.zeros_like(x[..., 0, 0]), torch.finfo(x.dtype).tiny
     for i in range(squarings + 1):
         size = torch.linalg.matrix_norm(power, keepdim=True).clamp_min(tiny)
@@ -26,7 +28,7 @@ def spectral_bound(values: Tensor, squarings: int = 5) -> Tensor:
         power = power / size
         if i < squarings:
             power = power @ power
-    return (logarithm / 2).exp()
+    return largest[..., 0, 0] * (logarithm / 2).exp()
 
 
 def leading_pair(values: Tensor, right: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:

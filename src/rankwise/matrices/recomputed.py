@@ -18,7 +18,7 @@ class Recomputed(Wrapper):
     For training: between the forward and the backward pass nothing of size m n is kept, only the input and what
     the matrix stores. Made for sparse terms, whose products are taken with the dense matrix anyway, and for more
     tokens than the rank, where one dense product is cheaper than several of factors. torch.compile decides for
-    itself what it keeps. Gradients of gradients are not available.
+    itself what it keeps. Gradients of gradients, and the transforms of ``torch.func``, are not available.
 
     Args:
         matrix: (m, n), of any kind.

@@ -49,7 +49,9 @@ class Reflections(StructuredMatrix):
     def factors(self) -> tuple[Tensor, Tensor]:
         """U (r, n) and T (r, r) of I - U' T U, in float32 or wider."""
         with without_autocast(self.vectors.device):
-            unit = functional.normalize(self.vectors.to(torch.promote_types(self.dtype, torch.float32)), dim=1)
+            vectors = self.vectors.to(torch.promote_types(self.dtype, torch.float32))
+            largest = vectors.detach().abs().amax(1, keepdim=True)  # divided by: squares stay in range
+            unit = functional.normalize(vectors / largest.where(largest > 0, 1), dim=1)
             one = torch.eye(len(unit), dtype=unit.dtype, device=unit.device)
             return unit, torch.linalg.solve_triangular((unit @ unit.mT).triu(1) + one / 2, one, upper=True)
 

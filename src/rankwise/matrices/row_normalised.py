@@ -23,30 +23,28 @@ class RowNormalised(StructuredMatrix):
         base: W, (m, n).
         update: s B A, around a matrix of a low rank, such as a difference of two products.
         lengths: (m,), trained.
-        squares: (m,), the squared lengths of the rows of W.
+        norms: (m,), the lengths of the rows of W.
         constant: the lengths that are divided by are constants to the gradient.
 
     References: Liu et al., "DoRA: Weight-decomposed low-rank adaptation", ICML 2024, arXiv 2402.09353; the
         constant denominator is that of its section 4.3.
     """
 
-    squares: Tensor
+    norms: Tensor
 
-    def __init__(
-        self, base: Base, update: Branch, lengths: Tensor, squares: Tensor, constant: bool = True
-    ) -> None:
+    def __init__(self, base: Base, update: Branch, lengths: Tensor, norms: Tensor, constant: bool = True) -> None:
         super().__init__()
         if not isinstance(base, Base) or not isinstance(update, Branch) or thin_factors(update) is None:
             raise TypeError("RowNormalised takes a Base and a Branch around a matrix of a low rank.")
         m = base.shape[0]
-        if base.shape != update.shape or lengths.shape != (m,) or squares.shape != (m,):
+        if base.shape != update.shape or lengths.shape != (m,) or norms.shape != (m,):
             raise ValueError(
-                f"base {base.shape}, update {update.shape}, lengths {tuple(lengths.shape)} and squares "
-                f"{tuple(squares.shape)} disagree."
+                f"base {base.shape}, update {update.shape}, lengths {tuple(lengths.shape)} and norms "
+                f"{tuple(norms.shape)} disagree."
             )
         self.base, self.update, self.lengths = base, update, nn.Parameter(lengths)
         self.constant = constant
-        self.register_buffer("squares", squares)
+        self.register_buffer("norms", norms)
         self.shape = base.shape
 
     @classmethod
@@ -54,8 +52,8 @@ class RowNormalised(StructuredMatrix):
         """Start with the lengths that the rows have."""
         with torch.no_grad():
             wide = torch.promote_types(next(update.parameters()).dtype, torch.float32)
-            squares = base.dense().detach().to(wide).square().sum(1)
-            made = cls(base, update, torch.zeros_like(squares), squares, constant)
+            norms = base.dense().detach().to(wide).norm(dim=1)
+            made = cls(base, update, torch.zeros_like(norms), norms, constant)
             made.lengths.copy_(made.row_lengths())
         return made
 
@@ -65,16 +63,20 @@ class RowNormalised(StructuredMatrix):
         return self.base.macs + self.update.macs + self.shape[0]
 
     def row_lengths(self) -> Tensor:
-        """(m,): the lengths of the rows of W + s B A."""
+        """(m,): the lengths of the rows of W + s B A; squares are summed in float32 or wider."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.constant):
             factors = thin_factors(self.update)
             assert factors is not None
-            left, right = factors
-            image = self.base(right.to(self.base.dtype)).to(left.dtype)  # (r, m)
+            wide = torch.promote_types(self.lengths.dtype, torch.float32)
+            left, right = (factor.to(wide) for factor in factors)
+            image = self.base(right.to(self.base.dtype)).to(wide)  # (r, m)
             crossed = (image * left.mT).sum(0)
             squared = ((left @ (right @ right.mT)) * left).sum(1)
-            squares = self.squares + 2 * crossed + squared
-            return squares.where(squares > 0, torch.finfo(squares.dtype).tiny).sqrt()  # whose slope is finite
+            squares = self.norms.to(wide).square() + 2 * crossed + squared
+            lengths = squares.where(
+                squares > 0, torch.finfo(self.lengths.dtype).tiny
+            ).sqrt()  # whose slope is finite
+            return lengths.to(self.lengths.dtype)
 
     def _rescaled(self, y: Tensor) -> Tensor:
         """Multiply (..., m) by the factors; what is kept for the backward pass is as short as y.
@@ -123,5 +125,5 @@ class RowNormalised(StructuredMatrix):
         base, update = (from_spec(spec.get(part), **where) for part in ("base", "update"))
         if not isinstance(base, Base) or not isinstance(update, Branch):
             raise ValueError(f"spec of {cls.__name__} needs 'base', a Base, and 'update', a Branch.")
-        lengths, squares = (torch.empty(base.shape[0], **where) for _ in range(2))
-        return cls(base, update, lengths, squares, bool(spec.get("constant", True)))
+        lengths, norms = (torch.empty(base.shape[0], **where) for _ in range(2))
+        return cls(base, update, lengths, norms, bool(spec.get("constant", True)))
