@@ -287,3 +287,11 @@ def test_inspect_measures_every_layer():
     assert {"name", "shape", "params"} < set(report.rows[0])
     assert len(report.curves[report.rows[0]["name"]]) == 32
     report.to_json()
+
+
+def test_inspect_measures_what_structured_layers_stand_for():
+    model = llama()
+    rankwise.compress(model, PlainSvd(), keep=0.4, where=lambda name, layer: "mlp" in name)
+    found = {row["name"]: row["condition"] for row in rankwise.inspect(model).rows}
+    assert {name: value is None for name, value in found.items()} == {name: "mlp" in name for name in found}
+    assert len(found) == 14

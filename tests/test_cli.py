@@ -458,7 +458,9 @@ def test_a_model_without_a_tokenizer_is_named(text, tmp_path):
         (["--eval-window", 64], ["--eval-window needs --eval"]),
         (["--method", "plain-svd"], ["--data needs a method that reads data, unlike plain-svd"]),
         (["--method", "plain-svd", "--sequential", "--labels", "data"], ["--labels needs a method"]),
+        (["--method", "whitened-svd", "--labels", "data"], ["--labels needs a method that reads gradients"]),
         (["--json", "a/../x", "--html", "x"], ["--json and --html are both"]),
+        (["--out", "x", "--json", "a/../x"], ["--out and --json are both"]),
     ],
 )
 def test_flags_that_would_do_nothing_are_refused(folder, text, tmp_path, monkeypatch, words, expected):

@@ -265,7 +265,8 @@ def inspect(model: nn.Module, measures: Sequence[Measure] | None = None, *, wher
     Args:
         model: any module.
         measures: from :mod:`rankwise.measures`; None means all that need no data.
-        where: which layers; None means all weight matrices but embeddings and output heads.
+        where: which layers; None means all weight matrices but embeddings and output heads. Structured ones
+            are measured as the dense matrices that they stand for.
 
     Raises:
         ValueError: if no layer is selected or a weight is not finite.
@@ -274,7 +275,7 @@ def inspect(model: nn.Module, measures: Sequence[Measure] | None = None, *, wher
     for given in chosen:
         if not isinstance(given, Measure):
             raise TypeError(f"measures are objects from rankwise.measures, got {given!r}.")
-    sites = select(model, where)
+    sites = select(model, where, compressed=True)
     check_weights(sites)
     rows, curves = [], {}
     for name, site in track(sites.items(), "inspect"):

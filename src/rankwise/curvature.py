@@ -236,7 +236,7 @@ def _described(i: int, values: Tensor, residuals: Tensor | None) -> dict[str, fl
     row = {"sample": i, "largest": float(values[0])}
     if residuals is not None:
         return {**row, "residual": float(residuals[i].max())}
-    middle, rms = values[len(values) // 2], values.square().mean().sqrt()
+    middle, rms = values.quantile(0.5), values.square().mean().sqrt()
     return {**row, "median": float(middle), "smallest": float(values[-1]), "rms": float(rms)}
 
 

@@ -15,7 +15,7 @@ from ..core.report import Report
 from .app import app, say
 from .arguments import Dtype, Json, Model, Settings, WherePattern
 from .files import check_files, check_folder, write_report
-from .options import at_least, build, check_matches, layer_names, pick, registry, where_option
+from .options import at_least, build, check_matches, layer_names, only_with, pick, registry, where_option
 from .several import alone
 from .work import DTYPES, in_words, partial_folder, stopped
 
@@ -48,7 +48,9 @@ def adapt(
     patience: Annotated[
         int | None, typer.Option(help="Stop after so many evaluations without a better one.")
     ] = None,
-    calibration_tokens: Annotated[int, typer.Option(help="Tokens that methods with statistics read.")] = 24576,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(help="Tokens that methods with statistics read; default: 24576.")
+    ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
     ] = False,
@@ -83,13 +85,15 @@ def adapt(
     words = [*(settings or []), *([] if rank is None else [f"rank={rank}"])]
     chosen = build(pick("--method", method, registry(adapters)), words)
     layers, beside = where_option(where), where_option(also, "--also")
+    reader = f"a method that reads statistics, unlike {method}"
+    only_with(reader, bool(chosen.needs), {"--calibration-tokens": calibration_tokens})
     precision = pick("--dtype", dtype, DTYPES)
     check_folder("--out", out)
-    check_files(json, html)
+    check_files(json, html, out)
     state = partial_folder(out, resume)
 
     say(f"loading {model}")
-    shape = Shape(window, batch, calibration_tokens, seed)
+    shape = Shape(window, batch, calibration_tokens or 24576, seed)
     task = _task(model, precision, data, eval_, shape)
     network = task.network
     check_matches("--where", where, layer_names(network))

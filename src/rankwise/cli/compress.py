@@ -120,12 +120,13 @@ def compress(
     if heal_lr is not None:
         check_rate(heal_lr, "--heal-lr")
     only_with("--of latency", unit == "latency", {"--latency-rows": latency_rows})
+    slopes = any(need.side != "input" for need in chosen.needs)
+    only_with(f"a method that reads gradients, unlike {method}", slopes, {"--labels": labels})
     reader = f"a method that reads data, unlike {method}"
-    only_with(reader, bool(chosen.needs), {"--labels": labels})
     read = {"--data": data, "--calibration-tokens": calibration_tokens, "--window": window, "--seed": seed}
     only_with(f"{reader}, or --sequential or --heal", bool(chosen.needs or sequential or heal), read)
     check_folder("--out", out)
-    check_files(json, html)
+    check_files(json, html, out)
     html_at = html or (None if out is None else out / "report.html")
     calibration, evaluation = data_texts(data or []), named_texts("--eval", eval_ or [])
     limit = sampling["tokens"] // max(len(calibration), 1)

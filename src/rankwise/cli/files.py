@@ -1,5 +1,6 @@
 """Texts that a command reads, and paths that it will write: all checked before the long work starts."""
 
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,12 +97,14 @@ def check_file(flag: str, path: Path | None) -> None:
         raise ValueError(f"{flag} {path} cannot be written; give another path.")
 
 
-def check_files(json: Path | None, html: Path | None) -> None:
-    """Raise unless both files of a report can be written."""
+def check_files(json: Path | None, html: Path | None, out: Path | None = None) -> None:
+    """Raise unless both files of a report can be written, beside a folder that will be there then."""
     check_file("--json", json)
     check_file("--html", html)
-    if json is not None and html is not None and json.resolve() == html.resolve():
-        raise ValueError(f"--json and --html are both {json}; give each a path of its own.")
+    given = {"--out": out, "--json": json, "--html": html}
+    for (one, path), (other, same) in itertools.combinations(given.items(), 2):
+        if path is not None and same is not None and path.resolve() == same.resolve():
+            raise ValueError(f"{one} and {other} are both {path}; give each a path of its own.")
 
 
 def check_folder(flag: str, path: Path | None) -> None:

@@ -63,7 +63,7 @@ def narrow(
     layers = where_option(where)
     precision = pick("--dtype", dtype, DTYPES)
     check_folder("--out", out)
-    check_files(json, html)
+    check_files(json, html, out)
     calibration, evaluation = data_texts(data or []), named_texts("--eval", eval_ or [])
 
     from .. import narrowing

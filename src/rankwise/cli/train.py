@@ -139,7 +139,7 @@ def train(
         json = html = logs = None
     with first_first():
         check_folder("--out", out)
-        check_files(json, html)
+        check_files(json, html, out)
         state = partial_folder(out, resume or (out is not None and not leads()))
         say(f"loading {model}")
         network, words_of = _model(model, tokenizer, data, precision, seed, state)

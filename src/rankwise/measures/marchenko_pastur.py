@@ -15,7 +15,8 @@ class MarchenkoPastur(SpectralMeasure):
 
     The noise is the standard deviation of an entry for which the Marchenko-Pastur law has the median of
     the eigenvalues, which a few spikes do not move. ``spikes`` counts eigenvalues above the largest
-    one that noise gives in 99 of 100 matrices (Tracy-Widom law); ``soft_rank`` is the upper edge of the
+    one that noise so large gives in 99 of 100 matrices (Tracy-Widom law); as the noise is estimated, small
+    matrices have one more often. ``soft_rank`` is the upper edge of the
     noise over the largest eigenvalue: about 1 for noise, near 0 where structure dominates. A matrix
     more than half of whose eigenvalues are zero has None.
 
@@ -29,7 +30,7 @@ class MarchenkoPastur(SpectralMeasure):
         """Measure an (m, n) weight by its singular values."""
         short, long = min(shape), max(shape)
         eigenvalues = values.square()
-        variance = float(eigenvalues.median()) / (long * median(short / long))
+        variance = float(eigenvalues.quantile(0.5)) / (long * median(short / long))
         if variance <= 0:
             return {"noise": None, "spikes": None, "soft_rank": None}
         roots = math.sqrt(long - 1) + math.sqrt(short)
