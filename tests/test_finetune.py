@@ -493,7 +493,7 @@ def test_every_adapter_says_where_its_learning_rate_is_from():
 
 def test_rates_go_up_and_down():
     assert [round(Cosine(0.1)(x), 3) for x in (0.0, 0.1, 0.55, 1.0)] == [0.01, 1.0, 0.5, 0.0]
-    assert [round(Linear(0.1)(x), 3) for x in (0.0, 0.1, 0.55, 1.0)] == [0.01, 0.9, 0.45, 0.0]
+    assert [round(Linear(0.1)(x), 3) for x in (0.0, 0.1, 0.55, 1.0)] == [0.01, 1.0, 0.5, 0.0]
     assert Cosine(0.0)(0.0) == 1.0
     with pytest.raises(ValueError, match="warmup must be >= 0 and < 1, got 1"):
         Cosine(1.0)
