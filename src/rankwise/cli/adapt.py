@@ -86,7 +86,8 @@ def adapt(
     chosen = build(pick("--method", method, registry(adapters)), words)
     layers, beside = where_option(where), where_option(also, "--also")
     reader = f"a method that reads statistics, unlike {method}"
-    only_with(reader, bool(chosen.needs), {"--calibration-tokens": calibration_tokens})
+    needs = getattr(chosen, "needs", ())  # what stands between layers reads none
+    only_with(reader, bool(needs), {"--calibration-tokens": calibration_tokens})
     precision = pick("--dtype", dtype, DTYPES)
     check_folder("--out", out)
     check_files(json, html, out)
