@@ -74,7 +74,7 @@ EVEN, RANKS = range(2, 257, 2), range(1, 385)
 METHODS: dict[str, Entry | None] = {
     "head only": None,
     "LoRA": lora(),
-    "rsLoRA": lora(rank_stabilised=True),
+    "rsLoRA": lora(rank_stabilised=True, alpha=RANK),
     "DoRA": lora(magnitudes=True),
     "PiSSA": Entry(lambda rank: adapters.Pissa(rank=rank)),
     "EVA": Entry(lambda rank: adapters.Eva(rank=rank), data=True),

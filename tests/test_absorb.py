@@ -236,6 +236,7 @@ def test_pivoted_and_plain_factors_hold_the_same():
         torch.testing.assert_close(again.dense(), made.dense())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [FactorLora(rank=4), Lora(rank=4)])
 def test_adapters_heal(method):
     reference = llama(initializer_range=0.3)

@@ -16,7 +16,7 @@ from transformers import (
 
 import rankwise
 from rankwise import CalibrationError, allocators
-from rankwise.compressors import Gptq, KroneckerFactoredSvd, PlainSvd, WhitenedSvd
+from rankwise.compressors import Gptq, KroneckerFactoredSvd, Lord, PlainSvd, WhitenedSvd
 from rankwise.compressors.low_bit import LowBit
 from rankwise.compressors.truncation import TruncatedSvd
 from rankwise.core.surgery import StructuredLinear, structured
@@ -95,6 +95,7 @@ def test_grouped_query_layers_get_ranks_of_their_own():
     assert ranks["k_proj"] == 5  # 0.5 * 16 * 32 / (16 + 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS, ids=NAMES)
 @pytest.mark.parametrize("kind", ["eight tokens", "one token again and again", "a dead feature"])
 def test_poor_statistics_do_no_harm(method, kind):
@@ -295,3 +296,49 @@ def test_inspect_measures_what_structured_layers_stand_for():
     found = {row["name"]: row["condition"] for row in rankwise.inspect(model).rows}
     assert {name: value is None for name, value in found.items()} == {name: "mlp" in name for name in found}
     assert len(found) == 14
+
+
+def test_a_layer_that_is_the_model_cannot_be_replaced():
+    with pytest.raises(ValueError, match=r"put it into an nn\.Sequential"):
+        rankwise.compress(nn.Linear(32, 32), PlainSvd(), keep=0.5)
+
+
+@pytest.mark.parametrize("n", [7, 10, 13, 29])
+def test_the_least_budget_that_is_told_is_met(n: int):
+    net = nn.Sequential(nn.Linear(n, n + 3, bias=False))
+    with pytest.raises(ValueError, match="keep must be at least") as caught:
+        rankwise.compress(net, PlainSvd(), keep=1e-3)
+    least = float(str(caught.value).split()[-1].rstrip("."))
+    assert rankwise.compress(net, PlainSvd(), keep=least).totals["keep"]["params"] <= least
+
+
+def test_what_is_frozen_stays_frozen():
+    """Also beside an adapter, and once it is folded again."""
+    net = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8))
+    net[0].requires_grad_(False)
+    rankwise.compress(net, PlainSvd(), keep=0.8)
+    flags = {name: p.requires_grad for name, p in net.named_parameters()}
+    assert flags
+    assert all(flag == name.startswith("2") for name, flag in flags.items())
+    rankwise.fold(net)
+    assert [layer.weight.requires_grad for layer in (net[0], net[2])] == [False, True]
+
+
+def test_biases_that_a_method_gives_are_counted_in_each_place():
+    layers = [nn.Linear(16, 16, bias=i == 0) for i in range(4)]
+    for layer in layers[1:]:
+        layer.weight = layers[0].weight
+    net, data = nn.Sequential(*layers), [torch.randn(64, 16) for _ in range(3)]
+    before = sum(p.numel() for p in net.parameters())
+    report = rankwise.compress(net, Lord(), keep=0.9, data=data)
+    stored = sum(p.numel() for p in net.parameters()) + sum(
+        t.numel() for name, t in net[0].matrix.named_buffers() if not t.is_floating_point()
+    )
+    assert stored - before == round(256 * (report.totals["keep"]["params"] - 1))
+
+
+def test_a_module_in_two_places_has_one_bias():
+    layer = nn.Linear(16, 16, bias=False)
+    net, data = nn.Sequential(layer, nn.Tanh(), layer), [torch.randn(64, 16) for _ in range(3)]
+    rankwise.compress(net, Lord(), keep=0.9, data=data)
+    assert net[0].bias is net[2].bias is not None

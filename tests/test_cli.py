@@ -164,6 +164,7 @@ def test_method_options_reach_the_method(folder, text, tmp_path):
     assert found["keep"]["bytes"] <= 0.8
 
 
+@pytest.mark.slow
 def test_methods_are_mixed(folder, text, tmp_path):
     figures, out = tmp_path / "figures.json", tmp_path / "out"
     words = ["--method", "kronecker-factored-svd+gptq", "--set", "input_damping=1e-4", "--set", "group=16"]
@@ -381,6 +382,7 @@ def test_quickstart_ends_with_a_table(tmp_path, monkeypatch):
         assert word in shown
 
 
+@pytest.mark.slow
 def test_healing_is_reported_beside_the_compression(folder, text, tmp_path):
     words = small(folder, text, "--keep", 0.6, "--eval", f"words={text}", "--json", tmp_path / "r.json")
     words += ["--heal", "3s", "--heal-checkpoint", tmp_path / "state", "--heal-also", "norm", "--max-tokens", 256]
@@ -406,6 +408,7 @@ def test_flags_about_healing_need_it(folder, text, flag):
     refused(run(*small(folder, text, flag, "x")), f"{flag} needs --heal")
 
 
+@pytest.mark.slow
 def test_compress_a_stream(folder, text, tmp_path):
     out, figures = tmp_path / "out", tmp_path / "figures.json"
     result = run(*small(folder, text, "--stream", "--out", out, "--json", figures))
@@ -429,6 +432,7 @@ def test_compress_a_stream(folder, text, tmp_path):
     assert run(*without, "--method", "plain-svd").exit_code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--sequential"], ["--stream", "--out", "out"]])
 def test_tokens_and_windows_must_fit_the_model(text, tmp_path, monkeypatch, more):
     monkeypatch.chdir(tmp_path)

@@ -290,6 +290,7 @@ def test_a_launcher_starts_the_same_run_in_two_processes(launcher: str, text: Pa
     assert not (tmp_path / "two.partial").exists()
 
 
+@pytest.mark.slow
 def test_natural_gradients(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """With fields in words, figures, and exact resume."""
     figures = tmp_path / "figures.json"
@@ -325,6 +326,7 @@ def test_natural_gradients(text: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert same(tmp_path / "whole", out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [command_name(name) for name in preconditioners.__all__])
 def test_every_preconditioner_trains_a_language_model(name: str, text: Path, tmp_path: Path):
     figures = tmp_path / "figures.json"

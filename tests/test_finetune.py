@@ -262,6 +262,7 @@ def test_an_interrupted_run_goes_on_bit_by_bit(tmp_path, monkeypatch, stop):
         assert [{**row, "seconds": 0} for row in report.rows] == [{**row, "seconds": 0} for row in expected.rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [2, 8])
 @pytest.mark.parametrize("name", [None, pytest.param("snella", marks=pytest.mark.slow)])
 def test_a_schedule_that_was_interrupted_goes_on_bit_by_bit(tmp_path, monkeypatch, stop, name):
@@ -448,6 +449,7 @@ def test_without_adapters_nothing_is_looked_at():
     assert rankwise.finetune(net, data, steps=2).totals["adapters"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [Compacter(reduction=4), Householder(rank=2), Lora(rank=2), Sst(rank=2)])
 def test_learning_rates_are_those_that_adapters_suggest(method: Any, tmp_path: Path):
     model = llama()

@@ -275,6 +275,7 @@ def test_a_trainer_writes_what_layers_share_once(tmp_path: Path):
     assert same(*states)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["AdaLora", "Sst"])
 def test_compiled_without_breaks(name: str):
     torch.compiler.reset()  # the limit of recompilations counts all tests of a process
@@ -447,3 +448,21 @@ def test_columns_freeze_among_several_processes_without_ending_their_gradients(m
         follower.stop()
     for one, two in zip(*found, strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["followed first", "layer by layer first"])
+def test_steps_within_the_backward_pass_cannot_be_followed(first: bool):
+    model = adapted_net(Lamda(rank=4, until=0.5))
+    optimizer = rankwise.Optimizer([(trained(model), rankwise.optimizers.adam())], lr=0.02)
+    if first:
+        follower = rankwise.follow(model, optimizer, steps=3)
+        with rankwise.Layerwise(optimizer):
+            loss_of(model, 0).backward()
+            with pytest.raises(ValueError, match="which are one with Layerwise"):
+                optimizer.step()
+        go(model, optimizer, range(3))
+        follower.stop()
+        return
+    with rankwise.Layerwise(optimizer), pytest.raises(ValueError, match="which are one with Layerwise"):
+        rankwise.follow(model, optimizer, steps=3)
+    rankwise.follow(model, optimizer, steps=3).stop()

@@ -75,6 +75,7 @@ def test_only_the_matrices_change():
     assert same(numbers(dense), reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Gptq(group=16, bits=2), GptqPlusLowRank(group=16), OrthogonalDictionary()])
 def test_every_structure_heals(kind):
     small, dense = pair(kind, of="bytes", keep=0.7)
@@ -99,6 +100,7 @@ def test_a_learning_rate_that_ruins_the_model_gives_the_start_back():
     assert report.totals["steps"] == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [5, 9])
 def test_an_interrupted_run_goes_on_bit_by_bit(tmp_path, monkeypatch, stop):
     whole, dense = pair()
@@ -138,6 +140,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
         heal(small, dense, checkpoint=tmp_path, steps=3)
 
 
+@pytest.mark.slow
 def test_the_time_budget_ends_the_run_and_counts_what_was_spent_before(tmp_path, monkeypatch):
     ticks = itertools.count()
     monkeypatch.setattr(running.time, "perf_counter", lambda: float(next(ticks)))
@@ -188,6 +191,7 @@ def test_other_parameters_are_trained_if_asked():
     assert report.totals["improved"]
 
 
+@pytest.mark.slow
 def test_half_precision_is_trained_in_float32_and_rounded():
     small, dense = pair()
     small, dense = small.bfloat16(), dense.bfloat16()

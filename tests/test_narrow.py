@@ -103,6 +103,7 @@ def assert_same(model: nn.Module, before: dict[str, Tensor], config: dict) -> No
     assert model.config.to_dict() == config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_what_can_shrink_is_found(name: str):
     model = MODELS[name]()
@@ -113,7 +114,9 @@ def test_what_can_shrink_is_found(name: str):
     assert_same(model, before, config)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ("llama", "gpt2") else pytest.mark.slow) for name in MODELS]
+)
 def test_a_narrowed_model_is_an_ordinary_one(name: str, tmp_path):
     model, x = MODELS[name](), inputs(MODELS[name]())
     keep = 0.95 if name == "mixtral" else 0.8  # its experts, most of it, stay as they are
@@ -141,6 +144,7 @@ def kept_inputs(dense: nn.Module, small: nn.Module, name: str) -> Tensor:
     return cuts[f"{name}.weight"].places(units)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "bert", "vit"])
 def test_new_matrices_and_their_errors_are_those_of_the_formula(name: str):
     model = MODELS[name]()
@@ -175,6 +179,7 @@ def test_new_matrices_and_their_errors_are_those_of_the_formula(name: str):
             torch.testing.assert_close(moved, change @ mean, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_widths_are_the_best_of_all_within_the_budget():
     model = MODELS["llama"]()
     statistics = rankwise.calibrate(model, KroneckerFactoredSvd.needs, data=IDS)
@@ -242,6 +247,7 @@ def test_keep_one_changes_nothing():
     assert_same(model, before, config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_types_and_flags_last(dtype: torch.dtype):
     model = MODELS["qwen2"]().to(dtype)
@@ -393,6 +399,7 @@ def test_blocks_that_share_are_refused():
     assert_same(model, before, config)
 
 
+@pytest.mark.slow
 def test_the_other_half_of_a_model_keeps_its_numbers(tmp_path):
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
     half = [families.BertConfig(**sizes, num_hidden_layers=count) for count in (2, 4)]

@@ -50,6 +50,7 @@ def test_bytes_that_live_are_counted():
     assert pass_bytes(net, lambda: net(x).sum()) == 4 * (1 + 1 + 10 * 20)  # the loss and its gradient
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("layerwise", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -90,6 +91,7 @@ def step_peak(params: list[nn.Parameter], transform: Transform) -> int:
     return max(peaks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CANDIDATES)
 @pytest.mark.parametrize(("dtype", "count"), [(torch.float32, 2), (torch.bfloat16, 1)])
 def test_steps_of_other_matrices_hold_what_is_counted(name: str, dtype: torch.dtype, count: int):
@@ -101,6 +103,7 @@ def test_steps_of_other_matrices_hold_what_is_counted(name: str, dtype: torch.dt
     assert held >= 0.6 * said
 
 
+@pytest.mark.slow
 def test_a_rank_is_counted_as_its_share_of_the_side():
     """Also where the rank is above the side of what is counted on, and in chains."""
     for kind in (galore, apollo, trion):
@@ -115,6 +118,7 @@ def test_a_rank_is_counted_as_its_share_of_the_side():
     assert rows[0][0]["step"] == rows[1][0]["step"]
 
 
+@pytest.mark.slow
 def test_any_batch_may_be_wanted():
     """It fits without savings where it does, whether it is a power of two, and however large it is."""
 
@@ -136,6 +140,7 @@ def test_counting_a_step_draws_no_random_number():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.slow
 def test_states_in_few_bits_can_be_planned():
     kinds = {"adam": adam(), "adamw8bit": adamw8bit(), "q_galore": q_galore(rank=0.25)}
     rows = {row["optimizer"]: row for row in plan(WORDS, 2**30, window=16, candidates=kinds).rows}
@@ -143,6 +148,7 @@ def test_states_in_few_bits_can_be_planned():
     assert rows["adamw8bit"]["state"] < rows["adam"]["state"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3 moe", "gpt-oss"])
 def test_experts_are_planned_as_the_matrices_that_they_are(name: str, tmp_path: Path):
     model = MIXTURES[name]().bfloat16()
@@ -159,6 +165,7 @@ def test_experts_are_planned_as_the_matrices_that_they_are(name: str, tmp_path: 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_a_real_step_takes_what_is_planned(layerwise: bool):
     """All that lives beside the weights over two steps, counted, with the largest batch that is planned."""
@@ -189,6 +196,7 @@ def test_a_real_step_takes_what_is_planned(layerwise: bool):
     assert 0.8 * predicted < live.peak <= predicted
 
 
+@pytest.mark.slow
 def test_more_memory_fits_more():
     words = "llama:hidden=32,layers=1,heads=4,intermediate=64,vocab=100"
     kinds = {name: CANDIDATES[name] for name in ("adam", "frugal", "adafactor")}
@@ -211,6 +219,7 @@ def test_more_memory_fits_more():
     assert [row["optimizer"] for row in report.rows] == list(kinds)
 
 
+@pytest.mark.slow
 def test_savings_are_taken_where_they_are_needed():
     """Beside the weights and states there is room for what a pass with checkpointing holds, and no more."""
     kinds = {"adafactor": adafactor()}

@@ -25,6 +25,7 @@ def outcomes(world: int, folder: Path, checks: list) -> None:
             assert not note.read_text(), f"{check.__name__}, process {rank}: {note.read_text()}"
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path):
     outcomes(2, tmp_path, QUICK)
 

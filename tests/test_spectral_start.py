@@ -50,6 +50,7 @@ def test_nothing_trains_unfollowed():
         model(torch.ones(1, 12))
 
 
+@pytest.mark.slow
 def test_a_language_model_trains_and_is_saved(tmp_path):
     model = tiny.llama().train()
     rankwise.initialise(model, SpectralStart(rank=4, hold=4, warmup=1))
@@ -107,6 +108,7 @@ def fitted(matrix: nn.Module, steps: int = 300) -> float:
     return float(loss.detach())
 
 
+@pytest.mark.slow
 def test_turns_reach_what_a_fixed_rank_cannot():
     rank = 2
     turns, held = (

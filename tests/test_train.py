@@ -343,6 +343,7 @@ class TestPrecondition:
         start = torch.cat([p.detach().flatten() for p in tiny().parameters()])
         torch.testing.assert_close(ends[0] - start, ends[1] - start, rtol=1e-3, atol=1e-5)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("interrupted", ["_step", "backward"])
     def test_a_killed_run_goes_on_bit_by_bit(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: str
@@ -425,3 +426,64 @@ class TestPrecondition:
             self.run(layerwise=True)
         with pytest.raises(ValueError, match="the handle of another model"):
             self.run(precondition=rankwise.precondition(tiny(), Sngd()))
+
+
+NORMALISED = {
+    "without weights": lambda: nn.BatchNorm1d(8, affine=False),
+    "with weights": lambda: nn.BatchNorm1d(8),
+    "spectral": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)),
+}
+
+
+@pytest.mark.parametrize("kind", NORMALISED)
+def test_what_is_counted_beside_weights_is_trained_and_gone_on_with(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(16, 6, generator=generator) for _ in range(12)]
+    data = [(x, (x[:, 0] > 0).long()) for x in inputs]
+
+    def run(**options: Any) -> nn.Module:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 8), NORMALISED[kind](), nn.Tanh(), nn.Linear(8, 2))
+        before = {name: b.clone() for name, b in net.named_buffers()}
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+        rankwise.train(net, data, optimizer, held_out=data[:2], steps=10, every=3, **options)
+        assert before
+        assert not any(torch.equal(b, before[name]) for name, b in net.named_buffers())
+        return net
+
+    whole, step, calls = run(), running.Run._step, itertools.count(1)
+
+    def killed(self: Run) -> Any:
+        if next(calls) == 8:
+            raise KeyboardInterrupt
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running.Run, "_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(checkpoint=tmp_path)
+    assert same(whole, run(checkpoint=tmp_path))
+
+
+@pytest.mark.parametrize("kept_aside", [[], torch.arange(40).view(2, 20), 0.0], ids=["none", "a tensor", "zero"])
+def test_what_is_kept_aside_is_checked(kept_aside: Any):
+    with pytest.raises((TypeError, ValueError), match="held_out"):
+        trained(held_out=kept_aside)
+
+
+def test_an_optimiser_whose_step_cannot_be_tried_is_trained_with_all_the_same():
+    class Strict(torch.optim.AdamW):
+        ready = False
+
+        def step(self, closure: Any = None) -> Any:
+            if not self.ready:
+                raise Exception("not in train mode")
+            return super().step(closure)
+
+    model = tiny()
+    optimizer = Strict(model.parameters())
+    optimizer.ready = True
+    report = rankwise.train(model, counting(), optimizer, window=32, steps=2)
+    assert report.totals["memory"]["optimizer"] is None

@@ -28,7 +28,7 @@ from .compression import (
     with_bias,
 )
 from .core import labels as label_kinds
-from .core.choices import UNITS, Allocator, Ladder, Unit, cost_of, spend
+from .core.choices import UNITS, Allocator, Ladder, Unit, budget_of, cost_of, spend
 from .core.data import batches_of
 from .core.extended import extended
 from .core.files import new_folder
@@ -50,7 +50,7 @@ from .measures.spectral import SpectralMeasure, singular_values
 from .models import forget, sample
 from .models.blocks import Chain, find_blocks
 from .models.causal import check_tokens
-from .models.labelled import placed
+from .models.labelled import by_name, placed
 
 Data = Literal["self"] | Tensor | Iterable[Batch] | Statistics
 
@@ -109,7 +109,7 @@ def calibrate(
         autocast=autocast,
         total=len(batches),
     )
-    return dataclasses.replace(found, batches=batches)
+    return dataclasses.replace(found, batches=by_name(labels, model, batches))
 
 
 def compress(
@@ -207,7 +207,7 @@ def compress(
         seconds["timing"] = time.perf_counter() - start
         start = time.perf_counter()
     ladders = {name: Ladder.of(choices[name], of, dense[name][of]) for name in groups}
-    budget = int(keep * sum(each[of] for each in dense.values()))
+    budget = budget_of(keep, sum(each[of] for each in dense.values()))
     chosen = allocate or (water_filling if method.comparable else uniform)
     picks = spend(chosen, ladders, budget)
     seconds["allocation"] = time.perf_counter() - start
@@ -236,6 +236,8 @@ def compress(
         matrices |= {site.name: part for site, part in zip(group.sites, parts, strict=True)}
         predicted = float(ladders[name].errors[picks[name]])
         rows |= rows_of(group, matrix, parts, choices[name], predicted, biases["params"])
+    for name in [name for name in matrices if sites[name].frozen]:
+        matrices[name].requires_grad_(False)
     for name, matrix in matrices.items():
         replace(model, sites[name], matrix, shifts.get(name))
     declare_ties(model)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .core.adapted import suggested_rates
-from .core.data import batches_of, parted
+from .core.data import batches_of, check_held_out, parted
 from .core.extended import Extended
 from .core.following import Follower
 from .core.labels import Labels, given
@@ -204,7 +204,7 @@ def _report(run: Run, reason: str, memory: Mapping[str, int | None], checked: Re
     first = progress.history[0]["held_out"]
     totals = {
         "optimizer": type(run.optimizer).__name__,
-        "lr": run.rates,
+        "lr": [float(rate) for rate in run.rates],
         **run.summary(),
         "stopped": reason,
         "memory": dict(memory),
@@ -224,12 +224,7 @@ def _check(
         raise ValueError("no parameter of the model asks for gradients; call rankwise.adapt first.")
     if accumulate < 1:
         raise ValueError(f"accumulate must be >= 1, got {accumulate}.")
-    if not isinstance(held_out, (Sequence, float, int)):
-        raise TypeError(f"held_out must be a number or a sequence of batches, got a {type(held_out).__name__}.")
-    if not isinstance(held_out, Sequence) and not 0 < held_out < 1:
-        raise ValueError(f"held_out must be > 0 and < 1, or batches, got {held_out}.")
-    if isinstance(held_out, Sequence) and not held_out:
-        raise ValueError("held_out is empty; give at least one batch to judge by, or a share of the data.")
+    check_held_out(held_out)
     short = next((name for name, p in trained.items() if p.dtype in (torch.bfloat16, torch.float16)), None)
     if short is not None and autocast is None:
         raise ValueError(

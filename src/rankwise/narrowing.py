@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .api import Data, calibrate
 from .compression import check_keep, check_weights
 from .compressors.loss_metric import LossMetric, Regularisers
-from .core.choices import UNITS
+from .core.choices import UNITS, budget_of, least_keep
 from .core.data import batches_of
 from .core.errors import CalibrationError
 from .core.labels import Labels
@@ -100,7 +100,7 @@ def narrow(
     start = time.perf_counter()
     probe = _probe(model, data)
     before = sum(site.weight.numel() for site in sites.values())
-    excess = before - int(keep * before)
+    excess = before - budget_of(keep, before)
     offers = [_Offer.of(model, width, sites, multiple_of) for width in find_widths(model, sites, probe)]
     offers = _enough(offers, excess, before)
     seconds = {"structure": time.perf_counter() - start}
@@ -303,9 +303,10 @@ def _enough(offers: Sequence[_Offer], excess: int, before: int) -> list[_Offer]:
     """
     most = sum(offer.saved(offer.counts[0]) for offer in offers)
     if most < excess:
+        left = before - most
         raise ValueError(
             f"the budget cannot be met: {', '.join(f'{o.width.name} {o.counts[0]}' for o in offers)} leaves "
-            f"{before - most} of {before} stored numbers; keep must be at least {1 - most / before:.4f}."
+            f"{left} of {before} stored numbers; keep must be at least {least_keep(left, before)}."
         )
     enough = []
     for offer in offers:

@@ -24,7 +24,7 @@ from .core.states import leaves
 from .core.stored import Batched
 from .core.transforms import Transform, state_bytes
 from .core.writing import usual_write
-from .models.causal import check_causal
+from .models.causal import check_head
 from .models.fresh import causal_attention, fresh, read_config
 from .optimizers import adafactor, adam, adamw8bit, frugal, galore, muon, q_galore
 from .pretraining import parameter_groups
@@ -109,7 +109,7 @@ def plan(
     numberless = without_numbers()
     with numberless:
         network = fresh(config, dtype=dtype, attention=causal_attention()).train()
-        check_causal(network, window, "only such models are planned")
+        check_head(network, window, "only such models are planned")
         weights = held_bytes(network)
         params = sum(p.numel() for p in network.parameters())
         counts = {name: _Counts.of(network, candidates[name]) for name in track([*candidates], "states")}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .core.adapted import refuse_adapted
 from .core.conditioning import Conditioning
-from .core.data import batches_of, digest_of_batches, parted
+from .core.data import batches_of, check_held_out, digest_of_batches, parted
 from .core.fingerprint import fingerprint
 from .core.hidden import Form, biases_of_stacks, hidden_matrices
 from .core.labels import Labels, given
@@ -199,8 +199,7 @@ def train(
     for name, value, least in (("accumulate", accumulate, 1), ("window", window, 2), ("rows", rows, 1)):
         if value < least:
             raise ValueError(f"{name} must be >= {least}, got {value}.")
-    if not isinstance(held_out, Sequence) and not 0 < held_out < 1:
-        raise ValueError(f"held_out must be > 0 and < 1, or batches, got {held_out}.")
+    check_held_out(held_out)
     _check_handle(model, precondition, layerwise)
     batches = batches_of(data, window=window, tokens=window * rows)
     if isinstance(data, Tensor) and "use_cache" in inspect.signature(model.forward).parameters:

@@ -1,7 +1,6 @@
 """Compression of a checkpoint that does not fit in memory, block by block, resumable after a kill."""
 
 import contextlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -24,7 +23,7 @@ from .compression import (
     rows_of,
 )
 from .core import labels as label_kinds
-from .core.choices import UNITS, Allocator, Choices, Ladder, Unit, spend
+from .core.choices import UNITS, Allocator, Choices, Ladder, Unit, budget_of, spend
 from .core.data import batches_of, digest_of_batches
 from .core.labels import Labels
 from .core.methods import Compressor, check_function, check_seed
@@ -40,7 +39,7 @@ from .matrices import StructuredMatrix
 from .models.blocks import Chain, find_blocks
 from .models.causal import check_tokens
 from .models.checkpoint import Checkpoint
-from .models.labelled import placed
+from .models.labelled import by_name, placed
 from .models.model_files import assemble, tensors_of, with_specs
 from .models.sequential import Sequential, without_cache
 from .models.stream import OUTSIDE, Sweeps, parts_of
@@ -122,7 +121,7 @@ def compress_folder(
             f"{type(method).__name__} needs calibration data, and a streamed model cannot be sampled from; "
             "give token ids or batches as data."
         )
-    out = Path(os.path.abspath(out))
+    out = Path(out).resolve()  # a link is followed
     if not Steps.begun(_partial(out)):
         _refuse_used(out)
     if sequential is not False and data is None:
@@ -171,6 +170,7 @@ class _Run:
         self.parts = parts_of(self.chain, self.sites)
         batches = [] if data is None else batches_of(data, window=window)
         loss = placed(labels or label_kinds.automatic, self.model, batches)
+        batches = by_name(loss, self.model, batches)
         check_tokens(self.model, batches)
         about = {
             "checkpoint": self.checkpoint.identity(),
@@ -201,7 +201,7 @@ class _Run:
         for part in track(self.parts, "factorisation"):
             self._choose(part)
         dense = {name: dense_costs(site.weight) for name, site in self.sites.items()}
-        budget = int(keep * sum(each[of] for each in dense.values()))
+        budget = budget_of(keep, sum(each[of] for each in dense.values()))
         ladders = self._ladders(of)
         unreached = {name for part in self.parts if self.parts[part] for name in self._choice(part)["unreached"]}
         picks = spend(allocate, ladders, budget)

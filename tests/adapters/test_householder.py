@@ -71,6 +71,7 @@ def test_a_vector_of_zeros_reflects_nothing():
     assert bool(matrix.vectors.grad.isfinite().all())
 
 
+@pytest.mark.slow
 def test_a_thousand_steps_of_adam_do_not_leave_the_orthogonal_matrices():
     """A rotation near the identity is learned, in float32, and lengths of rows stay those of the weight."""
     n = 32

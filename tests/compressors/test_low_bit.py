@@ -9,6 +9,7 @@ from rankwise.compressors import Gptq, KroneckerFactoredRounding
 from rankwise.compressors.low_bit import LowBit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Gptq, KroneckerFactoredRounding])
 def test_errors_of_large_weights_are_near_the_measured_ones_also_on_a_grid(kind: type[LowBit]):
     """A weight that was rounded to 4 bits loses nothing at 4, and something again at 5."""

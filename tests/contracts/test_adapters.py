@@ -158,6 +158,7 @@ def test_half_precision_keeps_trained_numbers_in_float32(method: Adapter):
     torch.testing.assert_close(y.double(), x.double() @ base.dense().double().mT, rtol=0.05, atol=0.1)
 
 
+@pytest.mark.slow
 def test_it_compiles_without_breaks(method: Adapter):
     torch.compiler.reset()  # what other tests compiled counts towards torch's limit
     torch.compiler.reset()  # one forward function is compiled only so often in a process

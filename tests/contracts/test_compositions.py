@@ -109,6 +109,7 @@ def wrong(cell: Cell, why: str | None) -> bool:
     return why is not None and not any(demand in why for demand in demands)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", [marked(cell) for cell in CELLS])
 def test_parts_compose(cell: Cell, tmp_path: Path):
     OUTCOMES[cell] = outcome(cell, tmp_path / "adapter")
@@ -168,9 +169,8 @@ def test_there_are_many_compositions():
     }
 
 
-@pytest.mark.parametrize(
-    "part", [pytest.param(p, marks=pytest.mark.slow if p == "base" else []) for p in compositions.SECTIONS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("part", compositions.SECTIONS)
 def test_the_page_is_current(part: str):
     """Where tests of the cells ran before, their outcomes are taken."""
     text = compositions.TARGET.read_text(encoding="utf-8")

@@ -107,6 +107,7 @@ def test_float32_is_as_good_as_its_digits(method: Compressor):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 8, 50])
 @pytest.mark.parametrize("repeats", [1, 20])
 def test_fewer_tokens_than_features(method: Compressor, rows: int, repeats: int):

@@ -106,6 +106,7 @@ def test_meta_device(matrix: StructuredMatrix):
         assert all(tensor.is_meta for tensor in from_spec(matrix.spec(), device="meta").state_dict().values())
 
 
+@pytest.mark.slow
 def test_compile(matrix: StructuredMatrix):
     torch.compiler.reset()  # the limit of recompilations counts all tests of a process
     torch.compiler.reset()  # one forward function is compiled only so often in a process

@@ -134,6 +134,7 @@ def test_removing_leaves_the_other_and_then_the_model(method: Adapter):
     assert [type(layer) for layer in model] == [type(layer) for layer in net()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", [{"one": 0.7, "two": 0.3}, ["two", None, "one"]], ids=["sum", "rows"])
 def test_it_compiles_without_breaks(choice):
     torch.compiler.reset()

@@ -274,7 +274,7 @@ def test_states_are_loaded_without_their_empty_parts():
     same(one, two)
 
 
-@pytest.mark.parametrize("block", [1, 2**24])
+@pytest.mark.parametrize("block", [pytest.param(1, marks=pytest.mark.slow), 2**24])
 def test_slices_of_a_batched_parameter_step_as_parameters_of_their_own(
     transform: Transform, block: int, monkeypatch: pytest.MonkeyPatch
 ):
@@ -324,6 +324,21 @@ def test_a_slice_without_a_gradient_waits_for_its_first():
         torch.testing.assert_close(several[1], single)
 
 
+@pytest.mark.parametrize("name", ["Svd", "WarmPower", "Cosine", "LargestRows", "Packed", "Randomised"])
+def test_a_gradient_of_zeros_takes_no_basis_away(name: str):
+    """When a new one is due, which the next gradient gets a period later."""
+    p = nn.Parameter(torch.zeros(6, 9).double())
+    made = project(getattr(projectors, name)(), adam(), rank=2, every=Every(3, together=True))
+    optimizer, changed = Optimizer([([p], made)], lr=0.1), []
+    for step in range(7):
+        before = [leaf.clone() for leaf in leaves(optimizer.state[p]["subspace"]["basis"])] if step else []
+        p.grad = draw(6, 9, seed=step) * (step != 3)
+        optimizer.step()
+        after = leaves(optimizer.state[p]["subspace"]["basis"])
+        changed.append(step == 0 or not all(map(torch.equal, before, after)))
+    assert changed == [True, False, False, False, False, False, True]
+
+
 def test_slices_of_a_parameter_are_reduced_together():
     """In all steps but those of a refresh, however many they are."""
     p = nn.Parameter(torch.zeros(16, 6, 9))
@@ -350,6 +365,7 @@ def test_transposed_is_the_transpose(transform: Transform):
     same([p], [q.mT], rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_states_in_few_bits_hold_no_weights(transform: Transform):
     """Steps of length zero leave parameters where those with the whole state do."""
     if isinstance(transform, Batched):
@@ -386,6 +402,7 @@ def test_stacked_is_one_by_one(transform: Transform):
         assert [leaf.dtype for leaf in leaves(state)] == [leaf.dtype for leaf in leaves(other)]
 
 
+@pytest.mark.slow
 def test_a_hook_may_step_each_parameter_when_its_gradient_is_there(transform: Transform):
     one, two = parameters(), parameters()
     whole, single = (Optimizer([(p, transform)], lr=0.05, weight_decay=0.1) for p in (one, two))
@@ -399,6 +416,7 @@ def test_a_hook_may_step_each_parameter_when_its_gradient_is_there(transform: Tr
     same(one, two, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_gradients_may_be_added_up_in_reduced_form(transform: Transform):
     """As layer-wise steps add them up, in the middle and at the turn of periods of refreshes."""
     one, two = parameters(), parameters()
@@ -461,7 +479,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing(transform: Transform):
     optimizer.step()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 def test_states_are_as_long_as_was_said(transform: Transform, dtype: torch.dtype):
     """Counted without a step, beside what stands after one; states beside half precision are float32."""
     params = parameters(dtype)
@@ -511,7 +531,9 @@ def compositions() -> list[Any]:
     return cells + [pytest.param(each, id=f"{name}-{i}") for name, i, each in others]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=["float32", "bfloat16"]
+)
 @pytest.mark.parametrize("made", compositions())
 def test_stop_save_load_and_go_on_is_exact(made: Transform, dtype: torch.dtype):
     """In mid-period, through a file, with schedulers; the second run never knew the first.
@@ -551,6 +573,7 @@ def test_stop_save_load_and_go_on_is_exact(made: Transform, dtype: torch.dtype):
         map_state(lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0), state, right["state"][number])
 
 
+@pytest.mark.slow
 def test_a_state_that_was_dropped_begins_again(transform: Transform):
     """As schedules do; the other parameters of its stack go on."""
     params, others = parameters(), parameters()
@@ -570,6 +593,7 @@ def test_a_state_that_was_dropped_begins_again(transform: Transform):
         map_state(lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0), state, saved[number])
 
 
+@pytest.mark.slow
 def test_copies_and_pickles_go_on_alone(transform: Transform):
     params = parameters()
     optimizer = Optimizer([(params, transform)], lr=0.05, stack_bytes=1000)
@@ -584,6 +608,7 @@ def test_copies_and_pickles_go_on_alone(transform: Transform):
         same([p for group in other.param_groups for p in group["params"]], mine)
 
 
+@pytest.mark.slow
 def test_what_was_loaded_is_not_shared(transform: Transform):
     params = parameters()
     optimizer = Optimizer([(params, transform)], lr=0.05)

@@ -18,6 +18,7 @@ def no_failure(found: dict[str, str]) -> None:
     assert not any(found.values()), "\n".join(f"{name} {text}" for name, text in found.items() if text)
 
 
+@pytest.mark.slow
 def test_two_processes_are_as_one(tmp_path: Path):
     no_failure(together(functools.partial(exchanges.quick, tmp_path), 2, tmp_path))
 

@@ -6,7 +6,7 @@ from tiny import llama
 from torch import Generator, Tensor, nn
 from transformers import BertConfig, BertModel
 
-from rankwise import CalibrationError
+from rankwise import CalibrationError, calibrate
 from rankwise.core import labels
 from rankwise.core.statistics import (
     AnswerGram,
@@ -227,3 +227,80 @@ def test_the_file_is_read_for_its_own_model_only(tmp_path):
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(CalibrationError, match="damaged"):
         load_statistics(path, model)
+
+
+def test_sums_are_float32_whatever_the_default_type_is():
+    before = torch.get_default_dtype()
+    try:
+        for kind in (torch.bfloat16, torch.float64):
+            torch.set_default_dtype(kind)
+            assert InputGram(3, 5).sum.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_single_images_give_what_batches_of_one_give():
+    net = nn.Sequential(nn.Conv2d(3, 10, 3, padding=1))
+    images = torch.randn(6, 3, 10, 10, generator=torch.Generator().manual_seed(0))
+
+    def squares(output: Tensor, batch: Tensor, generator: torch.Generator) -> Tensor:
+        return output.square().sum()
+
+    one, two = (
+        calibrate(net, [InputGram, OutputGradGram], data=list(data), labels=squares).of("0", [OutputGradGram])
+        for data in (images, images[:, None])
+    )
+    torch.testing.assert_close(one[OutputGradGram].value(), two[OutputGradGram].value())
+
+
+def test_a_layer_that_no_batch_reaches_is_named_for_gradients_too():
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x)
+
+    with pytest.raises(CalibrationError, match="never reached by the data: b"):
+        calibrate(Half(), [OutputGradGram], data=[torch.randn(8, 4)], where=lambda name, _: name == "b")
+
+
+def test_rows_may_come_alone_and_outputs_in_tuples():
+    class Pair(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return super().forward(x), x
+
+    net = nn.Sequential(nn.Linear(4, 5), Pair(5, 3))
+    samples = list(torch.randn(40, 4, generator=torch.Generator().manual_seed(0)))
+    found = calibrate(net, [InputGram, OutputGradGram], data=samples, labels=labels.gaussian)
+    assert found.of("0", [InputGram])[InputGram].count == 40
+
+
+@pytest.mark.parametrize("order", ["fgf", "gff", "ffg", "fghf", "fgfh", "gfhf"])
+def test_a_layer_that_is_called_again_shares_nothing(order: str):
+    """The others see the same inputs once, and share their sums."""
+
+    class Calls(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.g, self.h = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            total, other = x * 0, x * 10
+            for i, name in enumerate(order):
+                total = total + getattr(self, name)(other if name == "f" and "f" in order[:i] else x)
+            return total
+
+    batches = [torch.randn(9, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    found, x = (
+        calibrate(Calls(), [InputGram], data=batches, where=lambda name, _: name in order),
+        torch.cat(batches),
+    )
+    gram = x.double().mT @ x.double() / len(x)
+    for name in set(order):
+        statistic = found.of(name, [InputGram])[InputGram]
+        assert statistic.count == len(x) * (1 + (name == "f"))
+        torch.testing.assert_close(statistic.value(), gram * (50.5 if name == "f" else 1.0), rtol=1e-5, atol=1e-5)
+    if "h" in order:
+        assert found.of("g", [InputGram])[InputGram] is found.of("h", [InputGram])[InputGram]

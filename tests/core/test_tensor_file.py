@@ -42,6 +42,7 @@ def test_tensors_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert torch.equal(found, value)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="peaks of memory are read from /proc")
 def test_writing_and_reading_take_no_second_copy(tmp_path: Path):
     code = f"""

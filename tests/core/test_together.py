@@ -70,6 +70,7 @@ def test_layers_whose_places_would_not_fill_whole_numbers_stay_alone():
     assert groups(net, OrthogonalDictionary(layers=2)) == [[name] for name in select(net)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_atoms_are_one_matrix_and_are_counted_once(kind: type[SparseDictionary], pattern: Pattern):
@@ -194,6 +195,7 @@ def test_a_layer_of_which_nothing_is_kept_is_saved_and_loaded():
     again.check()
 
 
+@pytest.mark.slow
 def test_atoms_are_healed_once(tmp_path):
     torch.manual_seed(0)
     model, before = llama(), llama()

@@ -93,6 +93,7 @@ def written(folder: Path, model: nn.Module, format: str = "rankwise") -> Path:
     return rankwise.save(model, folder / format, format=format)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [2**18, 100])
 def test_merged_weights_compute_the_same(
     case: tuple[Path, nn.Module], block: int, monkeypatch: pytest.MonkeyPatch

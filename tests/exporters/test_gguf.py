@@ -206,6 +206,7 @@ def test_llama_cpp_computes_the_same(kind, run, tmp_path):
     assert trained == (32 if kind == "mistral" else 64)  # the attention window, which llama.cpp leaves out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_llama_cpp_computes_what_a_narrower_model_does(kind, run, tmp_path):
     small, heads = model(kind), {"num_key_value_heads": [2, 1]}

@@ -106,6 +106,7 @@ def test_no_pair_of_inputs_passes_the_bound_of_a_network(activation: nn.Module):
     assert float(norm(model(x)).detach().max()) <= report.totals["size"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("scale", [0.3, 5.0])
 def test_no_pair_of_inputs_passes_the_bound_of_attention(causal: bool, scale: float):
@@ -162,6 +163,7 @@ def test_blends_of_unit_blocks_do_not_grow_with_depth():
         assert 0.8 < bound(model, 1.0) <= 1 + 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_a_trained_transformer_keeps_to_its_certificate(scale: float):
     """Trained with capped weights."""

@@ -42,6 +42,7 @@ def svd_error(y: Tensor, rank: int) -> float:
     return float(values[rank:].norm() / values.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [3, 5])
 def test_with_the_rank_of_the_matrix_all_reach_the_optimum(rank: int):
     y = matrix(3)
@@ -50,6 +51,7 @@ def test_with_the_rank_of_the_matrix_all_reach_the_optimum(rank: int):
     assert error(y, feedback_range(y, start(rank)[0], sketch(rank), steps=300)) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [7, 8, 9])
 def test_below_it_the_limit_is_that_of_the_range_finder(seed: int):
     y, rank = matrix(10), 3
@@ -73,6 +75,7 @@ def test_the_right_feedback_reaches_it_too():
     )
 
 
+@pytest.mark.slow
 def test_at_the_limit_nothing_is_fed_back():
     y, c = matrix(10), sketch(3)
     z, w = feedback_factors(y, start(3), c, steps=12000)

@@ -28,9 +28,9 @@ def test_codes_are_on_the_grid_and_values_between_its_ends(bits: int, group: int
     assert rounded.codes.dtype == torch.uint8
     assert int(rounded.codes.max()) < 2**bits
     assert rounded.scale.shape == rounded.offset.shape == (7, -(-12 // group))
-    columns = [
-        rounded.offset[:, j // group] + rounded.scale[:, j // group] * rounded.codes[:, j] for j in range(12)
-    ]
+    offset, scale = rounded.offset, rounded.scale
+    codes = rounded.codes.double()
+    columns = [torch.addcmul(offset[:, j // group], scale[:, j // group], codes[:, j]) for j in range(12)]
     assert torch.equal(rounded.dense(), torch.stack(columns, 1))
 
 

@@ -275,6 +275,7 @@ def test_without_rankwise_loading_fails(family, tmp_path):
     assert "mismatch" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", [PlainSvd(), WhitenedSvd(), Lord(), Gptq(), Mixed()], ids=lambda m: type(m).__name__
 )

@@ -178,6 +178,7 @@ def sharing_atoms(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make", [llama, lambda: llama(tie_word_embeddings=True), lambda: llama().bfloat16(), gpt2, bert]
 )
@@ -411,3 +412,11 @@ def test_other_modules_are_refused(tmp_path):
     with pytest.raises(TypeError, match="Sequential"):
         save(nn.Sequential(nn.Linear(2, 2)), tmp_path / "out")
     assert left_behind(tmp_path) == []
+
+
+def test_a_link_to_an_empty_folder_is_filled(tmp_path: Path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    rankwise.save(llama(), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "config.json").is_file()

@@ -102,6 +102,7 @@ def test_the_first_layers_have_no_errors_to_make_up_for():
     assert not torch.equal(*(each["model.layers.1.mlp.down_proj"] for each in first))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [PlainSvd(), WhitenedSvd(), KroneckerFactoredPruning(), Mixed()], ids=str)
 @pytest.mark.parametrize("build", [llama, gpt2])
 def test_the_outputs_come_nearer_to_the_dense_ones(build, method):
@@ -199,6 +200,7 @@ def test_layers_outside_the_blocks_are_made_from_the_dense_inputs():
 EVERY = {"mixtral, each token to each expert": mixture("Mixtral", num_local_experts=2, num_experts_per_tok=2)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [*MIXTURES.values(), *EVERY.values()], ids=[*MIXTURES, *EVERY])
 def test_experts_are_made_from_the_dense_inputs_and_what_follows_sees_them(make):
     dense = make()

@@ -29,7 +29,8 @@ def test_it_is_its_formula(shape: tuple[int, int], removes: float):
         direction = plain_adam(kept)
         rest = grad - removes * basis @ low
         for j in range(rest.shape[1]):
-            rest[:, j] *= direction[:, j].norm() / low[:, j].norm()
+            held, expected = low[:, j].norm(), grad[:, j].norm() * (2 / 6) ** 0.5
+            rest[:, j] *= direction[:, j].norm() / (expected if held < 0.05 * expected else held)
         if last is not None and rest.norm() > 1.01 * last:
             rest = rest * 1.01 * last / rest.norm()
         last = rest.norm()

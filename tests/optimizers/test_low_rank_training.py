@@ -115,6 +115,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_sltrain_trains_from_scratch(name: str):
     """With any optimiser: factors are matrices to it, the sparse values a vector; places stay."""

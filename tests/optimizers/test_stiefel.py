@@ -130,6 +130,7 @@ INNER: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("retraction", RETRACTIONS, ids=str)
 def test_rounding_does_not_add_up(retraction: Retraction, inner: str):
@@ -213,6 +214,7 @@ def test_momentum_is_carried_along():
     torch.testing.assert_close(found, weight, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_it_finds_the_nearest_rotation():
     """Min |Q X - Y| over orthogonal Q is solved by an SVD (orthogonal Procrustes)."""
     x, y = draw(5, 30), draw(5, 30, seed=1)

@@ -103,6 +103,7 @@ def test_the_step_is_that_of_the_loss_with_both_penalties():
     torch.testing.assert_close(walk(weight.detach(), kind, 0.1, 1), weight.detach() - 0.1 * slope)
 
 
+@pytest.mark.slow
 def test_the_gap_alone_makes_a_matrix_well_conditioned():
     u, _, vt = torch.linalg.svd(draw(6, 10), full_matrices=False)
     weight = (u * torch.logspace(0, -3, 6, dtype=torch.float64)) @ vt

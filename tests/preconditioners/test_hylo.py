@@ -351,6 +351,7 @@ def error(task: tuple[nn.Module, Tensor, Tensor], method: HyLo, seeds: int) -> f
     return float(torch.stack(errors).mean())
 
 
+@pytest.mark.slow
 def test_more_rows_are_better_and_interpolation_beats_sampling(trained):
     shares = (0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
     dampings = {"first": 0.1, "middle": 0.03, "late": 1e-4}  # the Fisher matrix shrinks with the loss

@@ -1,7 +1,9 @@
 """The sizes a layer may take, and how an allocator sees them."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal, get_args
 
 import torch
@@ -91,6 +93,25 @@ Allocator = Callable[[Mapping[str, Ladder], int], dict[str, int]]
 """Spends a budget: for each layer the position on its ladder, with total cost at most the budget."""
 
 
+def budget_of(keep: float, whole: int) -> int:
+    """Return the most of ``whole`` (1 or more) whose share of it, as a float, is at most ``keep``.
+
+    >>> budget_of(0.29, 100), int(0.29 * 100)
+    (29, 28)
+    """
+    near = int(keep * whole)
+    return next(most for most in (near + 1, near, near - 1) if most / whole <= keep)
+
+
+def least_keep(least: int, whole: int) -> str:
+    """Return the smallest share of four digits that keeps ``least`` of ``whole``.
+
+    >>> least_keep(1, 3)
+    '0.3334'
+    """
+    return f"{math.ceil(Fraction(least, whole) * 10_000) / 10_000:.4f}"
+
+
 def check_budget(ladders: Mapping[str, Ladder], budget: int) -> None:
     """Raise if even the smallest choice of every layer takes more than the budget."""
     least = sum(int(ladder.costs[0]) for ladder in ladders.values())
@@ -103,7 +124,7 @@ def check_budget(ladders: Mapping[str, Ladder], budget: int) -> None:
             )
         raise ValueError(
             f"the budget {budget} cannot be met: the smallest choices take {least} of {whole}; "
-            f"keep must be at least {least / whole:.4f}."
+            f"keep must be at least {least_keep(least, whole)}."
         )
 
 

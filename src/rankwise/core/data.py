@@ -56,6 +56,16 @@ def batches_of(data: Tensor | Iterable[Batch], *, window: int = 512, tokens: int
     return [*done, torch.stack(run)]
 
 
+def check_held_out(held_out: float | Sequence[Batch]) -> None:
+    """Raise unless what is to be kept aside is a share of the data, or batches."""
+    if not isinstance(held_out, (Sequence, float, int)):
+        raise TypeError(f"held_out must be a number or a sequence of batches, got a {type(held_out).__name__}.")
+    if not isinstance(held_out, Sequence) and not 0 < held_out < 1:
+        raise ValueError(f"held_out must be > 0 and < 1, or batches, got {held_out}.")
+    if isinstance(held_out, Sequence) and not held_out:
+        raise ValueError("held_out is empty; give at least one batch to judge by, or a share of the data.")
+
+
 def parted(
     batches: Sequence[Batch], share: float, seed: int, *, most: int | None = None
 ) -> tuple[list[Batch], list[Batch]]:

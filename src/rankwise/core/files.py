@@ -98,7 +98,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         ValueError: if the folder holds something already.
         OSError: if the disk does not take what is written.
     """
-    folder = Path(os.path.abspath(folder))
+    folder = Path(folder).resolve()  # a link is followed
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists already; remove it or give another path.")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")

@@ -35,6 +35,7 @@ class Follower:
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, groups: Sequence[Group]
     ) -> None:
+        _check_whole(optimizer)
         self.model, self.optimizer, self.groups = model, optimizer, list(groups)
         self.steps, self.done, self.moved, self._skips = steps, 0, 0, False
         self.seen: dict[str, int] = {}
@@ -122,6 +123,7 @@ class Follower:
             course.schedule.settle(course)
 
     def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        _check_whole(optimizer)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # the first is the optimiser
         if closure is not None:
             raise ValueError(
@@ -170,6 +172,15 @@ class Follower:
             for each in matrices.values():
                 each.acted += 1
         self._settle()
+
+
+def _check_whole(optimizer: torch.optim.Optimizer) -> None:
+    """Raise if there are no gradients any more when the optimiser's step begins."""
+    if getattr(optimizer, "within_backward", False):
+        raise ValueError(
+            "schedules act between the backward pass and the step, which are one with Layerwise: remove() it, or "
+            "do not follow."
+        )
 
 
 def finished(model: nn.Module, groups: Sequence[Group]) -> Report:

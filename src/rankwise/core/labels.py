@@ -122,7 +122,10 @@ def gaussian(output: Any, batch: Any, generator: Generator) -> Tensor:
 
 def features_of(output: Any, batch: Any) -> list[Tensor]:
     """Return every floating-point tensor of a model's output in float32 without padding, each (t, k)."""
-    outputs = [output] if isinstance(output, Tensor) else list(output.values())
+    if isinstance(output, Tensor):
+        outputs = [output]
+    else:
+        outputs = list(output.values() if isinstance(output, Mapping) else output)
     return [unpadded(e.float(), batch) for e in outputs if isinstance(e, Tensor) and e.is_floating_point()]
 
 
@@ -149,4 +152,4 @@ def unpadded(rows: Tensor, batch: Any) -> Tensor:
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if mask is not None and mask.shape == rows.shape[:-1]:
         return rows[mask.bool().to(rows.device)]
-    return rows.flatten(0, -2)
+    return rows.reshape(-1, rows.shape[-1])

@@ -11,12 +11,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 @contextmanager
 def training(model: nn.Module) -> Iterator[None]:
-    """Put a model in training mode, but for batch normalisations that do not train, and put it back."""
+    """Put a model in training mode, but for batch normalisations that do not train, and put it back.
+
+    Those without parameters train where all of the model does.
+    """
     before = {module: module.training for module in model.modules()}
+    whole = all(p.requires_grad for p in model.parameters())
     try:
         model.train()
         for module in model.modules():
-            if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters()):
+            flags = [p.requires_grad for p in module.parameters()]
+            if isinstance(module, _BatchNorm) and not (any(flags) if flags else whole):
                 module.eval()
         yield
     finally:

@@ -69,6 +69,8 @@ class Optimizer(torch.optim.Optimizer):
     [0, 1]
     """
 
+    within_backward = False  # whether Layerwise steps parameters in the backward pass
+
     def __init__(
         self,
         params: Iterable[tuple[Any, Transform] | Group],

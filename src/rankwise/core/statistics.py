@@ -29,7 +29,7 @@ class Statistic(abc.ABC):
     answers: ClassVar[bool] = False  # whether tokens that are given without a label do not count
 
     def __init__(self, m: int, n: int, device: torch.device | str = "cpu") -> None:
-        self.sum = torch.zeros(self.sizes(m, n), device=device)
+        self.sum = torch.zeros(self.sizes(m, n), dtype=torch.float32, device=device)
         self.count = 0
 
     @staticmethod

@@ -152,6 +152,7 @@ class Layerwise:
         if several():
             raise ValueError("layer by layer only one process trains: gradients would not be averaged.")
         self.optimizer, self.accumulate, self.clip = optimizer, accumulate, clip
+        optimizer.within_backward = True
         self._check(accumulate)
         self._parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         self._arrive: Callable[[Tensor], None] = self._collect
@@ -174,6 +175,7 @@ class Layerwise:
         """Let the optimiser step in the usual way again; what was not stepped is dropped."""
         for hook in self._hooks:
             hook.remove()
+        self.optimizer.within_backward = False
         self.discard()
 
     def discard(self) -> None:

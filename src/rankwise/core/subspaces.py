@@ -153,17 +153,17 @@ class Subspace:
     def follow(self, grad: Tensor, state: State, inner: Transform, inside: State) -> None:
         """Fit the bases that are due to the gradient (k, s, l), and carry the states inside.
 
-        A gradient of zeros, as experts have that no token reached, does not count as the first.
+        A gradient of zeros, as experts have that no token reached, does not count as the first, and takes no
+        basis away that was fitted to another.
         """
         step, basis = state["step"].add_(1), state["basis"]
         begin = step == 1
         due = self.refresh.due(step, state["refresh"], lambda: self.share(grad, basis)) | begin
         if not bool(due.any()):
             return
-        if bool(begin.any()):
-            empty = begin & ~(grad != 0).any(-1).any(-1).cpu()
-            step.sub_(empty.to(step))
-            due = due & ~empty
+        empty = ~(grad != 0).any(-1).any(-1).cpu()
+        step.sub_((begin & empty).to(step))
+        due = due & ~empty
         for first, chosen in ((True, due & begin), (False, due & ~begin)):
             rows = chosen.nonzero().flatten()
             if len(rows) == len(due):  # all, nothing is copied

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..matrices import StructuredMatrix
 from .adapted import adapted, own_tensors
 from .conditioning import Conditioning
 from .data import digest_of_batches
@@ -119,14 +120,19 @@ def train_supervised(
 
 
 def _buffers(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> list[str]:
-    """Name what else may change or must fit: the rest of adapters, and buffers beside trained parameters."""
+    """Name what else may change or must fit: the rest of adapters, and buffers.
+
+    Buffers stand beside trained parameters, or in modules without any, such as normalisations without weights and
+    parametrisations; those of frozen matrices never change.
+    """
     names: dict[str, None] = {}
     for name, layer in adapted(model).items():
         names |= dict.fromkeys(f"{name}.matrix.{key}" for key in own_tensors(layer.matrix))
     for name, each in _integers(model).items():
         names |= dict.fromkeys(f"{name}.matrix.{key}" for key in each.matrix.state_dict())
     for name, module in model.named_modules():
-        if any(p.requires_grad for p in module.parameters(recurse=False)):
+        alone = not isinstance(module, StructuredMatrix) and not any(True for _ in module.parameters())
+        if alone or any(p.requires_grad for p in module.parameters(recurse=False)):
             kept = {key for key, _ in module.named_buffers(recurse=False)} - module._non_persistent_buffers_set
             names |= dict.fromkeys(f"{name}.{key}".removeprefix(".") for key in sorted(kept))
     return [name for name in names if name not in trained]

@@ -96,12 +96,14 @@ class Site:
         layer: the module at the first path, or the one that owns the 3-D parameter.
         view: how it is seen as a matrix.
         part: of which 3-D parameter it is which slice; its names end with both.
+        unbiased: how many modules that hold this weight have no bias.
     """
 
     names: tuple[str, ...]
     layer: nn.Module
     view: View
     part: tuple[str, int] | None = None
+    unbiased: int = 0
 
     @property
     def name(self) -> str:
@@ -109,14 +111,15 @@ class Site:
         return self.names[0]
 
     @property
-    def unbiased(self) -> int:
-        """How many of the places have no bias: one for all, or none."""
-        return len(self.names) if getattr(self.layer, "bias", None) is None else 0
-
-    @property
     def matrix(self) -> StructuredMatrix:
         """The matrix as it is kept."""
         return self.layer.matrix if isinstance(self.layer, StructuredLinear) else Dense(self.weight)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the weight, of an ordinary layer, asks for no gradients."""
+        name = "weight" if self.part is None else self.part[0]
+        return not self.layer.get_parameter(name).requires_grad
 
     @property
     def under(self) -> StructuredMatrix:
@@ -169,6 +172,7 @@ def select(
     found = [(owner, *each) for path, owner in modules for each in _sites_at(path, owner)]
     others = {id(weight) for _, weight, site in found if not isinstance(site.view, EmbeddingView)}
     sites: dict[tuple[int, int], Site] = {}
+    owners: dict[tuple[int, int], set[int]] = {}
     for owner, weight, site in found:
         if isinstance(site.view, EmbeddingView):
             wanted = tables and id(weight) not in others
@@ -177,7 +181,10 @@ def select(
         if wanted and keep(site.name, owner):
             key = id(weight), 0 if site.part is None else site.part[1]
             known = sites.get(key, dataclasses.replace(site, names=()))
-            sites[key] = dataclasses.replace(known, names=(*known.names, *site.names))
+            new = id(owner) not in owners.setdefault(key, set()) and getattr(owner, "bias", None) is None
+            owners[key].add(id(owner))
+            names = (*known.names, *site.names)
+            sites[key] = dataclasses.replace(known, names=names, unbiased=known.unbiased + new)
     if not sites:
         kinds = ", ".join(kind.__name__.removesuffix("View") for kind in VIEWS)
         raise ValueError(f"no layer was selected: the model has none of {kinds} that 'where' accepts.")
@@ -213,13 +220,14 @@ def replace(
 
     ``lr`` is the learning rate that an adapter suggests.
     """
-    dtype = site.matrix.dtype
+    dtype, biases = site.matrix.dtype, dict[int, nn.Parameter]()
     for name in site.names:
         unstack(model, name)
         old: Any = model.get_submodule(name)
         bias = getattr(old, "bias", None)
-        if shift is not None:
-            bias = shift.to(dtype) if bias is None else (bias.detach() + shift).to(bias.dtype)
+        if shift is not None:  # one for all places of a module
+            moved = shift.to(dtype) if bias is None else (bias.detach() + shift).to(bias.dtype)
+            bias = biases.setdefault(id(old), parameter_of(moved))
         new = StructuredLinear(matrix, bias, site.view).train(old.training)
         new.biased = getattr(old, "biased", False) or (shift is not None and old.bias is None)
         new.lr = lr
@@ -317,7 +325,8 @@ def fold(model: nn.Module, where: Callable[[StructuredLinear], bool] = lambda la
         if isinstance(layer, StructuredLinear) and where(layer):
             plain = layer.dense().train(layer.training)
             plain.weight = weights.setdefault(id(layer.matrix), plain.weight)
-            if base_of(layer.matrix) is not None:  # like all that was frozen when it was adapted
+            flags = [p.requires_grad for p in layer.matrix.parameters()]
+            if base_of(layer.matrix) is not None or (flags and not any(flags)):  # as what was frozen when adapted
                 plain.weight.requires_grad_(False)
             take_hooks(layer, plain)
             set_module(model, name, plain)
@@ -358,7 +367,13 @@ def base_of(matrix: StructuredMatrix) -> Base | None:
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module | nn.Parameter) -> None:
-    """Put a module, or a parameter, at a dotted path."""
+    """Put a module, or a parameter, at a dotted path.
+
+    Raises:
+        ValueError: if that is the model itself, whose place is not known.
+    """
+    if not name:
+        raise ValueError("the model is itself the layer that is to be replaced; put it into an nn.Sequential.")
     parent, _, last = name.rpartition(".")
     owner = model.get_submodule(parent)
     if last in owner._parameters:

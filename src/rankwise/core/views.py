@@ -176,8 +176,8 @@ class Conv2dView(View):
         return sums.flatten(1) / math.prod(positions)
 
     def outputs(self, y: Tensor) -> Tensor:
-        """See (b, m, H, W) as (b, positions, m)."""
-        return y.flatten(2).mT
+        """See (b, m, H, W) as (b, positions, m), or (m, H, W) as (positions, m)."""
+        return y.flatten(-2).mT
 
     def apply(self, matrix: StructuredMatrix, x: Tensor, bias: Tensor | None) -> Tensor:
         """Apply the matrix to every patch and fold the positions back into an image."""

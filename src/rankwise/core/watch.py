@@ -1,9 +1,11 @@
 """One pass over the data that fills the statistics of all layers."""
 
 import contextlib
+import copy
 import inspect
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -46,6 +48,8 @@ class Watch:
         self.batch = -1  # its number
         self.seen: dict[tuple[int, int, View], tuple[weakref.ref[Tensor], str]] = {}
         self.leader: dict[str, str] = {}  # layer -> the first layer that saw the same input
+        self.calls: Counter[str] = Counter()  # of each layer in this batch
+        self.again: set[str] = set()  # layers that are called more than once in a batch, which share nothing
         self.gradients = any(need.side != "input" for need in self.needs)
         self.stacks: dict[str, str] = {}  # layer -> path of the stack that it is a matrix of
         self.entered: dict[str, int] = {}  # path of a stack -> rows that entered its module
@@ -81,6 +85,7 @@ class Watch:
         if self.answers is not None and self.mask is not None and self.mask.shape == self.answers.shape:
             self.answers = self.answers & self.mask
         self.seen.clear()
+        self.calls.clear()
         self.batch += 1
         for stats in self.layers.values():
             for statistic in stats.values():
@@ -125,7 +130,7 @@ class Watch:
         for mask in (self.answers if answers else None, self.mask):
             if mask is not None and x.shape[:-1] in (mask.shape, (mask.numel(),)):
                 return x.flatten(0, -2)[mask.flatten().to(x.device)]
-        return x.flatten(0, -2)
+        return x.reshape(-1, x.shape[-1])
 
     def _filling(self, name: str) -> Callable[[nn.Module, Any, Any], Tensor]:
         return lambda _, inputs, y: self._fill(name, inputs[0], y)
@@ -191,7 +196,10 @@ class Watch:
         y.register_hook(fill)
 
     def _leader(self, name: str, x: Tensor) -> str:
-        if len(self.sites[name].names) > 1:
+        self.calls[name] += 1
+        if self.calls[name] == 2 and name in self.leader and name not in self.again:
+            self._part(name)
+        if len(self.sites[name].names) > 1 or name in self.again:
             return name  # one weight with several inputs
         known = self.seen.get((id(x), x._version, self.sites[name].view))
         found = known[1] if known is not None and known[0]() is x else name
@@ -200,6 +208,27 @@ class Watch:
         if self.leader.setdefault(name, found) != found:
             raise CalibrationError(f"layers {name} and {self.leader[name]} share inputs in some batches only.")
         return found
+
+    def _part(self, name: str) -> None:
+        """Give a layer that is called again sums of its own; those that shared its first input go on together."""
+        first = self.leader[name]
+        others = [other for other, leader in self.leader.items() if leader == first and other != name]
+        for need, statistic in self.layers[name].items():
+            if need.side == "input" and others:
+                self.layers[name][need] = copy.deepcopy(statistic)
+        if first == name:
+            if self.batch and others:
+                raise CalibrationError(
+                    f"layer {name} is called more often in some batches; leave it out with 'where'."
+                )
+            self.leader |= dict.fromkeys(others, next(iter(others), name))
+            for key, (tensor, leader) in list(self.seen.items()):
+                if leader == name and others:
+                    self.seen[key] = tensor, others[0]
+                elif leader == name:
+                    del self.seen[key]
+        self.leader[name] = name
+        self.again.add(name)
 
 
 def _refuse(names: Sequence[str], why: str) -> None:
@@ -267,20 +296,22 @@ def collect(
     of_data = labels in (given, in_place)
     with watch.on(model), frozen(model), torch.set_grad_enabled(watch.gradients):
         for batch in track(batches, "statistics", total):
-            arguments, options = call_of(_fed(model, batch, of_data), device)
+            arguments, options = call_of(fed(model, batch, of_data=of_data), device)
             watch.begin(batch)
             with cast:
                 output = model(*arguments, **options)
             if watch.gradients:
-                labels(output, named(batch) if of_data else batch, generator).backward()
+                loss = labels(output, named(batch) if of_data else batch, generator)
+                if loss.requires_grad:  # else no layer was reached
+                    loss.backward()
             count += 1
     if count == 0:
         raise CalibrationError("the calibration data is empty; give at least one batch.")
     return Statistics(watch.result(), time.perf_counter() - start, peak_memory_bytes())
 
 
-def _fed(model: nn.Module, batch: Batch, of_data: bool) -> Batch:
-    """Return what a model is given of a batch."""
+def fed(model: nn.Module, batch: Batch, *, of_data: bool = False) -> Batch:
+    """Return what a model is given of a batch; ``of_data`` if the last of several arguments is labels."""
     if isinstance(batch, Mapping):
         taken = inspect.signature(model.forward).parameters.values()
         all_named = any(each.kind is each.VAR_KEYWORD for each in taken)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .symmetric_eigen import symmetric_eigen
+from .triangles import transposed_product
 
 ROUNDING = 1e-4  # of a float32 sum's largest eigenvalue; what is more negative is no second moment
 
@@ -52,7 +53,7 @@ class Metric:
         """Return R' x for x of (n, k), whose squared Frobenius norm is tr(x' M x)."""
         if self.root is None:
             return x
-        return self.root[:, None] * x if self.root.dim() == 1 else self.root.mT @ x
+        return self.root[:, None] * x if self.root.dim() == 1 else transposed_product(self.root, x)
 
     @cached_property
     def damped(self) -> Tensor | None:

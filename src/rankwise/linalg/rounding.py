@@ -21,10 +21,10 @@ class Rounded:
     group: int
 
     def dense(self) -> Tensor:
-        """Return the values, (m, n)."""
+        """Return the values, (m, n), rounded once."""
         n = self.codes.shape[1]
         scale, offset = (t.repeat_interleave(self.group, 1)[:, :n] for t in (self.scale, self.offset))
-        return scale * self.codes + offset
+        return torch.addcmul(offset, scale, self.codes.to(scale.dtype))
 
 
 def round_to_grid(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.statistics import Batch
-from ..core.watch import call_of
+from ..core.watch import call_of, fed
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class Chain:
     def _run(self, batch: Batch, stand_in: StandIn) -> Any:
         """Run the model, with a function in place of each block's forward."""
         device = next(p.device for p in self.model.parameters() if not p.is_meta)
-        arguments, options = call_of(batch, device)
+        arguments, options = call_of(fed(self.model, batch), device)
         try:
             for i, block in enumerate(self.blocks):
                 block.forward = _called(i, block.forward, stand_in)

@@ -7,13 +7,31 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from ..core.statistics import Batch
+
+LENGTH = 12  # tokens of a text, by which it is found out what a model sees
 
 
 def check_causal(model: nn.Module, window: int, instead: str) -> Any:
     """Return the model if it predicts next tokens within a window, else say what to do instead.
+
+    Raises:
+        ValueError: if it has no language-model head, or no positions for ``window`` tokens, or if it sees the
+            tokens that it is to predict.
+    """
+    causal = check_head(model, window, instead)
+    if sees_ahead(causal):
+        raise ValueError(
+            f"{type(model).__name__} sees the tokens that it is to predict (is_decoder in its config, if it has "
+            f"that, it sees only those before); {instead}."
+        )
+    return causal
+
+
+def check_head(model: nn.Module, window: int, instead: str) -> Any:
+    """Return the model if it has a head that predicts next tokens, and positions; it may be without numbers.
 
     Raises:
         ValueError: if it has no language-model head, or no positions for ``window`` tokens.
@@ -25,6 +43,28 @@ def check_causal(model: nn.Module, window: int, instead: str) -> Any:
         raise ValueError(f"{kind} is not a causal language model of transformers; {instead}.")
     _check_positions(model, window)
     return model
+
+
+def sees_ahead(model: Any) -> bool:
+    """Whether the logits of a token depend on later ones, as those of models that fill in gaps do.
+
+    That is found out by running it on two texts that differ in their last token.
+    """
+    config = model.config.get_text_config()
+    size = min(LENGTH, positions_of(model) or LENGTH)
+    text = torch.randint(config.vocab_size, (1, size), generator=Generator().manual_seed(0))
+    other = torch.cat([text[:, :-1], (text[:, -1:] + 1) % config.vocab_size], 1)
+    with evaluating(model):
+        logits = model(input_ids=torch.cat([text, other]).to(model.device)).logits.float()
+    change = (logits[1] - logits[0]).norm(dim=-1)
+    rounding = max(1e-4, torch.finfo(model.dtype).eps)
+    return bool((change[:-1] > rounding * change[-1]).any())
+
+
+def positions_of(model: Any) -> int | None:
+    """How many positions a model of transformers has, None if any number."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions if positions is not None and positions > 0 else None  # XLNet has -1, for any number
 
 
 def continues_texts(model: Any) -> bool:
@@ -78,8 +118,8 @@ def check_vocabulary(model: Any, ids: Tensor, name: str) -> None:
 
 
 def _check_positions(model: Any, window: int) -> None:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and 0 < positions < window:  # XLNet has -1, for any number
+    positions = positions_of(model)
+    if positions is not None and positions < window:
         raise ValueError(
             f"window {window} is longer than the {positions} positions of {type(model).__name__}; give at most "
             f"{positions}."

@@ -1,5 +1,6 @@
 """Language models to train from scratch: from a config of transformers, or from a few words."""
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,6 +96,8 @@ def fresh(
 ) -> Any:
     """Make a causal language model with random numbers, as its family draws them.
 
+    Of encoders such as BERT it is the decoder, which sees only the tokens before.
+
     Args:
         config: of transformers, or what :func:`read_config` takes.
         dtype: of the weights.
@@ -111,7 +114,9 @@ def fresh(
     """
     from transformers import AutoModelForCausalLM
 
-    config = read_config(config) if isinstance(config, (str, Path)) else config
+    config = read_config(config) if isinstance(config, (str, Path)) else copy.deepcopy(config)
+    if hasattr(config, "is_decoder"):
+        config.is_decoder = True
     with torch.random.fork_rng(devices=[]), quiet(), torch.device(device):
         torch.manual_seed(seed)
         try:

@@ -1,5 +1,6 @@
 """Where the labels of a model's sequences stand."""
 
+import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -36,6 +37,17 @@ def placed(loss: Labels, model: nn.Module, batches: Sequence[Batch]) -> Labels:
             "causal language model of transformers; leave them out to learn the next tokens, or give a loss."
         )
     return in_place
+
+
+def by_name(loss: Labels, model: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
+    """Give arguments their names, where the last of several is labels; other batches stay as they are."""
+
+    def called(batch: Batch) -> Batch:
+        if isinstance(batch, (Tensor, Mapping)) or len(batch) < 2:
+            return batch
+        return {**inspect.signature(model.forward).bind(*batch[:-1]).arguments, "labels": batch[-1]}
+
+    return [called(batch) for batch in batches] if loss in (given, in_place) else [*batches]
 
 
 def check_decoder(model: nn.Module, batches: Sequence[Batch]) -> None:

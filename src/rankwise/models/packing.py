@@ -10,10 +10,8 @@ from torch import Generator
 
 from ..core.labels import UNLABELLED
 from ..core.statistics import Batch
-from .causal import evaluating
+from .causal import LENGTH, evaluating, positions_of
 from .examples import Example
-
-LENGTH = 12  # tokens of an example, by which it is found out whether examples see each other
 
 Row = list[Example]
 
@@ -83,7 +81,7 @@ def keeps_apart(model: Any) -> bool:
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False
     config = model.config.get_text_config()
-    size = min(LENGTH, (getattr(config, "max_position_embeddings", None) or 2 * LENGTH) // 2)
+    size = min(LENGTH, (positions_of(model) or 2 * LENGTH) // 2)
     one, other, second = torch.randint(config.vocab_size, (3, 2, size), generator=Generator().manual_seed(0))
     inputs = {"position_ids": torch.arange(size).repeat(2, 2).to(model.device), "use_cache": False}
     with evaluating(model):

@@ -11,7 +11,7 @@ from ..core.subspaces import Carry, Projector, Refresh, Subspace
 from ..core.transforms import Transform, by_shape, chain, wide
 from ..projectors import Every, Keep, RandomOrthogonal
 from .adam import adam
-from .gains import GrowthLimit, gains
+from .gains import GrowthLimit, gains, lengths
 from .project import begin
 
 
@@ -43,7 +43,8 @@ class ProjectedGains(Transform):
         self.subspace.follow(grad, state["subspace"], self.inner, state["inner"])
         low = self.subspace.projector.down(grad, state["subspace"]["basis"])
         direction = self.inner.update(low, state["inner"], torch.empty_like(low, device="meta"))
-        return grad * (self.scale * gains(direction, low, whole=self.whole))
+        above, below, full = (lengths(x, whole=self.whole) for x in (direction, low, grad))
+        return grad * (self.scale * gains(above, below, full, low.shape[-2] / grad.shape[-2]))
 
 
 def apollo(
@@ -79,7 +80,8 @@ def apollo(
         carry: what becomes of moments when the projection changes; the paper keeps them.
 
     References: Zhu et al., MLSys 2025, arXiv 2412.05270. There norms are limited before the bias of Adam's start
-    is taken out. Whether the published scale acts before or after the limit changes nothing but its 1e-8.
+    is taken out, and lengths of projections have no least value: see :func:`rankwise.optimizers.gains.gains`.
+    Whether the published scale acts before or after the limit changes nothing but its 1e-8.
     """
     refresh = every if isinstance(every, Refresh) else Every(every)
     subspace = Subspace(projector=projector, rank=rank, refresh=refresh, carry=carry)

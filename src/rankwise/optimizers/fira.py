@@ -9,7 +9,7 @@ from ..core.subspaces import Carry, Projector, Refresh
 from ..core.transforms import Transform
 from ..projectors import Keep, WarmPower
 from .adam import adam
-from .gains import GrowthLimit, gains
+from .gains import GrowthLimit, gains, lengths
 from .project import Rest, project
 
 
@@ -36,7 +36,9 @@ class LikeInside(Rest):
 
     def update(self, rest: Tensor, low: Tensor, direction: Tensor, state: State) -> Tensor:
         """The step of the rest (k, s, l)."""
-        step = rest * gains(direction, low)
+        above, below, beside = (lengths(x) for x in (direction, low, rest))
+        whole = beside.hypot((self.removes * (2 - self.removes)) ** 0.5 * below)  # rest = G - removes * P R
+        step = rest * gains(above, below, whole, low.shape[-2] / rest.shape[-2])
         return self.limit.update(step, state, step)
 
 
@@ -75,7 +77,8 @@ def fira(
         carry: what becomes of moments when the subspace changes; the paper keeps them.
 
     References: Chen et al., 2024, arXiv 2410.01623. There norms are limited before the bias of Adam's start is
-    taken out, and a step after a gradient of zeros is limited to 1e-8; here by the last norm above zero.
+    taken out, and a step after a gradient of zeros is limited to 1e-8; here by the last norm above zero. There
+    |R| has no least value: see :func:`rankwise.optimizers.gains.gains`.
     """
     if not 0 <= removes <= 1:
         raise ValueError(f"removes must be from 0 to 1, got {removes}.")

@@ -9,13 +9,29 @@ from ..core.states import State
 from ..core.transforms import Transform
 
 FLOOR = 1e-8
+LEAST = 0.05
 
 
-def gains(direction: Tensor, low: Tensor, *, whole: bool = False) -> Tensor:
-    """Return |direction| / (|low| + 1e-8) of columns (k, r, l) -> (k, 1, l), or of the whole (k, 1, 1)."""
-    axes = (-2, -1) if whole else -2
-    above, below = (torch.linalg.vector_norm(x, dim=axes, keepdim=True) for x in (direction, low))
-    return above / (below + FLOOR)
+def lengths(x: Tensor, *, whole: bool = False) -> Tensor:
+    """Return the 2-norms of columns (k, r, l) -> (k, 1, l), or of the whole (k, 1, 1)."""
+    return torch.linalg.vector_norm(x, dim=(-2, -1) if whole else -2, keepdim=True)
+
+
+def gains(direction: Tensor, low: Tensor, full: Tensor, share: float) -> Tensor:
+    """Return direction / (low + 1e-8), all of which are lengths.
+
+    A projection that holds hardly anything of a gradient, such as the sum of rows that cancel, says nothing about
+    it, and the quotient has no bound. Below a twentieth of the length that a random projection is to be expected
+    to have, sqrt(share) * full, that length takes its place.
+
+    Args:
+        direction: of what an optimiser makes of the projected gradient.
+        low: of the projected gradient.
+        full: of the gradient.
+        share: rank of the projection, divided by the side.
+    """
+    expected = full * share**0.5
+    return direction / (torch.where(low < LEAST * expected, expected, low) + FLOOR)
 
 
 def sizes(values: Tensor) -> Tensor:
