@@ -4,9 +4,18 @@ import pytest
 import torch
 from tiny import llama
 from torch import Generator, Tensor, nn
-from transformers import BertConfig, BertModel
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
+import rankwise
 from rankwise import CalibrationError, calibrate
+from rankwise.compressors import KroneckerFactoredSvd
 from rankwise.core import labels
 from rankwise.core.statistics import (
     AnswerGram,
@@ -21,7 +30,7 @@ from rankwise.core.statistics import (
     WeightGradient,
 )
 from rankwise.core.statistics_file import load_statistics, save_statistics
-from rankwise.core.surgery import select
+from rankwise.core.surgery import StructuredLinear, select
 from rankwise.core.watch import collect
 
 ALL = (
@@ -34,6 +43,9 @@ ALL = (
     GradientWeightedInput,
     WeightGradient,
 )
+
+
+SIZES_OF_A_HALF = {"layers": 1, "attention_heads": 4, "ffn_dim": 48}
 
 
 def run(model: nn.Module, batches, needs=ALL, loss=labels.sampled, seed: int = 0) -> Statistics:
@@ -115,6 +127,44 @@ def test_padding_does_not_count():
     one, two = (run(model, [batch], (InputGram, OutputGradGram), labels.automatic) for batch in batches)
     for name, stats in one.layers.items():
         assert stats[InputGram].count == (2 if "pooler" in name else 16)
+        for kind, statistic in stats.items():
+            torch.testing.assert_close(statistic.value(), two.layers[name][kind].value())
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+@pytest.mark.parametrize("loss", [labels.sampled, labels.in_place])
+def test_both_halves_of_an_encoder_decoder_have_padding_of_their_own(family: str, loss: labels.Labels):
+    """Sequences of one length, whose masks differ: what stands where there is padding makes no difference."""
+    torch.manual_seed(0)
+    if family == "t5":
+        sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+        model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    else:
+        layers = {f"{half}_{what}": n for half in ("encoder", "decoder") for what, n in SIZES_OF_A_HALF.items()}
+        model = BartForConditionalGeneration(BartConfig(vocab_size=64, d_model=32, **layers))
+    ids, target = torch.randint(3, 64, (2, 10)), torch.randint(3, 64, (2, 10))
+    read, written = torch.ones_like(ids), torch.ones_like(ids)
+    read[1, 6:], written[0, 3:] = 0, 0
+    target[written == 0] = labels.UNLABELLED
+    before = model.prepare_decoder_input_ids_from_labels(target)
+
+    def statistics(spoilt: int, **more: Tensor) -> Statistics:
+        batch = {"input_ids": torch.where(read.bool(), ids, spoilt), "attention_mask": read, "labels": target}
+        return run(model, [batch | more], (InputGram, OutputGradGram, AnswerGram), loss)
+
+    masked = {"decoder_attention_mask": written}
+    one = statistics(5, decoder_input_ids=before, **masked)
+    two = statistics(9, decoder_input_ids=torch.where(written.bool(), before, 11), **masked)
+    whole = statistics(5)  # of the decoder, which gets its tokens from the labels
+    for name, stats in one.layers.items():
+        of_encoder = ".encoder." in f".{name}" or any(
+            f"{a}.{b}_proj" in name for a in ["encoder_attn"] for b in "kv"
+        )
+        of_encoder |= "EncDecAttention.k" in name or "EncDecAttention.v" in name
+        assert stats[InputGram].count == (16 if of_encoder else 13), name
+        assert stats[AnswerGram].count == (16 if of_encoder else 13), name
+        assert whole.layers[name][InputGram].count == (16 if of_encoder else 20), name
+        assert whole.layers[name][AnswerGram].count == (16 if of_encoder else 13), name
         for kind, statistic in stats.items():
             torch.testing.assert_close(statistic.value(), two.layers[name][kind].value())
 
@@ -264,6 +314,34 @@ def test_a_layer_that_no_batch_reaches_is_named_for_gradients_too():
 
     with pytest.raises(CalibrationError, match="never reached by the data: b"):
         calibrate(Half(), [OutputGradGram], data=[torch.randn(8, 4)], where=lambda name, _: name == "b")
+
+
+def test_calibration_in_inference_mode():
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(20, 4)
+    expected = calibrate(model, [InputGram, OutputGradGram], data=[x])
+    with torch.inference_mode():
+        found = calibrate(model, [InputGram, OutputGradGram], data=[x])
+    for kind in (InputGram, OutputGradGram):
+        torch.testing.assert_close(found.of("0", [kind])[kind].value(), expected.of("0", [kind])[kind].value())
+
+
+def test_layers_may_be_called_by_name():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(input=torch.tanh(self.first(input=x)))
+
+    torch.manual_seed(0)
+    model, x = Named(), torch.randn(40, 6)
+    found = calibrate(model, [InputGram], data=[x])
+    gram = found.of("first", [InputGram])[InputGram].value()
+    torch.testing.assert_close(gram, x.mT @ x / 40, check_dtype=False)
+    rankwise.compress(model, KroneckerFactoredSvd(), keep=0.9, data=[x], where=lambda name, _: name == "first")
+    assert isinstance(model.first, StructuredLinear)
+    assert model(x).shape == (40, 3)
 
 
 def test_rows_may_come_alone_and_outputs_in_tuples():

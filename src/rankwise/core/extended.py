@@ -29,9 +29,9 @@ class Extended(nn.Module):
         """Of the layer."""
         return self.layer.bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """What comes out of the layer and the module behind it."""
-        return self.after(self.layer(x))
+        return self.after(self.layer(input))
 
 
 def extended(model: nn.Module) -> Mapping[str, Extended]:

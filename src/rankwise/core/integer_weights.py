@@ -99,9 +99,9 @@ class IntegerLinear(nn.Module):
         super().__init__()
         self.integers, self.bias = ChangingWeight(layer.weight, group), layer.bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(..., n) -> (..., m); the weight is written out, and again for the gradient."""
-        made = product(self.integers, x)
+        made = product(self.integers, input)
         return made if self.bias is None else made + self.bias
 
 

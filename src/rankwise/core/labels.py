@@ -65,6 +65,16 @@ def unlabelled(batch: Any) -> Any:
     return batch[:-1] if several else batch
 
 
+def written(batch: Any) -> Any:
+    """Return what a model's output is held against: of an encoder-decoder, what its decoder is given."""
+    names = [name for name in batch if name.startswith("decoder_")] if isinstance(batch, Mapping) else []
+    if not names:
+        return batch
+    read = ("input_ids", "attention_mask", *names)
+    others = {key: value for key, value in batch.items() if key not in read}
+    return others | {name.removeprefix("decoder_"): batch[name] for name in names}
+
+
 def count_given(batch: Any, ahead: bool) -> int:
     """Count the labels that :func:`given` finds, or :func:`in_place` where they are not ahead.
 
@@ -96,6 +106,7 @@ def _has_labels(batch: Any) -> bool:
 
 def _targets(batch: Any, sequences: bool, ahead: bool) -> Tensor:
     """Return the labels of the data, of each token but the first where they are ahead of the logits."""
+    batch = written(batch)
     if _has_labels(batch):
         return batch["labels"][:, 1:] if sequences and ahead else batch["labels"]
     if sequences:
@@ -114,7 +125,8 @@ def _targets(batch: Any, sequences: bool, ahead: bool) -> Tensor:
 def gaussian(output: Any, batch: Any, generator: Generator) -> Tensor:
     """Hold features against themselves plus unit Gaussian noise: the Fisher information of a regression.
 
-    All floating-point tensors of the output count, such as an encoder's hidden states and its pooled ones.
+    All floating-point tensors of the output count, such as hidden states and pooled ones, but for those of an
+    encoder that a decoder reads.
     """
     rows = torch.cat([each.flatten() for each in features_of(output, batch)])
     return (rows * torch.randn(rows.shape, generator=generator).to(rows.device)).sum()
@@ -125,7 +137,8 @@ def features_of(output: Any, batch: Any) -> list[Tensor]:
     if isinstance(output, Tensor):
         outputs = [output]
     else:
-        outputs = list(output.values() if isinstance(output, Mapping) else output)
+        named = output.items() if isinstance(output, Mapping) else [("", each) for each in output]
+        outputs = [each for name, each in named if not name.startswith("encoder_")]
     return [unpadded(e.float(), batch) for e in outputs if isinstance(e, Tensor) and e.is_floating_point()]
 
 
@@ -148,8 +161,11 @@ def logits_of(output: Any) -> Tensor:
 
 
 def unpadded(rows: Tensor, batch: Any) -> Tensor:
-    """Flatten (..., k) to (t, k), without what the batch's ``attention_mask`` marks as padding."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    """Flatten (..., k) to (t, k), without what the batch marks as padding.
+
+    That is its ``attention_mask``, or ``decoder_attention_mask`` where a decoder is given tokens of its own.
+    """
+    mask = written(batch).get("attention_mask") if isinstance(batch, Mapping) else None
     if mask is not None and mask.shape == rows.shape[:-1]:
         return rows[mask.bool().to(rows.device)]
     return rows.reshape(-1, rows.shape[-1])

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -76,9 +76,9 @@ class StructuredLinear(nn.Module):
         """Length m of an output row."""
         return self.matrix.shape[0]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Compute what the replaced layer computed, with the structured weight."""
-        return self.view.apply(self.matrix, x, self.bias)
+        return self.view.apply(self.matrix, input, self.bias)
 
     def dense(self) -> nn.Module:
         """Return the ordinary layer with the matrix written out; it remembers whether it got its bias."""
@@ -252,6 +252,11 @@ def put_behind(model: nn.Module, site: Site, module: nn.Module, lr: float | None
     for path in site.names:
         new = Extended(model.get_submodule(path), module, lr).train(site.layer.training)
         set_module(model, path, new)
+
+
+def input_of(arguments: Sequence[Any], options: Mapping[str, Any]) -> Tensor:
+    """Return what a layer is called with, by place or by name."""
+    return next(iter([*arguments, *options.values()]))
 
 
 def sizes_of(site: Site) -> tuple[int, int]:

@@ -14,12 +14,13 @@ from torch import Generator, Tensor, nn
 
 from .errors import CalibrationError
 from .finite import is_finite
-from .labels import UNLABELLED, Labels, given, in_place, named, unlabelled
+from .labels import Labels, given, in_place, named, unlabelled, written
 from .memory import peak_memory_bytes
+from .padding import Padding
 from .progress import track
 from .stacks import Stack, stacks
 from .statistics import Batch, Statistic, Statistics, Stats, divide_alike, of_gradients
-from .surgery import Site, unstacked
+from .surgery import Site, input_of, unstacked
 from .views import View
 
 
@@ -43,8 +44,10 @@ class Watch:
     def __init__(self, sites: Mapping[str, Site], needs: Iterable[type[Statistic]]) -> None:
         self.sites, self.needs = sites, tuple(dict.fromkeys(needs))
         self.layers: dict[str, dict[type[Statistic], Statistic]] = {}
-        self.mask: Tensor | None = None  # of the tokens that are no padding
-        self.answers: Tensor | None = None  # of those among them that have a label
+        self.padding = Padding()  # of what the model writes, or of the only sequence that it has
+        self.read = Padding()  # of what an encoder beside a decoder reads
+        self.encoding = False  # whether that encoder runs
+        self.encoded: weakref.ref[Tensor] | None = None  # its last hidden states, which the decoder is given
         self.batch = -1  # its number
         self.seen: dict[tuple[int, int, View], tuple[weakref.ref[Tensor], str]] = {}
         self.leader: dict[str, str] = {}  # layer -> the first layer that saw the same input
@@ -61,7 +64,7 @@ class Watch:
             named = [(path, name) for name, site in self.sites.items() for path in site.names]
             places = [(model.get_submodule(path), name) for path, name in named]
             for layer, name in {id(layer): (layer, name) for layer, name in places}.values():
-                hooks.enter_context(layer.register_forward_hook(self._filling(name)))
+                hooks.enter_context(layer.register_forward_hook(self._filling(name), with_kwargs=True))
             found = dict(stacks(model))
             owners: dict[int, tuple[nn.Module, str, Stack]] = {}
             for path, name in named:
@@ -71,19 +74,19 @@ class Watch:
                     owners[id(stack)] = model.get_submodule(above.rpartition(".")[0]), first, stack
             for owner, path, stack in owners.values():
                 hooks.enter_context(owner.register_forward_hook(self._counting(path, stack), with_kwargs=True))
+            if (encoder := encoder_of(model)) is not None:
+                hooks.enter_context(encoder.register_forward_pre_hook(self._encode))
+                hooks.enter_context(encoder.register_forward_hook(self._hand_over))
             yield
 
     def begin(self, batch: Batch) -> None:
         """Start a batch; a keyword ``attention_mask`` in it marks padding, which does not count.
 
-        Statistics of answers leave out the tokens, too, whose own place in a keyword ``labels`` (b, t) says -100.
+        A decoder beside an encoder has ``decoder_attention_mask``. Statistics of answers leave out the tokens,
+        too, whose own place in a keyword ``labels`` (b, t) says -100.
         """
         named = batch if isinstance(batch, Mapping) else {}
-        mask, labels = named.get("attention_mask"), named.get("labels")
-        self.mask = None if mask is None else mask.bool()
-        self.answers = None if labels is None or labels.dim() != 2 else labels != UNLABELLED
-        if self.answers is not None and self.mask is not None and self.mask.shape == self.answers.shape:
-            self.answers = self.answers & self.mask
+        self.padding, self.read = Padding.of(written(named)), Padding(Padding.of(named).mask)
         self.seen.clear()
         self.calls.clear()
         self.batch += 1
@@ -120,20 +123,20 @@ class Watch:
             divide_alike(found.values())
         return found
 
-    def rows(self, x: Tensor, *, answers: bool = False) -> Tensor:
-        """Flatten (..., k) to (t, k) without padding; the rows of all sequences may be together already.
+    def _encode(self, *_: Any) -> None:
+        self.encoding = True
 
-        Args:
-            x: what a layer is given.
-            answers: also without tokens that have no label.
-        """
-        for mask in (self.answers if answers else None, self.mask):
-            if mask is not None and x.shape[:-1] in (mask.shape, (mask.numel(),)):
-                return x.flatten(0, -2)[mask.flatten().to(x.device)]
-        return x.reshape(-1, x.shape[-1])
+    def _hand_over(self, _: nn.Module, inputs: Any, output: Any) -> None:
+        self.encoding = False
+        self.encoded = weakref.ref(output[0])
 
-    def _filling(self, name: str) -> Callable[[nn.Module, Any, Any], Tensor]:
-        return lambda _, inputs, y: self._fill(name, inputs[0], y)
+    def _padding(self, x: Tensor) -> Padding:
+        """Of the sequence that inputs of a layer belong to."""
+        ours = self.encoding or (self.encoded is not None and self.encoded() is x)
+        return self.read if ours else self.padding
+
+    def _filling(self, name: str) -> Callable[..., Tensor]:
+        return lambda _, inputs, options, y: self._fill(name, input_of(inputs, options), y)
 
     def _counting(self, path: str, stack: Stack) -> Callable[..., None]:
         """Return a hook that counts the rows that the module of a stack was given, but for padding."""
@@ -143,15 +146,16 @@ class Watch:
             x = next(value for value in given if isinstance(value, Tensor) and value.is_floating_point())
             copies = len(stack) if stack.batched else 1  # every matrix is given its own copy of all rows
             rows = x.numel() // x.shape[-1] // copies
-            if self.mask is not None and rows == self.mask.numel():
-                rows = int(self.mask.sum())
+            mask = self._padding(x).mask
+            if mask is not None and rows == mask.numel():
+                rows = int(mask.sum())
             self.entered[path] = self.entered.get(path, 0) + rows
 
         return count
 
     def _fill(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """Count the input and the output of a layer; return what takes the place of the output."""
-        site = self.sites[name]
+        site, padding = self.sites[name], self._padding(x)
         leader = self._leader(name, x)
         x = x.detach()
         if name not in self.layers:
@@ -167,7 +171,7 @@ class Watch:
         inputs, both = None, any(need.side == "both" for need in self.needs)
         given = (x != 0).any(-1) if name in self.stacks else None
         if leader == name or both:
-            inputs = self.rows(site.view.inputs(x)) if given is None else x[given]
+            inputs = padding.rows(site.view.inputs(x)) if given is None else x[given]
             if not is_finite(inputs):
                 raise CalibrationError(
                     f"layer {name}: its inputs are not finite; use float32, or look at the weights."
@@ -175,18 +179,21 @@ class Watch:
         for need, statistic in stats.items():
             if need.side == "input" and leader == name:
                 fewer = need.answers and given is None
-                statistic.update(self.rows(site.view.inputs(x), answers=True) if fewer else inputs)
+                statistic.update(padding.rows(site.view.inputs(x), answers=True) if fewer else inputs)
         if not self.gradients:
             return y
         leaf = not y.requires_grad
-        self._on_gradient(name, y.requires_grad_() if leaf else y, inputs if both else None, given)
+        of_gradient = (lambda g: padding.rows(site.view.outputs(g))) if given is None else (lambda g: g[given])
+        self._on_gradient(name, y.requires_grad_() if leaf else y, inputs if both else None, of_gradient)
         return y.clone() if leaf else y  # what follows may work in place, which a leaf does not allow
 
-    def _on_gradient(self, name: str, y: Tensor, inputs: Tensor | None, given: Tensor | None) -> None:
-        """Have the gradient of y, or its ``given`` rows, counted when it comes; keep ``inputs`` until then."""
+    def _on_gradient(
+        self, name: str, y: Tensor, inputs: Tensor | None, rows_of: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Have some rows of the gradient of y counted when it comes; keep ``inputs`` until then."""
 
         def fill(gradient: Tensor) -> None:
-            rows = self.rows(self.sites[name].view.outputs(gradient)) if given is None else gradient[given]
+            rows = rows_of(gradient)
             if not is_finite(rows):
                 raise CalibrationError(f"layer {name}: its output gradients are not finite; use float32.")
             for need, statistic in self.layers[name].items():
@@ -258,6 +265,14 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+def encoder_of(model: nn.Module) -> nn.Module | None:
+    """Return the encoder that stands beside a decoder in a model of transformers; other models have none."""
+    for part in model.modules():
+        if getattr(getattr(part, "config", None), "is_encoder_decoder", False) and hasattr(part, "get_encoder"):
+            return part.get_encoder()
+    return None
+
+
 def collect(
     model: nn.Module,
     sites: Mapping[str, Site],
@@ -294,8 +309,9 @@ def collect(
     device = next(model.parameters()).device
     cast = torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None)
     of_data = labels in (given, in_place)
-    with watch.on(model), frozen(model), torch.set_grad_enabled(watch.gradients):
+    with torch.inference_mode(False), watch.on(model), frozen(model), torch.set_grad_enabled(watch.gradients):
         for batch in track(batches, "statistics", total):
+            batch = _decoded(model, batch)
             arguments, options = call_of(fed(model, batch, of_data=of_data), device)
             watch.begin(batch)
             with cast:
@@ -308,6 +324,14 @@ def collect(
     if count == 0:
         raise CalibrationError("the calibration data is empty; give at least one batch.")
     return Statistics(watch.result(), time.perf_counter() - start, peak_memory_bytes())
+
+
+def _decoded(model: nn.Module, batch: Batch) -> Batch:
+    """Give the decoder of an encoder-decoder, that is handed labels alone, what stands before them."""
+    before: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if before is None or not isinstance(batch, Mapping) or "labels" not in batch or written(batch) is not batch:
+        return batch
+    return {**batch, "decoder_input_ids": before(labels=batch["labels"])}
 
 
 def fed(model: nn.Module, batch: Batch, *, of_data: bool = False) -> Batch:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..core.progress import track
 from ..core.statistics import Batch, InputGram, Statistic
-from ..core.surgery import Site, replace, set_module, unstacked
+from ..core.surgery import Site, input_of, replace, set_module, unstacked
 from ..core.views import View
 from ..core.watch import Watch, frozen
 from ..matrices import StructuredMatrix
@@ -163,9 +163,9 @@ class Sequential:
         seen: dict[tuple[int, int, View], tuple[Tensor, str]] = {}  # of this batch; the tensor is kept alive
         shape = [torch.Size()]  # of the hidden states of this batch, without features
 
-        def hook(name: str, site: Site) -> Callable[[nn.Module, Any], None]:
-            def fill(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                x = inputs[0]
+        def hook(name: str, site: Site) -> Callable[..., None]:
+            def fill(_: nn.Module, inputs: Any, options: Any) -> None:
+                x = input_of(inputs, options)
                 key = id(x), x._version, site.view
                 if key in seen:
                     leader = groups[seen[key][1]]
@@ -190,8 +190,8 @@ class Sequential:
             for name, site in sites.items():
                 if len(site.names) > 1 or site.part is not None:
                     continue  # a weight with several inputs, or one of a mixture
-                handle = self.model.get_submodule(name).register_forward_pre_hook(hook(name, site))
-                hooks.callback(handle.remove)
+                layer = self.model.get_submodule(name)
+                hooks.enter_context(layer.register_forward_pre_hook(hook(name, site), with_kwargs=True))
             made = self._made(i, each())
         return [g for g in groups.values() if g.aligned and len(g.rows) == len(hidden)], made
 
@@ -206,10 +206,10 @@ class Sequential:
         new = {need: need(m, n, hidden[0].device) for need in self.needs}
         change = torch.zeros(n, n, device=hidden[0].device)
 
-        def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            raise _Seen(self._rows(group.site, inputs[0]))
+        def stop(_: nn.Module, inputs: Any, options: Any) -> None:
+            raise _Seen(self._rows(group.site, input_of(inputs, options)))
 
-        handle = self.model.get_submodule(group.names[0]).register_forward_pre_hook(stop)
+        handle = self.model.get_submodule(group.names[0]).register_forward_pre_hook(stop, with_kwargs=True)
         try:
             for b, x in enumerate(hidden):
                 self.watch.begin(self.batches[b])
@@ -231,7 +231,7 @@ class Sequential:
         return new, self.strength * torch.linalg.solve(shrunk, change, left=False)
 
     def _rows(self, site: Site, x: Tensor) -> Tensor:
-        return self.watch.rows(site.view.inputs(x.detach()))
+        return self.watch.padding.rows(site.view.inputs(x.detach()))
 
     @contextlib.contextmanager
     def _restored(self, sites: Iterable[Site]) -> Iterator[None]:
