@@ -136,7 +136,15 @@ def rows_of(
         choices: of which it is one.
         predicted: damage of the whole.
         biases: how many numbers of new biases the one layer got.
+
+    Raises:
+        ValueError: if the matrix is not finite in the type of the weights.
     """
+    if not all(map(is_finite, whole.state_dict().values())):
+        raise ValueError(
+            f"layer {group.name}: {type(whole).__name__} has numbers that {group.weight.dtype} cannot hold; "
+            "convert the model to bfloat16 or float32, or leave the layer out with 'where'."
+        )
     changes = group.parts(group.weight.double() - whole.dense().detach().double())
     rows, counted = {}, 0
     for i, (site, part, change) in enumerate(zip(group.sites, parts, changes, strict=True)):

@@ -8,12 +8,14 @@ import pytest
 import torch
 from contracts.examples import draw
 from contracts.problems import correlated, fill, tokens, weights
-from torch import Tensor
+from torch import Tensor, nn
 
+import rankwise
 from rankwise import compressors
 from rankwise.compressors.truncation import Gauge, TruncatedSvd
 from rankwise.core.choices import UNITS
 from rankwise.core.errors import CalibrationError
+from rankwise.core.finite import is_finite
 from rankwise.core.methods import Compressor
 
 KINDS = [getattr(compressors, name) for name in compressors.__all__]
@@ -212,3 +214,18 @@ def test_a_method_is_a_frozen_value(method: Compressor):
     assert hash(method) == hash(dataclasses.replace(method))
     with pytest.raises(dataclasses.FrozenInstanceError):
         method.gauge = "factors"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_numbers_that_a_type_cannot_hold_are_refused(method: Compressor):
+    """Inputs that are nearly alike, so that leaving one out doubles the weight of another."""
+    torch.manual_seed(0)
+    x = (torch.randn(256, 32).repeat_interleave(2, 1) + 0.01 * torch.randn(256, 64)).half() / 1000
+    model, refused = nn.Sequential(nn.Linear(64, 64, bias=False)).half(), None
+    nn.init.constant_(model[0].weight, 60_000.0)
+    try:
+        rankwise.compress(model, method, keep=0.6, of="bytes", data=[x])
+    except ValueError as error:
+        refused = str(error)
+    assert refused is None or "numbers that torch.float16 cannot hold" in refused
+    assert all(is_finite(tensor) for tensor in model.state_dict().values())
+    assert is_finite(model(x))
