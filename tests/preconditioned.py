@@ -459,7 +459,10 @@ def a_process_that_ends(place: Place) -> None:
         handle.step()
 
 
-QUICK = [
+ALL = [
+    sharded_parameters,
+    going_on_with_other_numbers_of_processes,
+    own_states_go_on_bit_by_bit,
     joint_batch_with_ddp,
     joint_batch_with_all_reduce_and_any_share_of_workers,
     parts_of_a_batch_and_short_steps,
@@ -471,12 +474,6 @@ QUICK = [
     what_processes_must_agree_on,
     turns_are_those_of_the_first_process,
     a_process_that_ends,  # the last one: it does
-]
-ALL = [
-    sharded_parameters,
-    going_on_with_other_numbers_of_processes,
-    own_states_go_on_bit_by_bit,
-    *QUICK,
 ]
 
 

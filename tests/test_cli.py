@@ -1,7 +1,9 @@
 """The command line on a tiny random language model: results, files, and one-line errors."""
 
+import dataclasses
 import json
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from rankwise.cli import app, main
 from rankwise.cli.files import Text, data_texts, named_texts
 from rankwise.cli.work import cut
 from rankwise.core import running
-from rankwise.quickstart import quickstart
+from rankwise.quickstart import FULL, SMOKE, quickstart
 
 
 @pytest.fixture(autouse=True)
@@ -339,7 +341,9 @@ def test_debug_shows_the_error(folder, text):
 
 
 @pytest.mark.slow
-def test_quickstart_goes_on_where_it_stopped(folder, tmp_path):
+def test_quickstart_goes_on_where_it_stopped(folder, tmp_path, monkeypatch):
+    both = dataclasses.replace(SMOKE, keeps=FULL.keeps)
+    monkeypatch.setattr(sys.modules[quickstart.__module__], "SMOKE", both)
     told: list[str] = []
     out = tmp_path / "quick"
     first = quickstart(out, smoke=True, source=str(folder), progress=told.append)
@@ -361,7 +365,7 @@ def test_quickstart_goes_on_where_it_stopped(folder, tmp_path):
 
 
 def test_quickstart_does_not_remove_what_it_did_not_make(folder, tmp_path):
-    mine = tmp_path / "keep-0.9" / "mine.txt"
+    mine = tmp_path / "keep-0.8" / "mine.txt"
     mine.parent.mkdir()
     mine.write_text("mine")
     with pytest.raises(ValueError, match="not made by an earlier quickstart"):

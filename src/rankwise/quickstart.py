@@ -24,14 +24,14 @@ from .core.statistics import Statistics
 from .core.statistics_file import load_statistics, save_statistics
 from .models.texts import tokens
 
-KEEPS = (0.9, 0.8)
 PROMPT = "The capital of France is"
 
 
 @dataclass(frozen=True)
 class _Scale:
-    """How much of everything a run uses."""
+    """How much of everything a run uses, and the budgets that it makes models of."""
 
+    keeps: tuple[float, ...]
     calibration: int
     evaluation: int
     prefill: int
@@ -40,8 +40,8 @@ class _Scale:
     sample: int
 
 
-FULL = _Scale(calibration=16384, evaluation=6144, prefill=512, decode=32, repeats=3, sample=40)
-SMOKE = _Scale(calibration=1024, evaluation=1024, prefill=128, decode=4, repeats=1, sample=8)
+FULL = _Scale(keeps=(0.9, 0.8), calibration=16384, evaluation=6144, prefill=512, decode=32, repeats=3, sample=40)
+SMOKE = _Scale(keeps=(0.8,), calibration=1024, evaluation=1024, prefill=128, decode=4, repeats=1, sample=8)
 
 
 def _to_stderr(text: str) -> None:
@@ -63,7 +63,7 @@ def quickstart(
 
     Args:
         out: folder for everything; made if it is missing.
-        smoke: use far fewer tokens; the figures then mean nothing.
+        smoke: make the smaller model alone, with far fewer tokens; the figures then mean nothing.
         source: what :func:`rankwise.load` takes.
         progress: is told what happens, one line at a time.
 
@@ -119,7 +119,7 @@ class _Run:
         perplexity = {
             "dense": self.step("dense", "evaluating the dense model", lambda: self._perplexity(self.dense, ids))
         }
-        made = {f"keep-{keep:g}": self._compressed(keep, ids) for keep in KEEPS}
+        made = {f"keep-{keep:g}": self._compressed(keep, ids) for keep in self.scale.keeps}
         perplexity |= {name: figures["perplexity"] for name, figures in made.items()}
         networks = {"dense": self.dense}
         for name in made:
@@ -137,7 +137,8 @@ class _Run:
             }
             for name in networks
         }
-        last = made[f"keep-{KEEPS[-1]:g}"]
+        least = f"keep-{self.scale.keeps[-1]:g}"
+        last = made[least]
         totals = {
             "models": rows,
             "keep": {name: figures["keep"] for name, figures in made.items()},
@@ -145,7 +146,7 @@ class _Run:
             "largest difference of a logit after reloading": {n: f["difference"] for n, f in made.items()},
             "seconds": {name: figures["seconds"] for name, figures in made.items()},
         }
-        title = f"Quickstart: {type(self.dense).__name__}, dense and compressed; layers at keep {KEEPS[-1]:g}"
+        title = f"Quickstart: {type(self.dense).__name__}, dense and compressed; layers of {least}"
         report = Report(title, last["layers"], "layers", totals, last["curves"])
         write_text(self.out / "inspect.html", Report("Weights of the dense model", **layers).to_html())
         write_text(self.out / "report.html", report.to_html())

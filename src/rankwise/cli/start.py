@@ -13,7 +13,9 @@ def quickstart(
     out: Annotated[Path, typer.Option(help="Folder for the models, the report and reusable results.")] = Path(
         "rankwise-quickstart"
     ),
-    smoke: Annotated[bool, typer.Option("--smoke", help="Far fewer tokens: shows that everything runs.")] = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="One model and far fewer tokens: shows that everything runs.")
+    ] = False,
 ) -> None:
     """Inspect, compress, evaluate, save and reload a real language model of 135M parameters."""
     from rich.console import Console
