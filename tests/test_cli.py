@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -86,6 +87,13 @@ def test_a_budget_of_time(folder, text, monkeypatch, tmp_path):
 
 def test_version():
     assert run("--version").stdout.strip() == f"rankwise {__version__}"
+
+
+@pytest.mark.slow
+def test_the_package_is_a_command_too():
+    command = [sys.executable, "-m", "rankwise", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"rankwise {__version__}"
 
 
 def test_list_names_everything_with_fields():
@@ -433,6 +441,7 @@ def test_compress_a_stream(folder, text, tmp_path):
     refused(run(*small(folder, text, "--stream", "--out", tmp_path / "x", "--eval", f"words={text}")), "evaluate")
     without = ["compress", folder, "--keep", 0.8, "--stream", "--out", tmp_path / "x"]
     refused(run(*without), "--data")
+    refused(run(*without, "--method", "plain-svd", "--where", "nowhere"), "--where 'nowhere' fits no name")
     assert run(*without, "--method", "plain-svd").exit_code == 0
 
 

@@ -144,6 +144,8 @@ def compress(
             raise ValueError("--stream does not evaluate; run rankwise evaluate on the new folder afterwards.")
         if chosen.needs and not calibration:
             raise ValueError("--stream cannot sample from a model that is not in memory; give texts with --data.")
+        dense = empty_model(find(model))[0]
+        check_matches("--where", where, layer_names(dense))
         say(f"compressing {model} block by block; a run that is killed continues when it is started again")
         heads, *_ = cut(models.load_tokenizer(model) if calibration else None, calibration, [], limit, 0)
         report = streaming.compress_folder(
@@ -160,8 +162,7 @@ def compress(
             seed=sampling["seed"],
             dtype=precision,
         )
-        before, after = (empty_model(folder)[0] for folder in (find(model), out))
-        counted = {"dense": models.sizes(before.to(precision)), "compressed": models.sizes(after)}
+        counted = {"dense": models.sizes(dense.to(precision)), "compressed": models.sizes(empty_model(out)[0])}
         figures = {**report.totals, "perplexity": {}, "sizes": counted, "file_bytes": file_bytes(out)}
         show(report, model, figures, json, html_at)
         return
