@@ -90,17 +90,25 @@ def model(kind: str) -> nn.Module:
     }[kind]().eval()
 
 
-@pytest.fixture
-def run() -> Iterator[Any]:
-    """A function that opens a folder with llama.cpp, its cache of keys and values in float32."""
-    from llama_cpp import Llama
+@pytest.fixture(scope="session")
+def llama_cpp() -> Iterator[Any]:
+    """The library; what it holds open for all its life is closed at the end of ours."""
+    import llama_cpp
 
+    yield llama_cpp
+    llama_cpp._utils.outnull_file.close()
+    llama_cpp._utils.errnull_file.close()
+
+
+@pytest.fixture
+def run(llama_cpp: Any) -> Iterator[Any]:
+    """A function that opens a folder with llama.cpp, its cache of keys and values in float32."""
     opened = []
 
     def start(folder: Path, *, adapter: bool = False) -> Any:
         lora = {"lora_path": str(folder / "adapter.gguf")} if adapter else {}
         options = {"n_ctx": 64, "n_threads": 1, "logits_all": True, "verbose": False, "type_k": 0, "type_v": 0}
-        opened.append(Llama(str(folder / "model.gguf"), **options, **lora))
+        opened.append(llama_cpp.Llama(str(folder / "model.gguf"), **options, **lora))
         return opened[-1]
 
     yield start
