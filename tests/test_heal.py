@@ -90,9 +90,9 @@ def test_it_trains_where_gradients_are_off():
 
 
 def test_a_learning_rate_that_ruins_the_model_gives_the_start_back():
-    small, dense = pair()
+    small, dense = pair(keep=0.95)  # near enough to the dense one that no chance step makes it better
     before = numbers(small)
-    report = heal(small, dense, lr=10.0, patience=2)
+    report = heal(small, dense, lr=0.3, patience=2)
     assert same(numbers(small), before)
     assert not report.totals["improved"]
     assert report.totals["stopped"] == "the held-out divergence stopped falling"
