@@ -267,6 +267,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 def encoder_of(model: nn.Module) -> nn.Module | None:
     """Return the encoder that stands beside a decoder in a model of transformers; other models have none."""
+    part: Any
     for part in model.modules():
         if getattr(getattr(part, "config", None), "is_encoder_decoder", False) and hasattr(part, "get_encoder"):
             return part.get_encoder()
