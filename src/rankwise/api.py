@@ -75,6 +75,7 @@ def calibrate(
         needs: the statistics, such as ``KroneckerFactoredSvd.needs``.
         data: "self" samples sequences from the model, which must be a causal language model; otherwise token
             ids, (t,) or (b, t), or batches as the model takes them, perhaps with labels as in :func:`finetune`.
+            What keywords ``attention_mask`` and ``decoder_attention_mask`` mark as padding does not count.
         where: which layers; see :func:`rankwise.core.surgery.select`.
         compressed: also watch layers that are structured already.
         labels: from :mod:`rankwise.core.labels`; None means the sampled tokens themselves for "self", and labels

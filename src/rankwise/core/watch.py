@@ -295,9 +295,9 @@ def collect(
         sites: the layers to watch, from :func:`rankwise.core.surgery.select`.
         needs: the statistics to fill.
         batches: what the model takes: a tensor, positional arguments, or keyword arguments. A keyword
-            ``attention_mask`` marks padding, which does not count. Labels of the data are those called
-            ``labels``, which go to the model, too, if it takes such; or, where they are asked for, the last of
-            several arguments, which does not.
+            ``attention_mask`` marks padding, which does not count, and so does ``decoder_attention_mask`` for a
+            decoder beside an encoder. Labels of the data are those called ``labels``, which go to the model, too,
+            if it takes such; or, where they are asked for, the last of several arguments, which does not.
         labels: turns the model's output into the loss whose gradients are wanted, summed over tokens.
         generator: source of the labels' randomness.
         autocast: run the model in this type (for a float32 model on hardware that is faster in bfloat16).
