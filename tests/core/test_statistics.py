@@ -344,6 +344,35 @@ def test_layers_may_be_called_by_name():
     assert model(x).shape == (40, 3)
 
 
+def test_blocks_whose_layers_are_called_by_name_are_fitted_in_order():
+    class Block(nn.Module):
+        def __init__(self, named: bool) -> None:
+            super().__init__()
+            self.layer, self.named = nn.Linear(8, 8), named
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.tanh(self.layer(input=x) if self.named else self.layer(x))
+
+    class Blocks(nn.Module):
+        def __init__(self, named: bool) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Block(named) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    made, x = [], torch.randn(4, 20, 8, generator=torch.Generator().manual_seed(0))
+    for named in (True, False):
+        torch.manual_seed(0)
+        model = Blocks(named)
+        rankwise.compress(model, KroneckerFactoredSvd(), keep=0.7, data=[x], sequential=True)
+        assert any(isinstance(block.layer, StructuredLinear) for block in model.blocks)
+        made.append(model(x))
+    torch.testing.assert_close(*made)
+
+
 def test_rows_may_come_alone_and_outputs_in_tuples():
     class Pair(nn.Linear):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

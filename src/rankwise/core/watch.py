@@ -132,8 +132,8 @@ class Watch:
 
     def _padding(self, x: Tensor) -> Padding:
         """Of the sequence that inputs of a layer belong to."""
-        ours = self.encoding or (self.encoded is not None and self.encoded() is x)
-        return self.read if ours else self.padding
+        is_read = self.encoding or (self.encoded is not None and self.encoded() is x)
+        return self.read if is_read else self.padding
 
     def _filling(self, name: str) -> Callable[..., Tensor]:
         return lambda _, inputs, options, y: self._fill(name, input_of(inputs, options), y)
