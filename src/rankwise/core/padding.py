@@ -1,12 +1,14 @@
 """Which rows of a batch count: those of padding do not, and some statistics are of tokens with labels alone."""
 
-from collections.abc import Mapping
+import contextlib
+import weakref
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from .labels import UNLABELLED
+from .labels import UNLABELLED, written
 
 
 @dataclass(frozen=True)
@@ -42,3 +44,47 @@ class Padding:
             if mask is not None and x.shape[:-1] in (mask.shape, (mask.numel(),)):
                 return x.flatten(0, -2)[mask.flatten().to(x.device)]
         return x.reshape(-1, x.shape[-1])
+
+
+class Paddings:
+    """Of both sequences of an encoder-decoder, which are told apart while it runs; of the only one of others."""
+
+    def __init__(self) -> None:
+        self.written = Padding()  # by the model, or its only sequence
+        self.read = Padding()  # by an encoder beside a decoder
+        self.encoding = False  # whether that encoder runs
+        self.encoded: weakref.ref[Tensor] | None = None  # its last hidden states, which the decoder is given
+
+    def begin(self, named: Mapping[str, Any]) -> None:
+        """Start a batch of keyword arguments."""
+        self.written, self.read = Padding.of(written(named)), Padding(Padding.of(named).mask)
+
+    @contextlib.contextmanager
+    def on(self, model: nn.Module) -> Iterator[None]:
+        """Follow which sequence a model works on."""
+        with contextlib.ExitStack() as hooks:
+            if (encoder := encoder_of(model)) is not None:
+                hooks.enter_context(encoder.register_forward_pre_hook(self._encode))
+                hooks.enter_context(encoder.register_forward_hook(self._hand_over))
+            yield
+
+    def of(self, x: Tensor) -> Padding:
+        """That of the sequence which the inputs of a layer belong to."""
+        is_read = self.encoding or (self.encoded is not None and self.encoded() is x)
+        return self.read if is_read else self.written
+
+    def _encode(self, *_: Any) -> None:
+        self.encoding = True
+
+    def _hand_over(self, _: nn.Module, inputs: Any, output: Any) -> None:
+        self.encoding = False
+        self.encoded = weakref.ref(output[0])
+
+
+def encoder_of(model: nn.Module) -> nn.Module | None:
+    """Return the encoder that stands beside a decoder in a model of transformers; other models have none."""
+    part: Any
+    for part in model.modules():
+        if getattr(getattr(part, "config", None), "is_encoder_decoder", False) and hasattr(part, "get_encoder"):
+            return part.get_encoder()
+    return None

@@ -16,7 +16,7 @@ from .errors import CalibrationError
 from .finite import is_finite
 from .labels import Labels, given, in_place, named, unlabelled, written
 from .memory import peak_memory_bytes
-from .padding import Padding
+from .padding import Paddings
 from .progress import track
 from .stacks import Stack, stacks
 from .statistics import Batch, Statistic, Statistics, Stats, divide_alike, of_gradients
@@ -44,10 +44,7 @@ class Watch:
     def __init__(self, sites: Mapping[str, Site], needs: Iterable[type[Statistic]]) -> None:
         self.sites, self.needs = sites, tuple(dict.fromkeys(needs))
         self.layers: dict[str, dict[type[Statistic], Statistic]] = {}
-        self.padding = Padding()  # of what the model writes, or of the only sequence that it has
-        self.read = Padding()  # of what an encoder beside a decoder reads
-        self.encoding = False  # whether that encoder runs
-        self.encoded: weakref.ref[Tensor] | None = None  # its last hidden states, which the decoder is given
+        self.padding = Paddings()
         self.batch = -1  # its number
         self.seen: dict[tuple[int, int, View], tuple[weakref.ref[Tensor], str]] = {}
         self.leader: dict[str, str] = {}  # layer -> the first layer that saw the same input
@@ -74,9 +71,7 @@ class Watch:
                     owners[id(stack)] = model.get_submodule(above.rpartition(".")[0]), first, stack
             for owner, path, stack in owners.values():
                 hooks.enter_context(owner.register_forward_hook(self._counting(path, stack), with_kwargs=True))
-            if (encoder := encoder_of(model)) is not None:
-                hooks.enter_context(encoder.register_forward_pre_hook(self._encode))
-                hooks.enter_context(encoder.register_forward_hook(self._hand_over))
+            hooks.enter_context(self.padding.on(model))
             yield
 
     def begin(self, batch: Batch) -> None:
@@ -85,8 +80,7 @@ class Watch:
         A decoder beside an encoder has ``decoder_attention_mask``. Statistics of answers leave out the tokens,
         too, whose own place in a keyword ``labels`` (b, t) says -100.
         """
-        named = batch if isinstance(batch, Mapping) else {}
-        self.padding, self.read = Padding.of(written(named)), Padding(Padding.of(named).mask)
+        self.padding.begin(batch if isinstance(batch, Mapping) else {})
         self.seen.clear()
         self.calls.clear()
         self.batch += 1
@@ -123,18 +117,6 @@ class Watch:
             divide_alike(found.values())
         return found
 
-    def _encode(self, *_: Any) -> None:
-        self.encoding = True
-
-    def _hand_over(self, _: nn.Module, inputs: Any, output: Any) -> None:
-        self.encoding = False
-        self.encoded = weakref.ref(output[0])
-
-    def _padding(self, x: Tensor) -> Padding:
-        """Of the sequence that inputs of a layer belong to."""
-        is_read = self.encoding or (self.encoded is not None and self.encoded() is x)
-        return self.read if is_read else self.padding
-
     def _filling(self, name: str) -> Callable[..., Tensor]:
         return lambda _, inputs, options, y: self._fill(name, input_of(inputs, options), y)
 
@@ -146,7 +128,7 @@ class Watch:
             x = next(value for value in given if isinstance(value, Tensor) and value.is_floating_point())
             copies = len(stack) if stack.batched else 1  # every matrix is given its own copy of all rows
             rows = x.numel() // x.shape[-1] // copies
-            mask = self._padding(x).mask
+            mask = self.padding.of(x).mask
             if mask is not None and rows == mask.numel():
                 rows = int(mask.sum())
             self.entered[path] = self.entered.get(path, 0) + rows
@@ -155,7 +137,7 @@ class Watch:
 
     def _fill(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """Count the input and the output of a layer; return what takes the place of the output."""
-        site, padding = self.sites[name], self._padding(x)
+        site, padding = self.sites[name], self.padding.of(x)
         leader = self._leader(name, x)
         x = x.detach()
         if name not in self.layers:
@@ -263,15 +245,6 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = flag
         for parameter, flag in gradients.items():
             parameter.requires_grad_(flag)
-
-
-def encoder_of(model: nn.Module) -> nn.Module | None:
-    """Return the encoder that stands beside a decoder in a model of transformers; other models have none."""
-    part: Any
-    for part in model.modules():
-        if getattr(getattr(part, "config", None), "is_encoder_decoder", False) and hasattr(part, "get_encoder"):
-            return part.get_encoder()
-    return None
 
 
 def collect(

@@ -231,7 +231,7 @@ class Sequential:
         return new, self.strength * torch.linalg.solve(shrunk, change, left=False)
 
     def _rows(self, site: Site, x: Tensor) -> Tensor:
-        return self.watch.padding.rows(site.view.inputs(x.detach()))
+        return self.watch.padding.of(x).rows(site.view.inputs(x.detach()))
 
     @contextlib.contextmanager
     def _restored(self, sites: Iterable[Site]) -> Iterator[None]:
