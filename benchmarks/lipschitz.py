@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from rankwise import Optimizer, lipschitz_bound
-from rankwise.core.transforms import chain
+from rankwise.core.combining import chain
 from rankwise.layers import Blend, BoundedAttention, UnitGelu
 from rankwise.linalg import POLAR_EXPRESS, odd_range
 from rankwise.optimizers import (

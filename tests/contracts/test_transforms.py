@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 import rankwise
 from rankwise import Layerwise, Optimizer, optimizers, projectors
+from rankwise.core.combining import by_shape, chain
 from rankwise.core.memory import optimizer_bytes
+from rankwise.core.seen import wide
 from rankwise.core.states import described, leaves, map_state
 from rankwise.core.stored import Batched
-from rankwise.core.transforms import Transform, by_shape, chain, wide, within
+from rankwise.core.transforms import Transform, within
 from rankwise.core.writing import Write
 from rankwise.optimizers import (
     adafactor,

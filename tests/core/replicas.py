@@ -15,11 +15,12 @@ from torch.distributed.fsdp import fully_shard
 
 import rankwise
 from rankwise import IntegerWeights, Optimizer, Replicated, StochasticRounding
+from rankwise.core.combining import chain
 from rankwise.core.fingerprint import digest_of
 from rankwise.core.methods import Course
 from rankwise.core.preconditioner import Preconditioner
 from rankwise.core.states import leaves
-from rankwise.core.transforms import Transform, chain
+from rankwise.core.transforms import Transform
 from rankwise.linalg import expanded
 from rankwise.matrices import Spectral
 from rankwise.optimizers import adam, dct_adamw, frugal, galore, hard_cap, muon, project, quantised

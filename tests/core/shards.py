@@ -18,9 +18,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from rankwise import Layerwise, Optimizer, Replicated, StochasticRounding
+from rankwise.core.combining import chain
 from rankwise.core.hidden import hidden_matrices
 from rankwise.core.states import leaves
-from rankwise.core.transforms import Transform, chain
+from rankwise.core.transforms import Transform
 from rankwise.optimizers import adam, dct_adamw, frugal, galore, hard_cap, muon, oblique, sign, stiefel
 from rankwise.projectors import Every
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankwise import Optimizer
+from rankwise.core.combining import chain
 from rankwise.core.directions import Factors, add_to, formed
-from rankwise.core.transforms import Transform, chain
+from rankwise.core.transforms import Transform
 from rankwise.core.writing import Nearest
 from rankwise.optimizers import adafactor, adam, fira, galore, ldadam, q_galore, quantised, sgd, trion
 from rankwise.projectors import Cosine, RandomOrthogonal, Svd

@@ -11,10 +11,11 @@ from contracts.examples import draw
 from torch import Tensor, nn
 
 from rankwise import Optimizer
+from rankwise.core.combining import chain
 from rankwise.core.integer_weights import IntegerLinear, IntegerWeights, train_as_floats, train_as_integers
 from rankwise.core.memory import held_bytes
 from rankwise.core.states import leaves
-from rankwise.core.transforms import Transform, chain
+from rankwise.core.transforms import Transform
 from rankwise.linalg import add_to_integers, integer_grid
 from rankwise.optimizers import adam, q_galore, row_cap
 from rankwise.projectors import Backoff

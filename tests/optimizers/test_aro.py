@@ -8,7 +8,7 @@ from optimizers.walks import assert_same, draw, gradient, ours, walk
 from torch import Tensor, nn
 
 from rankwise import Optimizer
-from rankwise.core.transforms import wide
+from rankwise.core.seen import wide
 from rankwise.optimizers import adam, aro, sgd, sign
 from rankwise.optimizers.aro import SHIFT, Balance, TurningFrame
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from optimizers.walks import assert_same, draw, gradient, ours, walk
 
-from rankwise.core.transforms import Transform, by_shape
+from rankwise.core.combining import by_shape
+from rankwise.core.transforms import Transform
 from rankwise.optimizers import adam, auon, hybrid_auon, muon, sgd
 from rankwise.optimizers.auon import HyperbolicScale
 from rankwise.optimizers.gains import GrowthLimit

@@ -8,8 +8,9 @@ from optimizers.walks import CLOSE, assert_same, draw, gradient, inside, ours, w
 from torch import Tensor, nn
 
 from rankwise import Optimizer
+from rankwise.core.combining import chain
+from rankwise.core.seen import wide
 from rankwise.core.subspaces import Subspace
-from rankwise.core.transforms import chain, wide
 from rankwise.linalg import MUON, POLAR_EXPRESS
 from rankwise.optimizers import adam, dct_adamw, galore, muon, project, sgd, trion
 from rankwise.optimizers.aspect import Aspect

@@ -4,7 +4,8 @@ import pytest
 import torch
 from optimizers.walks import CLOSE, assert_same, draw, gradient, inside, ours, plain_adam, walk
 
-from rankwise.core.transforms import Transform, wide
+from rankwise.core.seen import wide
+from rankwise.core.transforms import Transform
 from rankwise.optimizers import adam, fira, galore
 from rankwise.optimizers.fira import LikeInside
 from rankwise.optimizers.gains import GrowthLimit

@@ -8,8 +8,8 @@ from optimizers.walks import assert_same, draw, gradient, ours, walk
 from torch import Tensor, nn
 
 from rankwise import Optimizer
+from rankwise.core.seen import wide
 from rankwise.core.subspaces import Subspace
-from rankwise.core.transforms import wide
 from rankwise.optimizers import adam, ldadam
 from rankwise.optimizers.adam import Adam
 from rankwise.optimizers.ldadam import LowDimensionalAdam

@@ -6,7 +6,8 @@ from contracts.examples import draw
 from torch import Tensor, nn
 
 from rankwise import Optimizer
-from rankwise.core.transforms import Transform, chain, state_bytes
+from rankwise.core.combining import chain
+from rankwise.core.transforms import Transform, state_bytes
 from rankwise.linalg import MUON, POLAR_EXPRESS, leading_pair, odd_polynomials, odd_range, spectral_bound
 from rankwise.optimizers import (
     adam,

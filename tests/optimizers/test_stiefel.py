@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from rankwise import Optimizer
 from rankwise.cli.options import build
-from rankwise.core.transforms import Transform, chain
+from rankwise.core.combining import chain
+from rankwise.core.transforms import Transform
 from rankwise.linalg import cayley, stiefel_tangent
 from rankwise.optimizers import adam, galore, hard_cap, oblique, orthogonal_penalty, sgd, stiefel
 from rankwise.optimizers.manifolds import Manifold, TangentMomentum

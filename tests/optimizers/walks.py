@@ -8,8 +8,9 @@ from contracts import examples
 from torch import Tensor, nn
 
 from rankwise import Optimizer
+from rankwise.core.seen import wide
 from rankwise.core.subspaces import Subspace
-from rankwise.core.transforms import Transform, wide
+from rankwise.core.transforms import Transform
 from rankwise.optimizers.project import Project
 from rankwise.projectors import Every, Keep
 

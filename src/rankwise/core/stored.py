@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .directions import Direction, formed
+from .seen import Seen
 from .states import State, map_state
-from .transforms import Seen, Transform, as_matrices, within
+from .transforms import Transform, as_matrices, within
 
 BLOCK = 2**24  # numbers of slices that are stepped together, where it is not fewer than one slice has
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.combining import chain
 from ..core.states import State, counter, per_parameter
-from ..core.transforms import Transform, chain
+from ..core.transforms import Transform
 from .sgd import Momentum
 
 

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.combining import by_shape, chain
 from ..core.methods import check_finite
+from ..core.seen import wide
 from ..core.states import State
 from ..core.subspaces import Carry, Projector, Refresh, Subspace
-from ..core.transforms import Transform, by_shape, chain, wide
+from ..core.transforms import Transform
 from ..projectors import Every, Keep, RandomOrthogonal
 from .adam import adam
 from .gains import GrowthLimit, gains, lengths

@@ -6,9 +6,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..core.combining import by_shape, chain
 from ..core.methods import check_count, check_finite
+from ..core.seen import wide
 from ..core.states import State, leaves
-from ..core.transforms import Transform, by_shape, chain, wide
+from ..core.transforms import Transform
 from ..linalg import orthonormal, product
 from .adam import adam
 from .sgd import Momentum

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..core.combining import by_shape, chain
 from ..core.methods import check_count
 from ..core.states import State
-from ..core.transforms import Transform, by_shape, chain
+from ..core.transforms import Transform
 from ..linalg import MUON, newton_schulz
 from .adam import adam
 from .aspect import Aspect

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..core.combining import by_shape
 from ..core.states import State
-from ..core.transforms import Transform, by_shape
+from ..core.transforms import Transform
 from .sgd import sgd
 
 

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.combining import by_shape, chain
 from ..core.methods import check_finite
 from ..core.states import State
 from ..core.subspaces import Carry, Projector, Refresh, check_unread
-from ..core.transforms import Transform, by_shape, chain
+from ..core.transforms import Transform
 from ..projectors import RandomRows, Reset
 from .adam import adam
 from .project import Rest, project

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..core.combining import by_shape
+from ..core.seen import wide
 from ..core.states import State
 from ..core.subspaces import Projector, Refresh, Subspace
-from ..core.transforms import Transform, by_shape, wide
+from ..core.transforms import Transform
 from ..projectors import Every, Keep, WarmPower
 from .adam import adam
 from .galore import galore

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.combining import by_shape
 from ..core.directions import Direction, add_to, formed
+from ..core.seen import wide
 from ..core.states import State, per_parameter
 from ..core.subspaces import Projector, Refresh, Subspace
-from ..core.transforms import Transform, by_shape, wide
+from ..core.transforms import Transform
 from ..projectors import Every, Rotate, WarmPower
 from .adam import Adam
 from .project import begin

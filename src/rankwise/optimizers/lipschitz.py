@@ -1,6 +1,7 @@
 """Steps of a known norm, and weights that stay below one."""
 
-from ..core.transforms import Transform, by_shape, chain
+from ..core.combining import by_shape, chain
+from ..core.transforms import Transform
 from ..linalg import POLAR_EXPRESS, odd_range
 from .adam import adam
 from .muon import Orthogonalize

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.transforms import Transform, by_shape
+from ..core.combining import by_shape
+from ..core.transforms import Transform
 from .manifolds import Manifold, OnManifold, moving
 from .sgd import sgd
 

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..core.transforms import Transform, by_shape, chain, wide
+from ..core.combining import by_shape, chain
+from ..core.seen import wide
+from ..core.transforms import Transform
 from .sgd import sgd
 from .tscnc import Penalty, check_weight
 

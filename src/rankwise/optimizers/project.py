@@ -6,11 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.combining import by_shape
 from ..core.directions import Direction, add_to, formed
 from ..core.methods import check_finite
+from ..core.seen import Entries, wide
 from ..core.states import State
 from ..core.subspaces import Carry, Projector, Refresh, Subspace, check_unread
-from ..core.transforms import Entries, Transform, by_shape, wide
+from ..core.transforms import Transform
 from ..projectors import Backoff, Every, Keep, Rotate
 from ..projectors.bases import ChosenRows
 

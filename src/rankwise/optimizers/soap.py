@@ -7,8 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..core.combining import by_shape
 from ..core.states import State, counter, put, take
-from ..core.transforms import Transform, by_shape
+from ..core.transforms import Transform
 from ..linalg import orthonormal
 from ..projectors import Every
 from .adam import Adam

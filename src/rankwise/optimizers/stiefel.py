@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.transforms import Transform, by_shape, wide
+from ..core.combining import by_shape
+from ..core.seen import wide
+from ..core.transforms import Transform
 from ..linalg import stiefel_tangent
 from .manifolds import Manifold, OnManifold, moving
 from .retractions import Polar, Retraction

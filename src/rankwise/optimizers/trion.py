@@ -5,10 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.combining import by_shape, chain
 from ..core.directions import Direction, add_to, formed
+from ..core.seen import wide
 from ..core.states import State
 from ..core.subspaces import Projector, Refresh, Subspace
-from ..core.transforms import Transform, by_shape, chain, wide
+from ..core.transforms import Transform
 from ..linalg import MUON
 from ..projectors import Cosine, Every, Keep
 from .adam import adam

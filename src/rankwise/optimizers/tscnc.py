@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.combining import by_shape, chain
 from ..core.states import State
-from ..core.transforms import Transform, by_shape, chain
+from ..core.transforms import Transform
 from .adam import adam
 from .sgd import sgd
 

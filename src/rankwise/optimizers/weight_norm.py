@@ -6,9 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..core.combining import by_shape
 from ..core.states import State
 from ..core.subspaces import check_unread
-from ..core.transforms import Transform, by_shape
+from ..core.transforms import Transform
 from .adam import adam
 
 
