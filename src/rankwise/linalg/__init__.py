@@ -22,7 +22,7 @@ from .mean_field import critical_variances, gradient_gain, preactivation_varianc
 from .metric import Metric, metric_norm, metric_svd, truncated_factors
 from .newton_schulz import MUON, POLAR_EXPRESS, newton_schulz, odd_polynomials, odd_range
 from .orthonormal import draw_normal, orthonormal, power_steps, product, seeded
-from .packing import pack, pack_fitting, packed_bytes, unpack
+from .packing import pack, pack_fitting, packed_bytes, spread, unpack
 from .parabola import falling, log_linear, log_parabola
 from .pivoted_cholesky import Interpolation, pivoted_cholesky
 from .principal import principal_components
@@ -131,6 +131,7 @@ __all__ = [
     "solve_root",
     "sparse_plus_low_rank",
     "spectral_bound",
+    "spread",
     "stiefel_tangent",
     "stochastic_bfloat16",
     "symmetric_eigen",

@@ -79,9 +79,11 @@ class Quantized(StructuredMatrix):
     def dense(self) -> Tensor:
         """(m, n)."""
         m, n = self.shape
-        codes = unpack(self.packed, self.bits)[:, :n].to(self.scale.dtype)
-        padded = torch.nn.functional.pad(codes, (0, -n % self.group)).view(m, -1, self.group)
-        return torch.addcmul(self.offset[:, :, None], self.scale[:, :, None], padded).flatten(1)[:, :n]
+        codes = nn.functional.pad(unpack(self.packed, self.bits)[:, :n], (0, -n % self.group))
+        wide = torch.promote_types(self.scale.dtype, torch.float32)  # rounded once, in the end
+        scale, offset = self.scale[:, :, None].to(wide), self.offset[:, :, None].to(wide)
+        written = codes.view(m, -1, self.group).to(wide) * scale + offset
+        return written.flatten(1)[:, :n].to(self.scale.dtype)
 
     def spec(self) -> dict[str, Any]:
         """Kind, shape, bits and group."""

@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..linalg import pack, packed_bytes, unpack
+from ..linalg import pack, packed_bytes, spread, unpack
 from .base import StructuredMatrix, check_2d, shape_of, size
 
 
@@ -80,7 +80,9 @@ class Sparse(StructuredMatrix):
 
     def dense(self) -> Tensor:
         """(m, n)."""
-        return self.values.new_zeros(self.shape).masked_scatter(self.mask(), self.values)
+        if torch.is_grad_enabled() and self.values.requires_grad:
+            return self.values.new_zeros(self.shape).masked_scatter(self.mask(), self.values)
+        return spread(self.values, self.bitmap)[:, : self.shape[1]]
 
     def check(self) -> None:
         """Raise unless the bitmap marks as many entries as there are values."""
