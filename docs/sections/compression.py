@@ -244,6 +244,7 @@ def streaming() -> list[str]:
     if found is None:
         return []
     gib, same = 2**30, "the same bits as" if found["bit_identical"] else "other bits than"
+    which = "all" if found["layers"] == "." else f"those named `{found['layers']}`"
     cells = [
         [name, str(run["killed"]), f"{run['wall_seconds']:.0f}", f"{run['peak_memory_bytes'] / gib:.2f}"]
         for name, run in [("whole", found["uninterrupted"]), *[("again", run) for run in found["killed"]]]
@@ -252,8 +253,8 @@ def streaming() -> list[str]:
         *head_of("A checkpoint streamed block by block", found),
         f"A random Llama of {found['blocks']} blocks and {found['total_bytes'] / gib:.2f} GiB in bfloat16, "
         f"{found['tokens']} tokens; embeddings, head and three blocks take "
-        f"{found['embeddings_and_3_blocks_bytes'] / gib:.2f} GiB. The layers compressed are those of "
-        f"`{found['layers']}`. The run that was killed made {same} the one that was not.",
+        f"{found['embeddings_and_3_blocks_bytes'] / gib:.2f} GiB. Of the blocks' linear layers {which} are "
+        f"compressed. The run that was killed made {same} the one that was not.",
         "",
         *table(["run", "killed", "seconds", "peak GiB of the process"], cells),
     ]
