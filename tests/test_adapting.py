@@ -6,12 +6,14 @@ import pytest
 import torch
 from mixtures import MIXTURES
 from tiny import gpt2, ids, llama
+from torch import nn
 
 import rankwise
-from rankwise import adapters
+from rankwise import CalibrationError, adapters
 from rankwise.compressors import PlainSvd
 from rankwise.core.methods import Adapter
 from rankwise.models.adapter_files import TENSORS
+from rankwise.rank_rules import ExplainedVariance
 
 
 def batches() -> list[torch.Tensor]:
@@ -52,7 +54,7 @@ def test_a_gate_too_small_is_left_out_where_nobody_named_it(method: Adapter):
     gate = "model.layers.0.mlp.shared_expert_gate"
     data = batches() if method.needs else None
     report = rankwise.adapt(MIXTURES["qwen2 moe"](), method, data=data)
-    assert f"too small and left out: {gate}" in report.title
+    assert f"left out, too small or not reached by data: {gate}" in report.title
     assert list(report.totals["left_out"]) == [
         name for name, _ in MIXTURES["qwen2 moe"]().named_modules() if name.endswith("shared_expert_gate")
     ]
@@ -63,10 +65,29 @@ def test_a_gate_too_small_is_left_out_where_nobody_named_it(method: Adapter):
         )
 
 
+def test_layers_that_no_data_reaches_are_left_out_where_nobody_named_them():
+    class Partly(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.used(x)
+
+    data = [torch.randn(64, 8)]
+    for method in (adapters.Eva(rank=2), adapters.Lora(rank=2, ranks=ExplainedVariance())):
+        report = rankwise.adapt(Partly(), method, data=data)
+        assert [row["name"] for row in report.rows] == ["used"]
+        assert report.totals["left_out"] == {"unused": "no data reached it."}
+        assert "not reached by data: unused" in report.title
+        with pytest.raises(CalibrationError, match="never reached by the data: unused;"):
+            rankwise.adapt(Partly(), method, data=data, where=lambda *_: True)
+
+
 def test_a_rank_too_large_for_all_layers_is_refused():
     for method in (adapters.Lora(rank=1000), adapters.Eva(rank=1000), adapters.Svfit(rank=1000)):
         model = llama()
-        with pytest.raises(ValueError, match=r"all layers are too small\. Layer model\.layers\.0.*1000"):
+        with pytest.raises(ValueError, match=r"all layers are too small, .*\. Layer model\.layers\.0.*1000"):
             rankwise.adapt(model, method, data=batches() if method.needs else None)
         assert not rankwise.core.surgery.structured(model)
         assert all(p.requires_grad for p in model.parameters())

@@ -58,8 +58,9 @@ def adapt(
             and of other kinds. It is made for the model without them, and is then in use, alone: see
             :func:`rankwise.use`. A classifier whose head is new takes none, since the head must train, too.
         where: which layers; None selects all weight matrices but output heads, those that ``also`` accepts, and
-            those that are too small for the method, such as a gate of one output, which the report names. For
-            modules that stand behind layers None selects those that write into the streams of blocks.
+            those that are too small for the method, such as a gate of one output, or that data which it reads did
+            not reach, which the report names. For modules that stand behind layers None selects those that write
+            into the streams of blocks.
         embeddings: also adapt the embeddings that ``where`` accepts and that share their weight with no other
             layer. Only methods that need no data can. The vector of a padding token (``padding_idx``) stays as
             it is, whatever the method does to the others: ``nn.Embedding`` does not train it either.
@@ -72,13 +73,14 @@ def adapt(
 
     Returns:
         a report with a row for each layer; its totals say how many numbers train, of how many, and under
-        ``left_out`` why layers that are too small were left out.
+        ``left_out`` why layers were left out.
 
     Raises:
         TypeError: if ``method`` is no adapter.
         ValueError: if no layer is selected or large enough, one is adapted already or does not fit, or a weight
             is not finite.
-        CalibrationError: if the method needs data that is missing, empty, or does not reach a layer.
+        CalibrationError: if the method needs data that is missing, empty, or does not reach any layer, or not one
+            that ``where`` asks for.
 
     >>> import torch, rankwise
     >>> from torch import nn
@@ -141,27 +143,27 @@ def _adapted(
             raise ValueError(f"layer {path} has an adapter already; fold or remove that first, or leave it out.")
     check_weights(sites)
     whole = _whole(model, also, [path for site in sites.values() for path in site.names])
-    stats = _statistics(model, method, sites, data, labels, tokens, window, seed)
+    stats = _statistics(model, method, sites, where, data, labels, tokens, window, seed)
     generator = Generator().manual_seed(seed)
-    small: dict[str, str] = {}  # what is left out, and why
-    about = functools.partial(_about, small=small if where is None else None)
-    bases = {path: site.under for path, site in sites.items()}
+    out = {path: "no data reached it." for path in sites if path not in stats}  # what is left out, and why
+    about = functools.partial(_about, out=out if where is None else None)
+    bases = {path: site.under for path, site in sites.items() if path in stats}
     ranks = _ranks(method, bases, stats, about)
     made = {}
     for path, base in track(bases.items(), "adapters"):
-        if ranks.get(path) != 0 and path not in small:
+        if ranks.get(path) != 0 and path not in out:
             with about(path):
                 own = method.with_rank(ranks[path]) if path in ranks else method
                 made[path] = sites[path].view.adapted(own.attach(Base(base), stats[path], generator))
                 for tensor in own_tensors(made[path]).values():
                     tensor.data = tensor.data.contiguous()  # as files have it: the order of sums depends on it
-    if len(small) == len(sites):
-        path, why = next(iter(small.items()))
-        raise ValueError(f"all layers are too small. Layer {path}: {why}")
+    if len(out) == len(sites):
+        path, why = next(iter(out.items()))
+        raise ValueError(f"all layers are too small, or not reached by data. Layer {path}: {why}")
     model.requires_grad_(False)
     rows = []
     for path, site in sites.items():
-        if path in small:
+        if path in out:
             continue
         trained = 0
         if path in made:
@@ -174,7 +176,7 @@ def _adapted(
         rows.append({"name": path, "shape": list(bases[path].shape), "rank": rank, "trained": trained})
     declare_ties(model)
     unspent = getattr(method, "rank", 0) * len(ranks) - sum(ranks.values()) if ranks else 0
-    return _report(model, method, rows, len(made), whole, small, unspent)
+    return _report(model, method, rows, len(made), whole, out, unspent)
 
 
 def _accepted(model: nn.Module, site: Site, also: Callable[[str], bool]) -> bool:
@@ -215,7 +217,7 @@ def _report(
     rows: list[dict[str, Any]],
     count: int,
     whole: Sequence[nn.Parameter],
-    small: Mapping[str, str] | None = None,
+    out: Mapping[str, str] | None = None,
     unspent: int = 0,
 ) -> Report:
     """Let other parameters train too, and count all that do.
@@ -226,7 +228,7 @@ def _report(
         rows: a row for each layer.
         count: of layers.
         whole: the other parameters.
-        small: the layers that are too small, and why.
+        out: the layers that are left out, and why.
         unspent: ranks by which no layer gains.
     """
     for parameter in whole:
@@ -235,24 +237,25 @@ def _report(
         "method": described(method),
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "params": sum(p.numel() for p in model.parameters()),
-        "left_out": dict(small or {}),
+        "left_out": dict(out or {}),
         "unspent": unspent,
     }
-    names = [*(small or {})]
-    rest = f"; too small and left out: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}" if names else ""
+    names = [*(out or {})]
+    few = ", ".join(names[:3]) + " ..." * (len(names) > 3)
+    rest = f"; left out, too small or not reached by data: {few}" if names else ""
     rest += f"; {unspent} ranks are left over, as no layer gains by them" if unspent else ""
     return Report(f"{type(method).__name__}: {count} layers adapted{rest}", rows, "layers", totals)
 
 
 @contextlib.contextmanager
-def _about(name: str, small: dict[str, str] | None) -> Iterator[None]:
+def _about(name: str, out: dict[str, str] | None) -> Iterator[None]:
     """Have an error name the layer, or note that a layer is too small, where that is no error."""
     try:
         yield
     except TooSmallError as error:
-        if small is None:
+        if out is None:
             raise ValueError(f"layer {name}: {error} Or leave the layer out with 'where'.") from error
-        small[name] = str(error)
+        out[name] = str(error)
     except ValueError as error:
         raise ValueError(f"layer {name}: {error} Or leave the layer out with 'where'.") from error
 
@@ -284,12 +287,14 @@ def _statistics(
     model: nn.Module,
     method: Adapter,
     sites: Mapping[str, Site],
+    where: Where | None,
     data: Any,
     labels: Labels | None,
     tokens: int,
     window: int,
     seed: int,
 ) -> dict[str, Stats]:
+    """Return what a method reads about layers, without those that no data reached and nobody asked for."""
     needs = tuple(dict.fromkeys((*method.needs, *(method.ranks.needs if method.ranks else ()))))
     if not needs:
         return {name: {} for name in sites}
@@ -302,7 +307,8 @@ def _statistics(
         )
     if not isinstance(data, Statistics):
         about: dict[str, Any] = {"tokens": tokens, "window": window, "seed": seed}
-        names = {name for site in sites.values() for name in site.names}
-        about |= {"where": lambda name, layer: name in names, "compressed": True}
-        data = calibrate(model, needs, data=data, labels=labels, **about)
-    return {name: data.of(name, needs) for name in sites}
+        if where is not None:
+            names = {name for site in sites.values() for name in site.names}
+            about["where"] = lambda name, layer: name in names
+        data = calibrate(model, needs, data=data, labels=labels, compressed=True, **about)
+    return {name: data.of(name, needs) for name in sites if where is not None or not data.unreached(name)}

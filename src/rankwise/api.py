@@ -76,7 +76,8 @@ def calibrate(
         data: "self" samples sequences from the model, which must be a causal language model; otherwise token
             ids, (t,) or (b, t), or batches as the model takes them, perhaps with labels as in :func:`finetune`.
             What keywords ``attention_mask`` and ``decoder_attention_mask`` mark as padding does not count.
-        where: which layers; see :func:`rankwise.core.surgery.select`.
+        where: which layers; see :func:`rankwise.core.surgery.select`. Unless it is given, layers that no data
+            reaches, or no gradient where such are wanted, have no statistics.
         compressed: also watch layers that are structured already.
         labels: from :mod:`rankwise.core.labels`; None means the sampled tokens themselves for "self", and labels
             drawn from the model for other data, or those of the data where a statistic asks for them.
@@ -86,7 +87,8 @@ def calibrate(
         autocast: run a float32 model in this type.
 
     Raises:
-        CalibrationError: if the data is empty or a number in the model is not finite.
+        CalibrationError: if the data is empty or does not reach a layer that ``where`` names, or any layer, or if
+            a number in the model is not finite.
         ValueError: if no layer is selected, or a statistic asks for labels of the data and there is none.
     """
     check_function("labels", labels, "a function from rankwise.core.labels")
@@ -109,6 +111,7 @@ def calibrate(
         generator=generator,
         autocast=autocast,
         total=len(batches),
+        strict=where is not None,
     )
     return dataclasses.replace(found, batches=by_name(labels, model, batches))
 
@@ -159,13 +162,13 @@ def compress(
         a report with a row for each layer: kind, rank, params before and after, and the error that the method
         predicted and the one measured on the new matrix, both in the method's own units. Each expert of a mixture
         has rows of its own; multiply-adds count as if every token went through all experts. Experts that no token
-        of the data reached stay as they are, and are named in ``totals["unreached"]``. Of layers that are
-        compressed together, each has an equal share of the predicted error, and the first counts what they store
-        once.
+        of the data reached stay as they are, and so do other such layers unless ``where`` asks for them;
+        ``totals["unreached"]`` names them. Of layers that are compressed together, each has an equal share of the
+        predicted error, and the first counts what they store once.
 
     Raises:
         ValueError: if an argument is wrong, a weight is not finite, or the budget cannot be met.
-        CalibrationError: if the data is empty or does not reach a layer, or any of a mixture's experts.
+        CalibrationError: if the data is empty, or does not reach any layer, or not one that ``where`` asks for.
 
     >>> import torch, rankwise
     >>> from torch import nn

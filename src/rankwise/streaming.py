@@ -98,7 +98,8 @@ def compress_folder(
     Raises:
         ValueError: if an argument is wrong, the checkpoint is damaged, ``out`` is in use, its unfinished run was
             about something else, or the model is no chain of blocks.
-        CalibrationError: if the data does not reach a layer, or a number is not finite.
+        CalibrationError: if the data does not reach any layer of a block, or not one that ``where`` asks for, or
+            if a number is not finite.
         OSError: if the disk is full; finished steps are kept.
     """
     check_arguments(method, keep, of, sequential)
@@ -188,7 +189,15 @@ class _Run:
         self.before: dict[str, Any] = {}  # what the shards so far were made of, where the next depend on them
         self.steps = Steps(_partial(out), about)
         self.sweeps = Sweeps(
-            self.checkpoint, self.chain, self.steps, batches, self.parts, method.needs, loss, seed
+            self.checkpoint,
+            self.chain,
+            self.steps,
+            batches,
+            self.parts,
+            method.needs,
+            loss,
+            seed,
+            where is not None,
         )
 
     def finish(self, keep: float, of: Unit, allocate: Allocator, sequential: bool | float) -> Report:

@@ -1,5 +1,7 @@
 """Statistics against what autograd and plain sums say, and their file."""
 
+import copy
+
 import pytest
 import torch
 from tiny import llama
@@ -255,6 +257,33 @@ def test_no_data_and_unreached_layers_are_errors():
         run(Half(), [])
     with pytest.raises(CalibrationError, match="layers never reached by the data: unused;"):
         run(Half(), [torch.ones(2, 3)])
+
+
+def test_layers_that_nobody_asked_for_need_not_be_reached():
+    class Partly(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused, self.aside = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x):
+            self.aside(x)  # the output does not depend on it
+            return self.used(x)
+
+    net, data = Partly(), [torch.randn(64, 8)]
+    before = copy.deepcopy(net.state_dict())
+    report = rankwise.compress(net, KroneckerFactoredSvd(), keep=0.9, data=data)
+    assert report.totals["unreached"] == ["unused", "aside"]
+    assert "2 that no data reached stay as they are" in report.title
+    assert isinstance(net.used, StructuredLinear)
+    assert all(torch.equal(before[f"{name}.weight"], getattr(net, name).weight) for name in ("unused", "aside"))
+    with pytest.raises(CalibrationError, match="never reached by the data: unused;"):
+        rankwise.compress(Partly(), KroneckerFactoredSvd(), keep=0.9, data=data, where=lambda *_: True)
+    with pytest.raises(CalibrationError, match="on which the loss does not depend: aside;"):
+        calibrate(Partly(), [OutputGradGram], data=data, where=lambda name, _: name != "unused")
+    partly = Partly()
+    partly.forward = lambda x: x
+    with pytest.raises(CalibrationError, match="never reached by the data: used, unused, aside;"):
+        calibrate(partly, [OutputGradGram], data=data)
 
 
 def test_the_file_is_read_for_its_own_model_only(tmp_path):

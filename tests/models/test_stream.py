@@ -83,6 +83,10 @@ FAMILIES = {
         made("XLNetModel", transformers.XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=48)),
         plain,
     ),
+    "mamba": (  # which takes the weight of a layer that it never calls
+        made("MambaForCausalLM", transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2)),
+        plain,
+    ),
     **{name: (make, plain) for name, make in MIXTURES.items()},
     "bert": (made("BertModel", transformers.BertConfig(**BERT)), padded),
     "bert classifier": (made("BertForSequenceClassification", transformers.BertConfig(**BERT)), padded),

@@ -22,6 +22,7 @@ class Standing(Tensor):
 
     matrix: StructuredMatrix
     transposed: bool
+    _is_hf_initialized = True  # transformers' mark: there is nothing to draw random numbers for
 
     @classmethod
     def of(cls, empty: Tensor, matrix: StructuredMatrix, transposed: bool = False) -> Self:

@@ -39,10 +39,13 @@ class Watch:
     Args:
         sites: the layers to watch, from :func:`rankwise.core.surgery.select`.
         needs: the statistics to fill.
+        strict: refuse layers that no data reached, rather than leave them without statistics.
     """
 
-    def __init__(self, sites: Mapping[str, Site], needs: Iterable[type[Statistic]]) -> None:
-        self.sites, self.needs = sites, tuple(dict.fromkeys(needs))
+    def __init__(
+        self, sites: Mapping[str, Site], needs: Iterable[type[Statistic]], *, strict: bool = True
+    ) -> None:
+        self.sites, self.needs, self.strict = sites, tuple(dict.fromkeys(needs)), strict
         self.layers: dict[str, dict[type[Statistic], Statistic]] = {}
         self.padding = Paddings()
         self.batch = -1  # its number
@@ -96,23 +99,27 @@ class Watch:
                 still to come. :func:`divide_alike` does it then.
 
         Raises:
-            CalibrationError: if no batch reached a layer, or any matrix of a stack.
+            CalibrationError: if no batch reached a layer, or any matrix of a stack; unless it is strict, if none
+                reached any layer.
         """
         paths = {name: self.stacks[name] for name in self.sites if name in self.stacks}
         reached = {name for name in paths if _reached(self.layers.get(name, {}))}
         alone = [name for name in self.sites if name not in paths]
-        _refuse([name for name in alone if name not in self.layers], "never reached by the data")
+        seen = [name for name in alone if name in self.layers]
         kinds = {need for need in self.needs if need.answers}
-        silent = [n for n in alone if n in self.layers and not all(self.layers[n][kind].count for kind in kinds)]
-        _refuse(silent, "that no token with a label other than -100 reached")
-        useless = [name for name in alone if not all(each.count for each in self.layers[name].values())]
-        _refuse(useless, "on which the loss does not depend")
-        idle = sorted({*paths.values()} - {paths[name] for name in reached})
-        _refuse(idle, "of which no matrix was reached by the data")
+        silent = [name for name in seen if not all(self.layers[name][kind].count for kind in kinds)]
+        useless = [name for name in seen if not all(each.count for each in self.layers[name].values())]
+        there = reached.union(seen).difference(useless)  # the silent ones are useless, too
+        if self.strict or not there:
+            _refuse([name for name in alone if name not in self.layers], "never reached by the data")
+            _refuse(silent, "that no token with a label other than -100 reached")
+            _refuse(useless, "on which the loss does not depend")
+            idle = sorted({*paths.values()} - {paths[name] for name in reached})
+            _refuse(idle, "of which no matrix was reached by the data")
         for name in reached:
             for statistic in of_gradients(self.layers[name]):
                 statistic.count = self.entered[paths[name]]
-        found = {name: {} if name in paths and name not in reached else self.layers[name] for name in self.sites}
+        found = {name: self.layers[name] if name in there else {} for name in self.sites}
         if alike:
             divide_alike(found.values())
         return found
@@ -257,6 +264,7 @@ def collect(
     generator: Generator,
     autocast: torch.dtype | None = None,
     total: int | None = None,
+    strict: bool = True,
 ) -> Statistics:
     """Run a model once over some data and fill the statistics of its layers.
 
@@ -275,11 +283,13 @@ def collect(
         generator: source of the labels' randomness.
         autocast: run the model in this type (for a float32 model on hardware that is faster in bfloat16).
         total: number of batches, for the progress bar.
+        strict: see :class:`Watch`.
 
     Raises:
-        CalibrationError: if there is no batch, if a layer is never reached, or if a number is not finite.
+        CalibrationError: if there is no batch, if a layer is never reached, or where it is not strict all of
+            them, or if a number is not finite.
     """
-    start, watch, count = time.perf_counter(), Watch(sites, needs), 0
+    start, watch, count = time.perf_counter(), Watch(sites, needs, strict=strict), 0
     device = next(model.parameters()).device
     cast = torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None)
     of_data = labels in (given, in_place)

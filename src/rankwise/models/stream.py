@@ -65,6 +65,7 @@ class Sweeps:
         needs: the statistics to fill.
         labels: see :func:`rankwise.core.watch.collect`.
         seed: of the labels.
+        strict: see :class:`rankwise.core.watch.Watch`.
     """
 
     def __init__(
@@ -77,7 +78,9 @@ class Sweeps:
         needs: Sequence[type[Statistic]],
         labels: Labels,
         seed: int,
+        strict: bool,
     ) -> None:
+        self.strict = strict
         self.checkpoint, self.chain, self.steps, self.batches = checkpoint, chain, steps, batches
         self.parts, self.needs, self.labels, self.seed = parts, needs, labels, seed
         self.gradients = any(need.side != "input" for need in needs)
@@ -103,7 +106,7 @@ class Sweeps:
     def statistics(self, part: str) -> dict[str, Stats]:
         """Return the statistics of the layers of a part."""
         if part == OUTSIDE:
-            found = self._sums("after") | self._sums("before")
+            found = {name: {} for name in self.parts[part]} | self._sums("after") | self._sums("before")
         else:
             i = self.chain.names.index(part)
             found = self._sums(f"gradient-{i}" if self.gradients else f"hidden-{i + 1}")
@@ -174,7 +177,7 @@ class Sweeps:
         self._step("before", self.parts[OUTSIDE], each, some=True)
         before, after = (self.steps.figures(step)["statistics"]["layers"] for step in ("before", "after"))
         for name in self.parts[OUTSIDE]:
-            if (name in before) == (name in after):
+            if (name in before and name in after) or (self.strict and name not in before and name not in after):
                 places = "both before and after the blocks" if name in before else "never"
                 raise CalibrationError(f"layer {name} is reached {places}; leave it out with 'where'.")
 
@@ -192,7 +195,7 @@ class Sweeps:
         """
 
         def make(folder: Path) -> dict[str, Any]:
-            watch = Watch(sites if self.needs else {}, self.needs)
+            watch = Watch(sites if self.needs else {}, self.needs, strict=self.strict)
             filled = contextlib.nullcontext() if part is None else self.checkpoint.filled(part)
             with filled, torch.no_grad():
                 for b, batch in enumerate(self.batches):
