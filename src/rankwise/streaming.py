@@ -130,8 +130,14 @@ def compress_folder(
             "a sequential compression runs data through the model; give token ids or batches as data."
         )
     run = _Run(source, out, method, data, where, labels, window, seed, dtype)
+    chosen = allocate or (water_filling if method.comparable else uniform)
     with contextlib.closing(run.steps), without_cache(run.model):
-        return run.finish(keep, of, allocate or (water_filling if method.comparable else uniform), sequential)
+        try:
+            return run.finish(keep, of, chosen, sequential)
+        except ValueError:
+            if not run.steps.known:  # such a model or such data cannot be streamed
+                run.steps.remove()
+            raise
 
 
 def _partial(out: Path) -> Path:

@@ -749,6 +749,16 @@ def test_encoder_decoders_are_refused(kind, tmp_path):
         run(folder, tmp_path / "out", data=batches)
 
 
+def test_a_run_refused_at_once_leaves_nothing(dense, tmp_path, monkeypatch):
+    def refuse(*_: Any) -> None:
+        raise ValueError("no chain")
+
+    monkeypatch.setattr(Chain, "learn", refuse)
+    with pytest.raises(ValueError, match="no chain"):
+        run(dense, tmp_path / "out")
+    assert not [*tmp_path.iterdir()]
+
+
 class Both(transformers.LlamaForCausalLM):
     """Runs its head on the embeddings as well, for no effect."""
 
