@@ -186,8 +186,10 @@ def select(
             names = (*known.names, *site.names)
             sites[key] = dataclasses.replace(known, names=names, unbiased=known.unbiased + new)
     if not sites:
-        kinds = ", ".join(kind.__name__.removesuffix("View") for kind in VIEWS)
-        raise ValueError(f"no layer was selected: the model has none of {kinds} that 'where' accepts.")
+        *kinds, last = (kind.called for kind in VIEWS)
+        raise ValueError(
+            f"no layer was selected: the model has no {', '.join(kinds)} or {last} that 'where' accepts."
+        )
     return {site.name: site for site in sites.values()}
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from .stacks import Slice, kind_of
 
 class View(abc.ABC):
     """How a kind of layer is seen as an (m, n) matrix that maps rows of inputs to rows of outputs."""
+
+    called: ClassVar[str]  # by users
 
     @classmethod
     @abc.abstractmethod
@@ -61,6 +63,8 @@ class View(abc.ABC):
 class LinearView(View):
     """``nn.Linear``: the weight is the matrix."""
 
+    called = "linear layer"
+
     @classmethod
     def of(cls, layer: nn.Module) -> Self | None:
         """Fit ``nn.Linear``, and subclasses that hold nothing else and compute the same."""
@@ -97,6 +101,8 @@ class LinearView(View):
 class TransposedView(LinearView):
     """transformers' ``Conv1D``: a linear layer that stores its weight as (n, m)."""
 
+    called = "Conv1D of transformers"
+
     kind: type[nn.Module]
 
     @classmethod
@@ -125,6 +131,8 @@ class TransposedView(LinearView):
 @dataclasses.dataclass(frozen=True)
 class Conv2dView(View):
     """``nn.Conv2d`` without groups: the (m, channels * height * width) matrix applied to every patch."""
+
+    called = "2-D convolution without groups"
 
     channels: int
     kernel: tuple[int, int]
@@ -219,6 +227,8 @@ def _sums_of_strides(x: Tensor, starts: Sequence[int], stride: int, count: int) 
 class SliceView(LinearView):
     """One matrix of a 3-D parameter, such as an expert's, stored as (m, n) or (n, m)."""
 
+    called = "3-D parameter of matrices"
+
     transposed: bool
 
     @classmethod
@@ -249,6 +259,8 @@ class EmbeddingView(View):
 
     It is not among ``VIEWS``: what looks at a model's matrices passes over its tables unless they are asked for.
     """
+
+    called = "embedding"
 
     padding: int | None
 
