@@ -7,7 +7,7 @@ import torch
 from optimizers.walks import CLOSE, assert_same, draw, gradient, inside, ours, plain_adam, walk
 
 from rankwise.core.transforms import state_bytes
-from rankwise.linalg import MUON, POLAR_EXPRESS
+from rankwise.linalg import MUON, POLAR_EXPRESS, newton_schulz
 from rankwise.optimizers import (
     adafactor,
     adam,
@@ -174,6 +174,19 @@ def test_muon_is_momentum_through_an_svd(shape: tuple[int, ...], nesterov: bool)
 def test_muon_is_near_that_of_torch():
     theirs = walk(lambda p: torch.optim.Muon(p, lr=0.05, weight_decay=0.1), [(6, 9), (9, 6)])
     assert_same(walk(ours(muon(), weight_decay=0.1), [(6, 9), (9, 6)]), theirs, rtol=0, atol=0.02)  # bfloat16
+    published = walk(ours(muon(precision="bfloat16"), weight_decay=0.1), [(6, 9), (9, 6)])
+    assert_same(published, theirs, rtol=0, atol=0.02)
+    assert not torch.equal(published[0], walk(ours(muon(), weight_decay=0.1), [(6, 9), (9, 6)])[0])
+
+
+@pytest.mark.parametrize("polynomials", [(MUON,) * 5, POLAR_EXPRESS], ids=["muon", "polar express"])
+def test_rounding_to_bfloat16_lifts_no_singular_value_far_above_one(polynomials):
+    """Without a margin, a third of the low-rank matrices end in infinity by the polynomials that converge."""
+    for seed in range(40):
+        matrix = draw(24, 1 + seed % 24, seed=seed) @ draw(1 + seed % 24, 64, seed=seed + 1)
+        found = newton_schulz(matrix, polynomials, dtype=torch.bfloat16)
+        assert found.dtype == matrix.dtype
+        assert float(torch.linalg.matrix_norm(found, 2)) < (1.03 if polynomials is POLAR_EXPRESS else 1.25)
 
 
 def test_adafactor_is_its_formula():

@@ -7,6 +7,7 @@ from torch import Tensor
 
 Polynomial = tuple[float, float, float]
 Factor = float | Tensor
+MARGIN = 1.01  # what rounding to bfloat16 may lift singular values by
 
 MUON: Polynomial = (3.4445, -4.7750, 2.0315)
 """Fast, but does not converge: after five steps values from 0.01 to 1 are in (0.68, 1.14)."""
@@ -23,7 +24,9 @@ POLAR_EXPRESS: tuple[Polynomial, ...] = (
 """Six steps bring values from 0.001 to 1 within 0.0012 of one (Amsel et al., Polar Express, arXiv 2505.16932)."""
 
 
-def newton_schulz(values: Tensor, polynomials: Sequence[Polynomial], floor: float = 1e-7) -> Tensor:
+def newton_schulz(
+    values: Tensor, polynomials: Sequence[Polynomial], floor: float = 1e-7, dtype: torch.dtype | None = None
+) -> Tensor:
     """Return nearly the polar factors U V' of matrices (..., m, n) = U S V'.
 
     Each polynomial (a, b, c) takes the singular values s, first divided by their norm, to a s + b s^3 + c s^5;
@@ -33,14 +36,19 @@ def newton_schulz(values: Tensor, polynomials: Sequence[Polynomial], floor: floa
         values: (..., m, n), float32 or longer; bfloat16 where such precision is enough.
         polynomials: one a step, in order.
         floor: what is added to the norm.
+        dtype: that products are computed in, if not that of ``values``: bfloat16, or a longer one. Polynomials
+            that would make infinity of what rounding lifts above one, as those that converge fast, then take
+            singular values to be smaller by that.
 
     >>> import torch
     >>> newton_schulz(torch.diag(torch.tensor([3.0, -1.0])), POLAR_EXPRESS).round(decimals=4)
     tensor([[ 1.,  0.],
             [ 0., -1.]])
     """
-    size = torch.linalg.matrix_norm(values, keepdim=True) + floor
-    return odd_polynomials(values / size, polynomials)
+    inside = values / (torch.linalg.matrix_norm(values, keepdim=True) + floor)
+    if dtype is None:
+        return odd_polynomials(inside, polynomials)
+    return odd_polynomials(inside.to(dtype), _safe(polynomials)).to(values.dtype)
 
 
 def odd_polynomials(values: Tensor, polynomials: Sequence[tuple[Factor, Factor, Factor]]) -> Tensor:
@@ -89,3 +97,13 @@ def _flat(a: float, b: float, c: float) -> list[float]:
         squares = [-a / (3 * b)] if b else []
     roots = [square**0.5 for square in squares if square >= 0]
     return [sign * root for root in roots for sign in (-1, 1)]
+
+
+def _safe(polynomials: Sequence[Polynomial]) -> Sequence[Polynomial]:
+    """Return polynomials that keep values bounded which are lifted by MARGIN before each: the same if they do."""
+    high = MARGIN
+    for polynomial in polynomials:
+        high = MARGIN * odd_range([polynomial], high)[1]
+    if high < 2:
+        return polynomials
+    return [(a / MARGIN, b / MARGIN**3, c / MARGIN**5) for a, b, c in polynomials]
