@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import (
     BertConfig,
@@ -18,6 +19,8 @@ from transformers import (
 
 from rankwise.linalg import draw_categorical
 from rankwise.models import sampling
+from rankwise.models.causal import Continued
+from rankwise.models.key_value import reserved_cache
 from rankwise.models.sampling import sample
 
 VOCABULARY = 64
@@ -130,6 +133,39 @@ def test_other_families(kind, implementation):
     assert sample(model, **SMALL, cache=False).shape == (5, 12)
 
 
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
+REMEMBERING = {
+    "keys and values": lambda: tiny(),
+    "states of a scan": lambda: transformers.MambaForCausalLM(
+        transformers.MambaConfig(**SIZES, state_size=8, time_step_rank=4)
+    ),
+    "states of heads": lambda: transformers.Mamba2ForCausalLM(
+        transformers.Mamba2Config(**SIZES, state_size=8, num_heads=8, head_dim=8, n_groups=2, chunk_size=16)
+    ),
+    "a recurrence, which is wrong in batches": lambda: transformers.RwkvForCausalLM(transformers.RwkvConfig(**SIZES)),
+    "nothing": lambda: transformers.OpenAIGPTLMHeadModel(
+        transformers.OpenAIGPTConfig(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REMEMBERING)
+def test_what_follows_depends_on_all_that_came_before(kind):
+    torch.manual_seed(0)
+    model = REMEMBERING[kind]().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() >= 2:
+                p.normal_(0, 0.15)
+        ids = torch.randint(0, VOCABULARY, (3, 12))
+        past = reserved_cache(model, 12) if kind == "keys and values" else None
+        continued, whole = Continued(model, past), model(ids).logits
+        found = [continued.next(ids[:, :4]), *(continued.next(ids[:, t : t + 1]) for t in range(4, 12))]
+        alone = Continued(model).next(ids[:, -1:])
+    torch.testing.assert_close(torch.stack(found, 1), whole[:, 3:], rtol=1e-4, atol=1e-4)
+    assert float((alone - whole[:, -1]).abs().max()) > 0.01
+
+
 def test_second_call_does_not_run_the_model(folder, monkeypatch):
     model = tiny()
     once = sample(model, **SMALL)
@@ -138,7 +174,7 @@ def test_second_call_does_not_run_the_model(folder, monkeypatch):
     def refuse(*_):
         raise AssertionError("the model ran")
 
-    monkeypatch.setattr(sampling, "next_logits", refuse)
+    monkeypatch.setattr(sampling, "Continued", refuse)
     assert torch.equal(once, sample(model, **SMALL))
     with pytest.raises(AssertionError, match="the model ran"):
         sample(model, **SMALL, seed=1)

@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 from ..core.statistics import Batch
 
 LENGTH = 12  # tokens of a text, by which it is found out what a model sees
+REMEMBERED = ("past_key_values", "cache_params")  # what families call what they keep of the past
 
 
 def check_causal(model: nn.Module, window: int, instead: str) -> Any:
@@ -151,10 +152,35 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def next_logits(model: Any, ids: Tensor, past: Any) -> Tensor:
-    """Feed (b, t) ids after the past, which grows by them; return the (b, k) logits of the next token."""
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    return model(input_ids=ids, past_key_values=past, use_cache=True, **last).logits[:, -1].float()
+class Continued:
+    """A causal language model that is given texts bit by bit.
+
+    What it keeps of the past is handed back to it. One that keeps nothing reads everything again each time, and so
+    does RWKV: transformers mixes the texts of a batch up where it goes on from a state.
+
+    Args:
+        model: of transformers.
+        past: an empty cache for keys and values, where the model keeps such; else it makes its own.
+    """
+
+    def __init__(self, model: Any, past: Any = None) -> None:
+        known = inspect.signature(model.forward).parameters
+        self.model = model
+        self.keeps = next((name for name in REMEMBERED if name in known), None)
+        self.past = past if self.keeps == REMEMBERED[0] else None
+        self.last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        self.ids: Tensor | None = None
+
+    def next(self, ids: Tensor) -> Tensor:
+        """Feed (b, t) further ids; return the (b, k) logits of the token after them."""
+        self.ids = ids if self.ids is None else torch.cat([self.ids, ids], dim=1)
+        if self.keeps is None:
+            return self.model(input_ids=self.ids, **self.last).logits[:, -1].float()
+        output = self.model(input_ids=ids, use_cache=True, **{self.keeps: self.past}, **self.last)
+        self.past = output.get(self.keeps)
+        if self.past is None:  # after the first time: nothing is lost
+            self.keeps = None
+        return output.logits[:, -1].float()
 
 
 def generate(model: nn.Module, tokenizer: Any, prompt: str, tokens: int = 40) -> str:
@@ -172,16 +198,14 @@ def generate(model: nn.Module, tokenizer: Any, prompt: str, tokens: int = 40) ->
     Raises:
         ValueError: if the model is not a causal language model, or the prompt is empty.
     """
-    from transformers import DynamicCache
-
     ids = torch.tensor([tokenizer(prompt, verbose=False)["input_ids"]], dtype=torch.long)
     if ids.numel() == 0:
         raise ValueError("prompt is empty; give a text to continue.")
     causal = check_causal(model, ids.shape[1] + tokens, "only such models continue a text")
-    past, new, step = DynamicCache(config=causal.config), [], ids.to(causal.device)
+    continued, new, step = Continued(causal), [], ids.to(causal.device)
     with evaluating(causal):
         while len(new) < tokens:
-            step = next_logits(causal, step, past).argmax(-1, keepdim=True)
+            step = continued.next(step).argmax(-1, keepdim=True)
             new.append(int(step))
             if new[-1] == tokenizer.eos_token_id:
                 break

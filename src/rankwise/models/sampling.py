@@ -16,9 +16,9 @@ from ..core.files import cache_folder
 from ..core.fingerprint import fingerprint
 from ..core.progress import track
 from ..linalg import draw_categorical
-from .causal import check_causal, evaluating, next_logits
+from .causal import Continued, check_causal, evaluating
 
-VERSION = 1  # of the algorithm below: a change that alters samples makes old files useless
+VERSION = 2  # of the algorithm below: a change that alters samples makes old files useless
 
 
 def sample(
@@ -106,12 +106,12 @@ def _sequences(model: Any, starts: Tensor, draws: Tensor, temperature: float, de
     device, steps = model.device, draws.shape[1]
     short = model.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(device.type)
     in_float32 = short and device.type == "cpu" and model.config._attn_implementation == "sdpa"
-    past = reserved_cache(model, steps, torch.float32 if in_float32 else None)
+    continued = Continued(model, reserved_cache(model, steps, torch.float32 if in_float32 else None))
     draws = draws.to(device)
     ids = [starts[:, None].to(device)]
     with Float32Attention() if in_float32 else contextlib.nullcontext():
         for t in track(range(steps), description):
-            logits = next_logits(model, ids[-1], past)
+            logits = continued.next(ids[-1])
             ids.append(draw_categorical(logits / temperature, draws[:, t : t + 1]))
     return torch.cat(ids, dim=1).cpu()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.progress import track
-from .causal import check_causal, evaluating, next_logits
+from .causal import Continued, check_causal, evaluating
 
 
 def speed(
@@ -54,14 +54,12 @@ def speed(
 
 def _turn(model: Any, ids: Tensor, decode: int) -> tuple[float, float]:
     """Return the seconds to read the ids and to write ``decode`` tokens."""
-    from transformers import DynamicCache
-
-    past = DynamicCache(config=model.config)
+    continued = Continued(model)
     start = _now(model.device)
-    step = next_logits(model, ids, past).argmax(-1, keepdim=True)
+    step = continued.next(ids).argmax(-1, keepdim=True)
     middle = _now(model.device)
     for _ in range(decode):
-        step = next_logits(model, step, past).argmax(-1, keepdim=True)
+        step = continued.next(step).argmax(-1, keepdim=True)
     return middle - start, _now(model.device) - middle
 
 
