@@ -27,6 +27,7 @@ from .core.choices import UNITS, Allocator, Choices, Ladder, Unit, budget_of, sp
 from .core.data import batches_of, digest_of_batches
 from .core.labels import Labels
 from .core.methods import Compressor, check_function, check_seed
+from .core.modes import without_cache
 from .core.progress import track
 from .core.report import Report
 from .core.states import told
@@ -41,7 +42,7 @@ from .models.causal import check_tokens
 from .models.checkpoint import Checkpoint
 from .models.labelled import by_name, placed
 from .models.model_files import assemble, tensors_of, with_specs
-from .models.sequential import Sequential, without_cache
+from .models.sequential import Sequential
 from .models.stream import OUTSIDE, Sweeps, parts_of
 
 LADDERS, SHARD, HIDDEN = "ladders.safetensors", "model.safetensors", "hidden.safetensors"

@@ -259,6 +259,26 @@ def test_no_data_and_unreached_layers_are_errors():
         run(Half(), [torch.ones(2, 3)])
 
 
+def test_encoders_of_torch_are_calibrated_with_padding():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stack = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
+            self.head = nn.Linear(16, 4)
+
+        def forward(self, x, padding):
+            return self.head(self.stack(x, src_key_padding_mask=padding).mean(1))
+
+    padding = torch.zeros(4, 8, dtype=torch.bool)
+    padding[:2, 6:] = True
+    found = calibrate(Encoder(), [InputGram], data=[{"x": torch.randn(4, 8, 16), "padding": padding}]).layers
+    assert set(found) == {"stack.layers.0.linear1", "stack.layers.0.linear2", "head"} | {
+        f"stack.layers.1.linear{i}" for i in (1, 2)
+    }
+    assert all(stats[InputGram].count for stats in found.values())
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_layers_that_nobody_asked_for_need_not_be_reached():
     class Partly(nn.Module):
         def __init__(self):

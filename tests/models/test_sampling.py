@@ -142,7 +142,7 @@ REMEMBERING = {
     "states of heads": lambda: transformers.Mamba2ForCausalLM(
         transformers.Mamba2Config(**SIZES, state_size=8, num_heads=8, head_dim=8, n_groups=2, chunk_size=16)
     ),
-    "a recurrence, which is wrong in batches": lambda: transformers.RwkvForCausalLM(transformers.RwkvConfig(**SIZES)),
+    "a recurrence": lambda: transformers.RwkvForCausalLM(transformers.RwkvConfig(**SIZES)),
     "nothing": lambda: transformers.OpenAIGPTLMHeadModel(
         transformers.OpenAIGPTConfig(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4)
     ),

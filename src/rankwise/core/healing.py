@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .modes import frozen
 from .running import Piece
 from .statistics import Batch
 from .targets import Target, target_of
-from .watch import call_of, frozen
+from .watch import call_of
 
 
 class Likeness(Piece):

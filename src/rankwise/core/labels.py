@@ -20,8 +20,9 @@ Labels = Callable[[Any, Any, Generator], Tensor]
 
 
 def automatic(output: Any, batch: Any, generator: Generator) -> Tensor:
-    """Use :func:`sampled` where the output is logits, and :func:`gaussian` where it is features."""
-    return (sampled if has_logits(output) else gaussian)(output, batch, generator)
+    """Use :func:`sampled` where the output is logits, and :func:`gaussian` where it is features or one number."""
+    classes = has_logits(output) and logits_of(output).shape[-1] > 1
+    return (sampled if classes else gaussian)(output, batch, generator)
 
 
 def sampled(output: Any, batch: Any, generator: Generator) -> Tensor:
@@ -38,7 +39,8 @@ def given(output: Any, batch: Any, generator: Generator) -> Tensor:
 
     Labels of sequences, (b, t), are held against the logits one position before them, as those of causal language
     models; the verbs take :func:`in_place` instead for all other models. For sequences sampled from the model
-    itself these are also labels drawn from the model.
+    itself these are also labels drawn from the model. Labels that are no integers are of a model with one output,
+    and the loss is half of the squared error.
     """
     return _entropy(output, batch, ahead=True)
 
@@ -95,6 +97,10 @@ def _entropy(output: Any, batch: Any, ahead: bool) -> Tensor:
             f"there are {target.numel()} labels for logits of shape {tuple(logits.shape)}, which need one for "
             "each row of classes; give such labels, or a loss of your own."
         )
+    if target.is_floating_point():
+        if logits.shape[-1] > 1:
+            raise ValueError("labels of several classes are integers; give such, or a loss of your own.")
+        return (logits.flatten() - target.flatten().to(logits.device)).square().sum() / 2
     return functional.cross_entropy(
         logits.flatten(0, -2), target.flatten().to(logits.device), ignore_index=UNLABELLED, reduction="sum"
     )
@@ -125,8 +131,8 @@ def _targets(batch: Any, sequences: bool, ahead: bool) -> Tensor:
 def gaussian(output: Any, batch: Any, generator: Generator) -> Tensor:
     """Hold features against themselves plus unit Gaussian noise: the Fisher information of a regression.
 
-    All floating-point tensors of the output count, such as hidden states and pooled ones, but for those of an
-    encoder that a decoder reads.
+    All floating-point tensors of the output count, such as hidden states and pooled ones, but for a loss and for
+    those of an encoder that a decoder reads.
     """
     rows = torch.cat([each.flatten() for each in features_of(output, batch)])
     return (rows * torch.randn(rows.shape, generator=generator).to(rows.device)).sum()
@@ -139,7 +145,8 @@ def features_of(output: Any, batch: Any) -> list[Tensor]:
     else:
         named = output.items() if isinstance(output, Mapping) else [("", each) for each in output]
         outputs = [each for name, each in named if not name.startswith("encoder_")]
-    return [unpadded(e.float(), batch) for e in outputs if isinstance(e, Tensor) and e.is_floating_point()]
+    tensors = [each for each in outputs if isinstance(each, Tensor) and each.is_floating_point()]
+    return [unpadded(each.float(), batch) for each in tensors if each.dim()]
 
 
 def has_logits(output: Any) -> bool:
@@ -148,16 +155,17 @@ def has_logits(output: Any) -> bool:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return the logits of a model's output in float32.
+    """Return the logits of a model's output in float32, (..., classes).
+
+    Those of images, (b, classes, h, w), have the classes in front, as torch's losses want them.
 
     Raises:
         ValueError: if it has none.
     """
-    if isinstance(output, Tensor):
-        return output.float()
-    if "logits" not in output:
+    if not has_logits(output):
         raise ValueError("the model's output has no logits; use the labels 'gaussian' for features.")
-    return output["logits"].float()
+    logits = output if isinstance(output, Tensor) else output["logits"]
+    return (logits.movedim(1, -1) if logits.dim() > 3 else logits).float()
 
 
 def unpadded(rows: Tensor, batch: Any) -> Tensor:

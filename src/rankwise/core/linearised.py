@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .labels import unpadded
+from .modes import frozen
 from .statistics import Batch
-from .watch import call_of, frozen
+from .watch import call_of
 
 
 class Linearised:

@@ -1,4 +1,4 @@
-"""How a model stands while it trains, and how it goes back."""
+"""How a model stands while it trains or is looked at, and how it goes back."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +27,43 @@ def training(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in before.items():
             module.training = flag
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode without parameter gradients, and put everything back.
+
+    Encoder layers of torch then call the layers within them, too, which their fast path does not.
+    """
+    training = {module: module.training for module in model.modules()}
+    gradients = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        model.eval().requires_grad_(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, flag in training.items():
+            module.training = flag
+        for parameter, flag in gradients.items():
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Have a model of transformers keep no keys and values, which nobody reads where it sees whole texts."""
+    config: Any = getattr(model, "config", None)
+    inner = [config.get_text_config()] if hasattr(config, "get_text_config") else []
+    parts = {id(part): part for part in (config, *inner) if hasattr(part, "use_cache")}
+    before = {key: part.use_cache for key, part in parts.items()}
+    try:
+        for part in parts.values():
+            part.use_cache = False
+        yield
+    finally:
+        for key, part in parts.items():
+            part.use_cache = before[key]
 
 
 @runtime_checkable

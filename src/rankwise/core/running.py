@@ -14,10 +14,10 @@ from torch import Generator, Tensor, nn
 
 from .checkpoint import load_tree, save_tree
 from .fingerprint import digest_of
+from .modes import frozen
 from .plan import Plan, Progress
 from .progress import gauge, tell
 from .stepping import Stepping, Whole
-from .watch import frozen
 
 Observe = Callable[[int, Mapping[str, float]], None]
 SKIPS = 3  # steps in a row whose gradients are not finite

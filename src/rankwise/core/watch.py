@@ -16,6 +16,7 @@ from .errors import CalibrationError
 from .finite import is_finite
 from .labels import Labels, given, in_place, named, unlabelled, written
 from .memory import peak_memory_bytes
+from .modes import frozen, without_cache
 from .padding import Paddings
 from .progress import track
 from .stacks import Stack, stacks
@@ -239,21 +240,6 @@ def _reached(stats: Stats) -> bool:
     return bool(stats) and all(s.count > 0 and bool((s.sum != 0).any()) for s in stats.values())
 
 
-@contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode without parameter gradients, and put everything back."""
-    training = {module: module.training for module in model.modules()}
-    gradients = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        model.eval().requires_grad_(False)
-        yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-        for parameter, flag in gradients.items():
-            parameter.requires_grad_(flag)
-
-
 def collect(
     model: nn.Module,
     sites: Mapping[str, Site],
@@ -293,7 +279,13 @@ def collect(
     device = next(model.parameters()).device
     cast = torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None)
     of_data = labels in (given, in_place)
-    with torch.inference_mode(False), watch.on(model), frozen(model), torch.set_grad_enabled(watch.gradients):
+    with (
+        torch.inference_mode(False),
+        watch.on(model),
+        frozen(model),
+        without_cache(model),
+        torch.set_grad_enabled(watch.gradients),
+    ):
         for batch in track(batches, "statistics", total):
             batch = _decoded(model, batch)
             arguments, options = call_of(fed(model, batch, of_data=of_data), device)

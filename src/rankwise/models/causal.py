@@ -155,8 +155,8 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 class Continued:
     """A causal language model that is given texts bit by bit.
 
-    What it keeps of the past is handed back to it. One that keeps nothing reads everything again each time, and so
-    does RWKV: transformers mixes the texts of a batch up where it goes on from a state.
+    What it keeps of the past is handed back to it. One that keeps nothing reads everything again each time, and
+    so does RWKV: transformers mixes the texts of a batch up where it goes on from a state.
 
     Args:
         model: of transformers.

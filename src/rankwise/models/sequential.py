@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.modes import frozen, without_cache
 from ..core.progress import track
 from ..core.statistics import Batch, InputGram, Statistic
 from ..core.surgery import Site, input_of, replace, set_module, unstacked
 from ..core.views import View
-from ..core.watch import Watch, frozen
+from ..core.watch import Watch
 from ..matrices import StructuredMatrix
 from .blocks import Chain
 from .stream import finite, parts_of
@@ -255,19 +256,3 @@ class _Seen(Exception):
     def __init__(self, rows: Tensor) -> None:
         super().__init__()
         self.rows = rows
-
-
-@contextlib.contextmanager
-def without_cache(model: nn.Module) -> Iterator[None]:
-    """Have blocks keep no keys and values: each is run more than once."""
-    config: Any = getattr(model, "config", None)
-    inner = [config.get_text_config()] if hasattr(config, "get_text_config") else []
-    parts = {id(part): part for part in (config, *inner) if hasattr(part, "use_cache")}
-    before = {key: part.use_cache for key, part in parts.items()}
-    try:
-        for part in parts.values():
-            part.use_cache = False
-        yield
-    finally:
-        for key, part in parts.items():
-            part.use_cache = before[key]
