@@ -4,7 +4,6 @@ import copy
 import pickle
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 from torch.nn import functional
@@ -52,8 +51,46 @@ def test_it_is_an_empty_tensor_else():
     for each in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert {*each.state_dict()} == {"weight", "matrix.left", "matrix.right"}
         assert type(each.state_dict()["weight"]) is torch.Tensor
-    with pytest.raises(ValueError, match=r"used by view .*fold the layer, or leave it out"):
-        layer.weight.view(7, 5)
+    assert layer.weight.fill_(1.0).shape == (0,)
+    assert layer.weight.new_zeros(2).shape == (2,)
+
+
+def test_what_else_computes_with_it_has_the_matrix():
+    torch.manual_seed(0)
+    layer = StructuredLinear(LowRank(torch.randn(5, 2), torch.randn(2, 7)))
+    weight, dense, x = layer.weight, layer.matrix.dense(), torch.randn(3, 7)
+    for found, wanted in (
+        (weight.norm(), dense.norm()),
+        (functional.normalize(weight, dim=1), functional.normalize(dense, dim=1)),
+        (x @ (weight * 0.5).T, x @ (dense * 0.5).T),
+        (torch.cat([weight.t(), dense.t()]), torch.cat([dense.t(), dense.t()])),
+        (2 - weight, 2 - dense),
+        (weight[1:, 2], dense[1:, 2]),
+        (torch.einsum("ij,kj->ik", x, weight), x @ dense.mT),
+        (weight.view(7, 5), dense.view(7, 5)),
+    ):
+        torch.testing.assert_close(found, wanted)
+        assert type(found) is torch.Tensor
+    weight.square().sum().backward()
+    assert float(layer.matrix.left.grad.norm()) > 0
+
+
+def test_a_convolution_tells_its_geometry():
+    conv = nn.Conv2d(3, 8, (3, 5), stride=2, padding=(1, 2), dilation=1)
+    net = nn.Sequential(conv)
+    rankwise.compress(net, PlainSvd(), keep=0.8)
+    assert isinstance(net[0], StructuredLinear)
+    for name in (
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "in_channels",
+        "out_channels",
+        "groups",
+        "padding_mode",
+    ):
+        assert getattr(net[0], name) == getattr(conv, name), name
 
 
 def test_fast_paths_of_torch_step_aside():

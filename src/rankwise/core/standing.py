@@ -5,19 +5,55 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._pytree import tree_map
 
 from ..matrices import StructuredMatrix
 
 _PRODUCTS = (torch.matmul, torch.mm, Tensor.__matmul__, Tensor.matmul, Tensor.mm)
 _FLIPPED: Any = (Tensor.T, Tensor.mT)
+_PASSED = frozenset(
+    [
+        "__deepcopy__",
+        "__format__",
+        "__get__",
+        "__len__",
+        "__reduce_ex__",
+        "__repr__",
+        "__set__",
+        "__setitem__",
+        "as_subclass",
+        "bfloat16",
+        "clone",
+        "contiguous",
+        "cpu",
+        "cuda",
+        "data_ptr",
+        "detach",
+        "dim",
+        "double",
+        "element_size",
+        "float",
+        "get_device",
+        "half",
+        "nelement",
+        "numel",
+        "size",
+        "storage_offset",
+        "stride",
+        "to",
+        "type",
+        "untyped_storage",
+    ]
+)
 _TRANSPOSES = (torch.t, Tensor.t, *(each.__get__ for each in _FLIPPED))
 
 
 class Standing(Tensor):
     """An empty tensor with the type and place of a weight, whose products with others are those of the matrix.
 
-    So ``linear(x, weight)``, ``x @ weight.T`` and ``weight @ x`` compute what they did. Whatever else is done
-    with it is done with an empty tensor.
+    So ``linear(x, weight)``, ``x @ weight.T`` and ``weight @ x`` compute what they did. For what else computes
+    with it, such as ``weight.norm()``, the matrix is written out. Where it is copied, moved, filled or asked
+    about, it is an empty tensor.
     """
 
     matrix: StructuredMatrix
@@ -41,9 +77,14 @@ class Standing(Tensor):
         """Apply the matrix, (..., n) -> (..., m), or its adjoint."""
         return self.matrix.adjoint(x) if adjoint else self.matrix(x)
 
+    def written(self) -> Tensor:
+        """Return the matrix as it is stored."""
+        dense = self.matrix.dense()
+        return dense.mT if self.transposed else dense
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Compute products; say what to do where something else does not work with an empty tensor."""
+        """Compute products, and write the matrix out for what else computes."""
         match args:
             case (Standing() as w,) if func in _TRANSPOSES:
                 return cls.of(w.as_subclass(Tensor), w.matrix, not w.transposed)
@@ -57,11 +98,15 @@ class Standing(Tensor):
                 return w.rows(x, w.transposed) if x.dim() == 1 else w.rows(x.mT, w.transposed).mT
             case (Tensor() as x, Standing() as w) if func in _PRODUCTS:
                 return w.rows(x, not w.transposed)
-        try:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        except RuntimeError as error:
-            raise ValueError(
-                f"the weight of a structured layer is used by {getattr(func, '__name__', func)} ({error}), where "
-                "only products with it are known; fold the layer, or leave it out with 'where'."
-            ) from error
+        if _computes(func, args[0] if args else None):
+            args, kwargs = tree_map(lambda x: x.written() if isinstance(x, cls) else x, (args, kwargs))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def _computes(func: Any, first: Any) -> bool:
+    """Whether a function reads the numbers of a weight, and does not merely copy, change or ask about it."""
+    name = getattr(func, "__name__", "")
+    if name in _PASSED or name.startswith(("is_", "new_", "__i")) or name.endswith("_like"):
+        return False
+    return name.endswith("__") or not name.endswith("_") or not isinstance(first, Standing)

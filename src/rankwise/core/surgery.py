@@ -46,6 +46,8 @@ class StructuredLinear(nn.Module):
     tensor([[2., 2., 2.]], grad_fn=<MmBackward0>)
     """
 
+    _is_hf_initialized = True  # transformers' mark: there is nothing to draw random numbers for
+
     def __init__(self, matrix: StructuredMatrix, bias: Tensor | None = None, view: View | None = None) -> None:
         super().__init__()
         if bias is not None and bias.shape != (matrix.shape[0],):
@@ -54,6 +56,7 @@ class StructuredLinear(nn.Module):
         self.lr: float | None = None  # the learning rate that its adapter suggests
         self.bias = None if bias is None else parameter_of(bias)
         self.view = view or LinearView()
+        vars(self).update(self.view.told(matrix.shape[0]))
         like = next((t for t in matrix.state_dict().values() if t.is_floating_point()), None)
         self._buffers["weight"] = torch.empty(0) if like is None else like.new_empty(0)  # behind the property
 

@@ -50,6 +50,10 @@ class View(abc.ABC):
     def apply(self, matrix: StructuredMatrix, x: Tensor, bias: Tensor | None) -> Tensor:
         """Compute what the layer computes, with its weight replaced by ``matrix``."""
 
+    def told(self, m: int) -> dict[str, Any]:
+        """What the layer tells of itself, beside its sizes, to modules that read it, where it has m outputs."""
+        return {}
+
     def adapted(self, matrix: StructuredMatrix) -> StructuredMatrix:
         """Return an adapted matrix with what the layer leaves alone when it trains left alone."""
         return matrix
@@ -172,6 +176,16 @@ class Conv2dView(View):
         """Cut (b, channels, H, W) into patches: (b, positions, n)."""
         geometry = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
         return functional.unfold(x, self.kernel, **geometry).mT
+
+    def told(self, m: int) -> dict[str, Any]:
+        """As ``nn.Conv2d`` tells it."""
+        alike = {
+            "kernel_size": self.kernel,
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+        }
+        return {**alike, "in_channels": self.channels, "out_channels": m, "groups": 1, "padding_mode": "zeros"}
 
     def means(self, x: Tensor) -> Tensor | None:
         """Average all patches: the pixels that come to stand at each place of one, by rows, then columns."""

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.surgery import StructuredLinear, set_module, structured, unstack
 from ..core.ties import declare_ties
@@ -107,6 +107,8 @@ def finish(model: nn.Module, sharing: Sharing) -> None:
     """
     share(model, sharing)
     for name, layer in structured(model).items():
+        if layer.bias is not None:
+            _check_read(f"{name}.bias", layer.bias)
         if (name, "") not in sharing:
             _check_tensors(f"{name}.matrix", layer.matrix)
 
@@ -235,10 +237,14 @@ def _check_tensors(path: str, matrix: StructuredMatrix) -> None:
         name: t.is_floating_point() for name, t in from_spec(matrix.spec(), device="meta").state_dict().items()
     }
     for name, tensor in matrix.state_dict(keep_vars=True).items():
-        if tensor.is_meta:  # kept on disk
-            continue
-        if not getattr(tensor, "_is_hf_initialized", False):  # transformers' mark of what it read
-            raise ValueError(f"{path}.{name} is not in the checkpoint; it is incomplete.")
-        if tensor.is_floating_point() != wanted[name]:
+        _check_read(f"{path}.{name}", tensor)
+        if not tensor.is_meta and tensor.is_floating_point() != wanted[name]:
             raise ValueError(f"{path}.{name} is stored as {tensor.dtype}; the checkpoint is damaged.")
     check_parts(path, matrix)
+
+
+def _check_read(path: str, tensor: Tensor) -> None:
+    if not tensor.is_meta and not getattr(
+        tensor, "_is_hf_initialized", False
+    ):  # transformers' mark of what it read
+        raise ValueError(f"{path} is not in the checkpoint; it is incomplete.")
