@@ -166,6 +166,23 @@ def test_experts_are_planned_as_the_matrices_that_they_are(name: str, tmp_path: 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        "gpt_oss:hidden=32,layers=2,heads=4,kv_heads=4,intermediate=32,vocab=100,head_dim=8,num_local_experts=4,"
+        "num_experts_per_tok=2",  # whose attention keeps all products
+        "gemma2:hidden=32,layers=2,heads=4,kv_heads=4,intermediate=32,vocab=100,head_dim=8",
+        "falcon:hidden=32,layers=2,heads=4,vocab=100",  # linear layers and attention of its own
+        "mpt:d_model=32,n_layers=2,n_heads=4,vocab=100",
+    ],
+    ids=lambda words: words.partition(":")[0],
+)
+def test_the_attention_that_trains_is_planned(words: str):
+    row = plan(words, GIB, window=64, candidates={"adam": adam()}).rows[0]
+    model = fresh(words, dtype=torch.bfloat16).train()
+    assert row["pass"] * GIB == pytest.approx(pass_bytes(model, loss_of(model, row["batch"], 64)), rel=0.05)
+
+
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_a_real_step_takes_what_is_planned(layerwise: bool):
     """All that lives beside the weights over two steps, counted, with the largest batch that is planned."""

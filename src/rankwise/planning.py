@@ -1,5 +1,6 @@
 """The verb that says how a model can be trained in so much memory, before anything is made."""
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -64,7 +65,7 @@ def plan(
 
     Nothing of the model's size is made. Weights and optimiser states are counted exactly. A forward and backward
     pass is run without numbers (fake tensors), and all that it holds at its worst moment is counted: activations,
-    gradients, logits, each as long as it lives, with an attention that makes no mask. What a step holds beside
+    gradients, logits, each as long as it lives; fused attention makes no mask. What a step holds beside
     that is counted over some steps of a small matrix, and taken to grow with what is stepped together. What
     libraries and kernels take and what fragments is left to ``reserve``.
 
@@ -90,7 +91,7 @@ def plan(
         and the larger of both, or with layer-wise steps, which happen within the pass, their sum.
 
     Raises:
-        ValueError: if there is no such model, or an argument is out of range.
+        ValueError: if there is no such model, it does not run without numbers, or an argument is out of range.
 
     >>> report = plan("llama:hidden=64,layers=2,heads=4,intermediate=128", 2**30, window=64)
     >>> report.rows[0]["optimizer"], report.rows[0]["batch"], report.rows[0]["fits"]
@@ -108,7 +109,7 @@ def plan(
     config = _config(model)
     numberless = without_numbers()
     with numberless:
-        network = fresh(config, dtype=dtype, attention=causal_attention()).train()
+        network = _network(config, dtype).train()
         check_head(network, window, "only such models are planned")
         weights = held_bytes(network)
         params = sum(p.numel() for p in network.parameters())
@@ -122,7 +123,14 @@ def plan(
     ways: list[_Way] = []
     with numberless:
         for savings in track([*product((False, True), repeat=2)], "passes"):
-            ways.append(_Way.of(network, window, autocast, max(MOST, batch), *savings))
+            try:
+                ways.append(_Way.of(network, window, autocast, max(MOST, batch), *savings))
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                raise ValueError(
+                    f"{type(network).__name__} in {dtype} does not run without numbers, so it cannot be planned "
+                    f"({reason}); mixtures of experts do in bfloat16."
+                ) from error
             if all(any(_largest(need, way, room, batch) >= batch for way in ways) for need in needs):
                 break  # more savings would not be taken
     rows = [_row(need, ways, weights, room, batch) for need in needs]
@@ -327,6 +335,15 @@ def _loss(model: nn.Module, rows: int, window: int, autocast: torch.dtype | None
         return given(output, {"input_ids": ids}, Generator())
 
     return loss
+
+
+def _network(config: Any, dtype: torch.dtype) -> Any:
+    """Make the model with the attention that training it would take, but without masks if that is fused."""
+    usual = fresh(config, dtype=dtype)
+    if usual.config._attn_implementation == "sdpa":
+        with contextlib.suppress(ValueError):  # of families that know their own kinds of attention alone
+            return fresh(config, dtype=dtype, attention=causal_attention())
+    return usual
 
 
 def _config(model: Any) -> Any:

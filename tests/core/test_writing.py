@@ -132,3 +132,21 @@ def test_constraints_of_bfloat16_are_rounded_at_random_too():
         lengths[dtype] = float(weight.detach().float().norm() / start.norm())
     assert lengths[torch.float32] < 0.97
     assert lengths[torch.bfloat16] == pytest.approx(lengths[torch.float32], abs=0.005)
+
+
+def test_the_type_of_parameters_may_change_after_the_first_step():
+    weight = nn.Parameter(torch.ones(2000))
+    optimizer = Optimizer([([weight], sgd())], lr=1e-4, write=StochasticRounding())
+    bytes_before = optimizer.state_bytes()
+    for step in range(21):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        if step == 0:
+            assert float(weight.detach().mean()) == pytest.approx(1 - 1e-4)
+            weight.data = torch.ones(2000, dtype=torch.bfloat16)
+            weight.grad = None
+    assert float(weight.detach().float().mean()) == pytest.approx(1 - 20e-4, abs=4e-4)  # 6 standard errors
+    assert sum(leaf.nbytes for leaf in leaves(optimizer.state_dict()["state"])) == bytes_before
+    weight.data, weight.grad = torch.ones(2000).half(), torch.ones(2000).half()
+    with pytest.raises(ValueError, match="float16 needs float32 weights"):
+        optimizer.step()

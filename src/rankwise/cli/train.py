@@ -22,10 +22,11 @@ from ..core.rates import Cosine
 from ..core.report import Report
 from ..core.supervision import CHECKPOINT
 from ..core.tensorboard import tensorboard
+from ..core.transforms import Transform
 from .app import app, say
 from .arguments import Json, Settings
 from .files import check_files, check_folder, texts_of, write_report
-from .options import at_least, build, pick, registry, settable
+from .options import at_least, build, parse, pick, registry, settable
 from .several import first_first, launched
 from .work import DTYPES, TOKENIZER, in_words, partial_folder, stopped
 
@@ -160,9 +161,7 @@ def train(
     if eval_:
         judges = batches_of(_ids("--eval", eval_, words_of), window=window, tokens=batch * window)
     named = next((word.partition("=")[2] for word in words if word.startswith("other=")), "adam")
-    other: Any = optimizers.adam() if named == "adam" else getattr(transform, "other", None)
-    if other is None:
-        raise ValueError(f"--set other={named}: {optimizer} has no such part; leave it out.")
+    other = optimizers.adam() if named == "adam" else parse(Transform, named)
     groups = pretraining.parameter_groups(
         network, transform, other=other, lr=lr, other_lr=other_lr, weight_decay=weight_decay
     )

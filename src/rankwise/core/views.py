@@ -344,11 +344,13 @@ def computes_linear(kind: type[nn.Module]) -> bool:
 
     That of ``nn.MultiheadAttention`` is not called: its owner reads the weight.
     """
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
     if kind is nn.modules.linear.NonDynamicallyQuantizableLinear:
         return False
-    x = torch.linspace(-3, 4, 12).view(4, 3)
     try:
-        with torch.no_grad(), torch.device("cpu"):
+        with unset_fake_temporarily(), torch.no_grad(), torch.device("cpu"):
+            x = torch.linspace(-3, 4, 12).view(4, 3)
             made: list[Any] = [cast(Any, kind)(3, 2, bias=bias) for bias in (False, True)]
             return all(torch.allclose(each(x), functional.linear(x, each.weight, each.bias)) for each in made)
     except Exception:  # whatever others' classes raise

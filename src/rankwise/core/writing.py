@@ -96,30 +96,41 @@ class StochasticRounding(Write):
     seed: int = 0
 
     def init(self, param: Tensor, index: Tensor) -> State:
-        """The place of a bfloat16 parameter, and how often it was written."""
-        if param.dtype == torch.float16:
-            raise ValueError("stochastic rounding is for bfloat16; float16 needs float32 weights beside it.")
-        return {"index": index.clone(), "count": counter(index)} if param.dtype == torch.bfloat16 else {}
+        """The place of a parameter, and how often it was written: its type may change."""
+        _check_type(param)
+        return {"index": index.clone(), "count": counter(index)}
 
     def __call__(
         self, params: Sequence[Tensor], directions: Sequence[Direction], keep: float, factor: float, state: State
     ) -> None:
         """Shrink and add in float32, and round once."""
-        if not state:
-            return Nearest()(params, directions, keep, factor, state)
         seeds = zip(state["index"].tolist(), state["count"].add_(1).tolist(), strict=True)
+        if params[0].dtype != torch.bfloat16:
+            _check_type(params[0])
+            return Nearest()(params, directions, keep, factor, state)
         for param, direction, seed in zip(params, directions, seeds, strict=True):
             written(param, direction, keep, factor, seeded(self.seed, *seed, device=param.device))
 
     def put(self, params: Sequence[Tensor], values: Sequence[Tensor], state: State) -> None:
         """Round at random again, by other numbers than the step's."""
-        if not state:
+        if params[0].dtype != torch.bfloat16:
             return super().put(params, values, state)
         put_at_random(params, values, self.seed, state)
 
 
+def _check_type(param: Tensor) -> None:
+    if param.dtype == torch.float16:
+        raise ValueError("stochastic rounding is for bfloat16; float16 needs float32 weights beside it.")
+
+
 def usual_write(dtype: torch.dtype, seed: int = 0) -> Write:
-    """Return how steps go into parameters of a type unless something else is asked for."""
+    """Return how steps go into parameters of a type unless something else is asked for.
+
+    Raises:
+        ValueError: if it is float16.
+    """
+    if dtype == torch.float16:
+        raise ValueError("small steps of float16 weights are lost; give them in bfloat16 or float32.")
     return StochasticRounding(seed) if dtype == torch.bfloat16 else Nearest()
 
 
