@@ -103,7 +103,9 @@ def test_what_is_no_hidden_matrix_gets_what_is_named(text: Path, monkeypatch: py
     assert result.exit_code == 0, result.output
     assert "others sign" in result.stderr
     assert train(WORDS, "--data", text, "--optimizer", "muon", "--steps", 1).exit_code == 0
-    assert seen == [rankwise.optimizers.sign(), rankwise.optimizers.adam()]
+    trion = train(WORDS, "--data", text, "--optimizer", "trion", "--rank", 4, "--set", "other=sign", "--steps", 1)
+    assert trion.exit_code == 0, trion.output
+    assert seen == [rankwise.optimizers.sign(), rankwise.optimizers.adam(), rankwise.optimizers.sign()]
 
 
 def test_a_killed_run_goes_on(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

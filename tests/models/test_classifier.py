@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from contracts.examples import draw
 from safetensors.torch import load_file
 from tiny import WORDS, llama, worded
@@ -22,6 +23,7 @@ from transformers import (
 import rankwise
 from rankwise.adapters import FactorLora, Lora
 from rankwise.compressors import PlainSvd
+from rankwise.exporters import Merged
 from rankwise.models import load_classifier, read_labels
 from rankwise.models.classifier import is_head
 
@@ -238,3 +240,23 @@ def test_a_head_without_values_is_not_drawn_anew(base: str, tmp_path: Path):
             rankwise.export(tmp_path / "adapter", to(base=str(tmp_path / "base")), tmp_path / "out")
         out = rankwise.export(tmp_path / "adapter", to(base=str(tmp_path / "classifier")), tmp_path / to.__name__)
         torch.testing.assert_close(opened(out), model(**inputs(tokenizer)).logits.detach())
+
+
+def test_a_classifier_of_sounds_needs_no_tokenizer(tmp_path: Path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    waves = {"conv_dim": [8, 8], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_conv_pos_embeddings": 16}
+    config = transformers.HubertConfig(
+        **sizes, **waves, num_conv_pos_embedding_groups=4, classifier_proj_size=16, num_labels=3
+    )
+    model, x = transformers.HubertForSequenceClassification(config).eval(), torch.randn(2, 400)
+    model.save_pretrained(tmp_path / "base")
+    rankwise.adapt(model, Lora(rank=2))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.normal_(0, 0.1)
+    rankwise.save(model, tmp_path / "adapter", format="rankwise")
+    rankwise.export(tmp_path / "adapter", Merged(base=str(tmp_path / "base")), tmp_path / "merged")
+    merged = transformers.HubertForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(merged(x).logits, model(x).logits)

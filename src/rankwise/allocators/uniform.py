@@ -17,6 +17,7 @@ def uniform(ladders: Mapping[str, Ladder], budget: int) -> dict[str, int]:
     for name, pick in picks.items():
         if pick < 0:
             raise ValueError(
-                f"layer {name} has no choice of {float(share):.4f} of its size; keep more, or allocate otherwise."
+                f"layer {name} has no choice of {float(share):.4f} of its size; keep more, leave the layer out "
+                "with 'where', or allocate otherwise, such as by 'greedy'."
             )
     return picks

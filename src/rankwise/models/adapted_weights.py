@@ -77,7 +77,7 @@ class AdaptedWeights:
 
     def save_tokenizer(self, out: Path) -> None:
         """Write the tokenizer of a classifier, which can pad texts though that of the model may not."""
-        if isinstance(self._base, ClassifierWeights):
+        if isinstance(self._base, ClassifierWeights) and self._base.tokenizer is not None:
             self._base.tokenizer.save_pretrained(out)
 
     @property

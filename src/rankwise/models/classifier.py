@@ -46,6 +46,8 @@ def load_classifier(
     weight_files(folder)
     register_when_ready()
     config, tokenizer = classifier_config(folder, labels)
+    if tokenizer is None:
+        raise ValueError(f"{folder} has no tokenizer.")
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -90,20 +92,16 @@ def refuse_new_head(model: nn.Module) -> None:
 
 
 def classifier_config(folder: Path, labels: Sequence[str]) -> tuple[Any, Any]:
-    """Return the config of a model's classifier, and the tokenizer, which can pad texts.
-
-    Raises:
-        ValueError: if the model has no tokenizer.
-    """
+    """Return the config of a model's classifier, and the tokenizer, which can pad texts, if there is one."""
     from transformers import AutoConfig
 
     tokenizer = tokenizer_of(folder)
-    if tokenizer is None:
-        raise ValueError(f"{folder} has no tokenizer.")
     config: Any = AutoConfig.from_pretrained(folder)
     known = dict(getattr(config, "label2id", None) or {})
     if not set(labels) <= set(known):
         name_classes(config, labels)
+    if tokenizer is None:
+        return config, None
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if config.get_text_config().pad_token_id is None:
         config.get_text_config().pad_token_id = tokenizer.pad_token_id

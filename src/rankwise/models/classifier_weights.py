@@ -27,14 +27,14 @@ class ClassifierWeights(Mapping[str, Tensor]):
         folder: of the model.
         config: of the classifier.
         layers: the structured layers by their names in a file, without values.
-        tokenizer: of the model; it can pad texts.
+        tokenizer: of the model, if it has one; it can pad texts.
 
     Raises:
         ValueError: if no classifier can be made of the model.
     """
 
     def __init__(self, base: Folded, labels: Sequence[str]) -> None:
-        from transformers import AutoModelForSequenceClassification
+        import transformers
 
         self.folder, self._base = base.folder, base
         config, self.tokenizer = classifier_config(base.folder, labels)
@@ -44,18 +44,22 @@ class ClassifierWeights(Mapping[str, Tensor]):
             del config.quantization_config
         try:
             with quiet(), torch.device("meta"):
-                model: Any = AutoModelForSequenceClassification.from_config(config)
+                known = (config.architectures or [""])[0]  # of sounds, where the class for texts knows none
+                if known.endswith("ForSequenceClassification") and hasattr(transformers, known):
+                    model: Any = getattr(transformers, known)(config)
+                else:
+                    model = transformers.AutoModelForSequenceClassification.from_config(config)
         except ValueError as error:
             raise ValueError(f"{base.folder} cannot be made a classifier: {error}") from error
         config.architectures = [type(model).__name__]
         self.config: dict[str, Any] = json.loads(config.to_json_string())
         prefix, state = f"{model.base_model_prefix}.", model.state_dict()
-        written, known = file_names(model, state), set(base)
+        written, there = file_names(model, state), set(base)
         self._places: dict[str, str] = {}
         self._new: dict[str, Tensor] = {}
         for name, empty in state.items():
             spellings = (written[name], name, name.removeprefix(prefix), prefix + name)
-            place = next((spelling for spelling in spellings if spelling in known), None)
+            place = next((spelling for spelling in spellings if spelling in there), None)
             if place is not None and base.empty(place).numel() == empty.numel():
                 self._places[written[name]] = place
             elif is_head(model, name):
