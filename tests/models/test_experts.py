@@ -404,6 +404,9 @@ def test_what_is_no_stack():
     assert not stacks_of(alone)
     assert not stacks_of(nn.Conv1d(4, 4, 3))
     assert not stacks_of(nn.Bilinear(4, 4, 4))
+    gates = nn.Module()  # as RecurrentGemma's: each block of a row is multiplied from the other side
+    gates.input_gate, gates.recurrent_gate = (nn.Parameter(torch.zeros(3, 4, 4)) for _ in range(2))
+    assert not stacks_of(gates)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

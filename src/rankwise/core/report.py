@@ -14,7 +14,7 @@ class Report:
     """The result of a verb: one row for each thing it looked at, and totals over all of them.
 
     Args:
-        title: one line for people.
+        title: one line for people; ``print`` shows it above the rows.
         rows: flat, JSON-ready mappings; all have the same keys.
         rows_name: what the rows are; their key in :meth:`to_dict`.
         totals: JSON-ready figures about the whole.
@@ -25,7 +25,10 @@ class Report:
     rows: Sequence[Row] = ()
     rows_name: str = "layers"
     totals: Mapping[str, Any] = field(default_factory=dict)
-    curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    curves: Mapping[str, Sequence[float]] = field(default_factory=dict, repr=False)
+
+    def __str__(self) -> str:
+        return self.table()
 
     def to_dict(self) -> dict[str, Any]:
         """Return totals and rows as one JSON-ready dictionary."""

@@ -195,7 +195,8 @@ def stacks_of(owner: nn.Module) -> Mapping[str, bool]:
     its matrices are stored (``is_transposed``, as transformers' experts do), or where another one of as many
     slices takes up its outputs: an (e, 2 k, h) followed by an (e, h, k), behind a gate, is used as
     ``linear(x, W)``, and an (e, h, 2 k) followed by an (e, k, h) as ``x @ W``. Without a gate both are possible,
-    and the first is taken. What a structured matrix is made of is no stack.
+    and the first is taken. Square ones show nothing (the block-diagonal gates of RecurrentGemma are such), and
+    what a structured matrix is made of is no stack.
 
     >>> import torch
     >>> from torch import nn
@@ -272,7 +273,7 @@ _BATCHED = (torch.matmul, torch.bmm, Tensor.__matmul__, Tensor.matmul, Tensor.bm
 def _follows(one: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
     """Whether (e, m, n) matrices can take the outputs of others, gated or not, back to their inputs' size."""
     (e, m, n), (count, out, width) = one, other
-    return e == count and out == n and (width == m or 2 * width == m)
+    return e == count and out == n and (width == m != n or 2 * width == m)
 
 
 def _biased(y: Tensor, kwargs: Any) -> Tensor:
