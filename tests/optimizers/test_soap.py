@@ -93,6 +93,19 @@ def test_eigenvectors_are_sorted_and_definite():
     torch.testing.assert_close((again * found).sum(1).abs(), torch.ones(2, 7).double(), rtol=0, atol=1e-8)
 
 
+def test_rounding_does_not_choose_what_the_first_gradient_leaves_open():
+    """As of a process that adds up in another order; without the float64 products rounding would decide."""
+    kind = soap().matrix  # type: ignore[attr-defined]
+    low = (draw(1, 200, 4) @ draw(1, 4, 150, seed=1)).float()
+    bases = []
+    for grad in (low, low + 1e-7 * low.abs().mean() * draw(1, 200, 150, seed=2).float()):
+        state = kind.init(grad, torch.tensor([0]))
+        kind.update(grad, state, grad)
+        bases.append([state[side]["basis"] for side in ("left", "right")])
+    for one, two in zip(*bases, strict=True):
+        assert bool(((one * two).sum(1).abs() > 0.999).all())
+
+
 def test_power_steps_reach_the_eigenvectors_of_what_stays():
     kind = soap(every=1, beta=0.5).matrix  # type: ignore[attr-defined]
     # a spectrum that is far apart, turned after the first step

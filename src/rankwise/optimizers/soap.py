@@ -72,23 +72,25 @@ class EigenAdam(Transform):
         for chosen, move in ((count == 1, self._begin), (due & (count > 1), self._go_on)):
             rows = chosen.nonzero().flatten()
             if len(rows) == len(chosen):
-                move(state)
+                move(state, grad)
             elif len(rows):
                 some = take(state, rows)
-                move(some)
+                move(some, grad[rows])
                 put(state, rows, some)
         return step
 
-    def _begin(self, state: State) -> None:
+    def _begin(self, state: State, grad: Tensor) -> None:
         """Turn to eigenvectors, with the squares that the first gradient has there."""
         mean, square, (b1, b2) = state["adam"]["mean"], state["adam"]["square"], self.adam.betas
-        for name, _ in SIDES:
+        exact = grad.double()
+        for name, axis in SIDES:
             if name in state:
-                state[name]["basis"].copy_(eigenvectors(state[name]["gram"]))
+                values = exact if axis == -2 else exact.mT
+                state[name]["basis"].copy_(eigenvectors(values @ values.mT))
         mean.copy_(turned(mean, state))
         square.copy_(mean.square() * ((1 - b2) / (1 - b1) ** 2))
 
-    def _go_on(self, state: State) -> None:
+    def _go_on(self, state: State, _: Tensor) -> None:
         """Sort the bases, improve them, and turn the mean."""
         mean, square = state["adam"]["mean"], state["adam"]["square"]
         original = back(mean, state)
@@ -126,11 +128,11 @@ def damping(gram: Tensor) -> Tensor:
 def eigenvectors(gram: Tensor) -> Tensor:
     """Return eigenvectors (k, s, s) of symmetric matrices, that of the largest eigenvalue first.
 
-    A small diagonal that falls is added, so that rounding does not choose the vectors of eigenvalue zero, where
-    that of the matrix is smaller still: in float32 up to sides of some tens.
+    A small diagonal that falls is added, so that rounding does not choose the vectors of eigenvalue zero. For
+    that the products have to be more exact than it is small, which those of float64 are.
     """
-    fall = torch.linspace(1, 0, gram.shape[-1], dtype=torch.float64, device=gram.device)
-    return torch.linalg.eigh(gram.double() + damping(gram) * fall.diag()).eigenvectors.flip(-1)
+    fall = torch.linspace(1, 0, gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return torch.linalg.eigh(gram + damping(gram) * fall.diag()).eigenvectors.flip(-1)
 
 
 def soap(
