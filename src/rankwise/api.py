@@ -195,6 +195,9 @@ def compress(
     seconds = {"statistics": statistics.seconds}
     start = time.perf_counter()
     unreached = [name for name in sites if method.needs and statistics.unreached(name)]
+    if where is not None:
+        for name in unreached:  # of statistics that were collected for more layers
+            statistics.of(name, method.needs)
     groups = together(sites, method, unreached)
     choices = {
         name: choices_of(group, method, statistics) for name, group in track(groups.items(), "factorisation")

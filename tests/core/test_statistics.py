@@ -298,6 +298,11 @@ def test_layers_that_nobody_asked_for_need_not_be_reached():
     assert all(torch.equal(before[f"{name}.weight"], getattr(net, name).weight) for name in ("unused", "aside"))
     with pytest.raises(CalibrationError, match="never reached by the data: unused;"):
         rankwise.compress(Partly(), KroneckerFactoredSvd(), keep=0.9, data=data, where=lambda *_: True)
+    other = Partly()
+    found = calibrate(other, KroneckerFactoredSvd().needs, data=data)
+    with pytest.raises(CalibrationError, match="layer unused was never reached by the data"):
+        rankwise.compress(other, KroneckerFactoredSvd(), keep=0.9, data=found, where=lambda *_: True)
+    assert rankwise.compress(other, KroneckerFactoredSvd(), keep=0.9, data=found).totals["unreached"]
     with pytest.raises(CalibrationError, match="on which the loss does not depend: aside;"):
         calibrate(Partly(), [OutputGradGram], data=data, where=lambda name, _: name != "unused")
     partly = Partly()
