@@ -124,6 +124,24 @@ def test_one_layer(allocate: Allocator):
     assert allocate(ladders, budget) == {"up": int((costs <= budget).sum()) - 1}
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_uniform_gives_equal_shares_of_what_too_small_layers_leave(seed: int):
+    ladders = invented(seed, layers=6)
+    least = sum(int(ladder.costs[0]) for ladder in ladders.values())
+    for budget in range(least, whole(ladders) + 1):
+        picks = allocators.uniform(ladders, budget)
+        costs = {name: int(ladders[name].costs[i]) for name, i in picks.items()}
+        assert sum(costs.values()) <= budget
+        # one share is in accord with all picks: nobody could have more of it, and only the cheapest are above
+        dense = {name: int(ladder.costs[-1]) for name, ladder in ladders.items()}
+        above = {name for name, i in picks.items() if i == 0}
+        more = [int(ladders[n].costs[i + 1]) / dense[n] for n, i in picks.items() if i + 1 < len(ladders[n].costs)]
+        assert max((costs[n] / dense[n] for n in dense if n not in above), default=0.0) < min(more, default=2.0)
+        if all(int(ladder.costs[0]) * whole(ladders) <= budget * dense[n] for n, ladder in ladders.items()):
+            share = budget / whole(ladders)
+            assert all(c <= share * dense[n] + 1e-9 for n, c in costs.items())
+
+
 @pytest.mark.parametrize("falling", [True, False])
 @pytest.mark.parametrize("seed", range(40))
 def test_water_filling_is_optimal(seed: int, falling: bool):
