@@ -135,7 +135,9 @@ def test_uniform_gives_equal_shares_of_what_too_small_layers_leave(seed: int):
         # one share is in accord with all picks: nobody could have more of it, and only the cheapest are above
         dense = {name: int(ladder.costs[-1]) for name, ladder in ladders.items()}
         above = {name for name, i in picks.items() if i == 0}
-        more = [int(ladders[n].costs[i + 1]) / dense[n] for n, i in picks.items() if i + 1 < len(ladders[n].costs)]
+        more = [
+            int(ladders[n].costs[i + 1]) / dense[n] for n, i in picks.items() if i + 1 < len(ladders[n].costs)
+        ]
         assert max((costs[n] / dense[n] for n in dense if n not in above), default=0.0) < min(more, default=2.0)
         if all(int(ladder.costs[0]) * whole(ladders) <= budget * dense[n] for n, ladder in ladders.items()):
             share = budget / whole(ladders)

@@ -143,6 +143,16 @@ REMEMBERING = {
         transformers.Mamba2Config(**SIZES, state_size=8, num_heads=8, head_dim=8, n_groups=2, chunk_size=16)
     ),
     "a recurrence": lambda: transformers.RwkvForCausalLM(transformers.RwkvConfig(**SIZES)),
+    "a cache of its own": lambda: transformers.MiniMaxForCausalLM(
+        transformers.MiniMaxConfig(
+            **SIZES,
+            intermediate_size=48,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            num_local_experts=2,
+        )
+    ),
     "nothing": lambda: transformers.OpenAIGPTLMHeadModel(
         transformers.OpenAIGPTConfig(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4)
     ),
@@ -158,8 +168,7 @@ def test_what_follows_depends_on_all_that_came_before(kind):
             if p.dim() >= 2:
                 p.normal_(0, 0.15)
         ids = torch.randint(0, VOCABULARY, (3, 12))
-        past = reserved_cache(model, 12) if kind == "keys and values" else None
-        continued, whole = Continued(model, past), model(ids).logits
+        continued, whole = Continued(model, reserved_cache(model, 12)), model(ids).logits
         found = [continued.next(ids[:, :4]), *(continued.next(ids[:, t : t + 1]) for t in range(4, 12))]
         alone = Continued(model).next(ids[:, -1:])
     torch.testing.assert_close(torch.stack(found, 1), whole[:, 3:], rtol=1e-4, atol=1e-4)

@@ -16,7 +16,9 @@ def uniform(ladders: Mapping[str, Ladder], budget: int) -> dict[str, int]:
     picks, rest = dict.fromkeys(ladders, 0), dict(ladders)
     while True:
         share = Fraction(budget, sum(int(ladder.costs[-1]) for ladder in rest.values()))
-        within = {n: int((ladder.costs <= int(share * int(ladder.costs[-1]))).sum()) for n, ladder in rest.items()}
+        within = {
+            n: int((ladder.costs <= int(share * int(ladder.costs[-1]))).sum()) for n, ladder in rest.items()
+        }
         short = [name for name, count in within.items() if not count]
         if not short:
             return picks | {name: count - 1 for name, count in within.items()}

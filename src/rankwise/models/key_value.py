@@ -37,14 +37,18 @@ class _Reserved(DynamicLayer):
         return self.keys, self.values
 
 
-def reserved_cache(model: Any, length: int, dtype: torch.dtype | None = None) -> DynamicCache:
-    """Return an empty cache for ``length`` tokens; layers that do not keep the whole past are as usual.
+def reserved_cache(model: Any, length: int, dtype: torch.dtype | None = None) -> DynamicCache | None:
+    """Return an empty cache for ``length`` tokens, or None if the model makes one of its own kind, as MiniMax.
+
+    Layers that do not keep the whole past are as usual.
 
     Args:
         model: a causal language model of transformers.
         length: how many tokens it will hold at most.
         dtype: of the stored keys and values; None keeps the model's.
     """
+    if not model._supports_default_dynamic_cache():
+        return None
     cache = DynamicCache(config=model.config)
     cache.layers = [_Reserved(length, dtype) if type(x) is DynamicLayer else x for x in cache.layers]
     return cache
