@@ -219,6 +219,7 @@ def broken() -> LlamaForCausalLM:
         (llama, {"data": torch.randn(8, 4)}, TypeError, "token ids"),
         (llama, {"where": lambda name, layer: False}, ValueError, "no layer was selected"),
         (llama, {"keep": 0.001}, ValueError, "cannot be met"),
+        (torch.jit.ScriptModule, {}, TypeError, "it was made of"),
         (broken, {}, ValueError, r"layers\.1\.mlp\.up_proj: its weight holds NaN"),
     ],
 )

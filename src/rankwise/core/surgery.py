@@ -165,8 +165,11 @@ def select(
         tables: also find the embeddings that share their weight with no other layer.
 
     Raises:
+        TypeError: of modules of torch.jit.
         ValueError: if nothing is selected.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("layers of torch.jit cannot be replaced; give the module that it was made of.")
     check_function("where", where, "a function of (name, module)")
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings() if isinstance(model, _HasHead) else None
