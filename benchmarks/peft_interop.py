@@ -130,6 +130,7 @@ WRITTEN: dict[str, tuple[tuple[str, ...], Callable[[Any], None]]] = {
     "LORA, experts of several ranks": (tuple(MIXTURES), ours(method=Eva(rank=4, alpha=6.0), where=inner)),
     "LORA, experts, one of two": (tuple(MIXTURES), ours(method=Lora(rank=4), where=second)),
     "LORA, head adapted": (("llama untied",), ours(method=Lora(rank=4), where=lambda n, layer: True)),
+    "LORA, embeddings adapted": (("llama untied",), ours(method=Lora(rank=4), embeddings=True)),
 }
 
 
@@ -155,6 +156,7 @@ def theirs(name: str) -> dict[str, Any]:
             "LORA, head saved": peft.LoraConfig(**lora, modules_to_save=["lm_head"]),
             "LORA, head adapted": peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"]),
             "LORA, all-linear": peft.LoraConfig(r=4, target_modules="all-linear"),
+            "LORA, embeddings adapted": peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"]),
         }
     norm = {"llama": "norm", "gpt2": "ln_f"}[kind]
     found = {
@@ -169,6 +171,9 @@ def theirs(name: str) -> dict[str, Any]:
         "ADALORA": peft.AdaLoraConfig(**usual, init_r=4, lora_alpha=6, total_step=10),
     }
     if name == "llama":
+        found["HRA"] = peft.HRAConfig(**usual, r=3)
+        found["HRA, Gram-Schmidt"] = peft.HRAConfig(**usual, r=3, apply_GS=True)
+        found["LOKR"] = peft.LoKrConfig(**usual, r=2, alpha=6, decompose_both=True)
         found["MISS"] = peft.MissConfig(**usual, r=5)
         found["MISS, mini"] = peft.MissConfig(**usual, r=4, mini_r=8, init_weights="mini")
         found["MISS, bat"] = peft.MissConfig(**usual, r=4, init_weights="bat")

@@ -186,6 +186,95 @@ def test_an_adalora_of_rank_0_changes_nothing(tmp_path: Path):
     assert [row["name"] for row in report.rows] == ["2.0"]
 
 
+@pytest.mark.parametrize("commuting", [False, True])
+def test_the_formula_of_hra(commuting: bool, tmp_path: Path):
+    vectors = draw(8, 3, seed=1)
+    tensors = {"0.hra_u": vectors}
+    folder = folder_of(tmp_path / "a", tensors, peft_type="HRA", r=3, apply_GS=commuting, lora_alpha=0)
+    turned = torch.eye(8).double()
+    for column in (torch.linalg.qr(vectors).Q if commuting else vectors).mT:
+        turned = turned @ (torch.eye(8).double() - 2 * torch.outer(column, column) / column.dot(column))
+    model = one_layer()
+    before = model[0].weight.detach().clone()
+    torch.testing.assert_close(change(model, folder), before @ turned - before)
+    edited(folder, lambda config: config.update(r=2))
+    with pytest.raises(ValueError, match=r"its vectors are \(8, 3\), but 2 in the description"):
+        rankwise.load_adapter(one_layer(), folder)
+
+
+def kronecker(whole: str) -> dict[str, Tensor]:
+    """Factors of (3, 2) and (4, 4), of which those named are whole."""
+    found = {}
+    for i, (name, (m, n)) in enumerate({"w1": (3, 2), "w2": (4, 4)}.items()):
+        if name in whole:
+            found[f"0.lokr_{name}"] = draw(m, n, seed=i)
+        else:
+            found |= {f"0.lokr_{name}_a": draw(m, 2, seed=i), f"0.lokr_{name}_b": draw(2, n, seed=i + 9)}
+    return found
+
+
+@pytest.mark.parametrize("whole", ["w1 w2", "w1", "w2", "none"])
+def test_the_formula_of_lokr(whole: str, tmp_path: Path):
+    tensors = kronecker(whole)
+    folder = folder_of(tmp_path / "a", tensors, peft_type="LOKR", r=2, alpha=5, lora_alpha=0)
+    part = {name.removeprefix("0.lokr_"): tensor for name, tensor in tensors.items()}
+    one, two = (part[w] if w in part else part[f"{w}_a"] @ part[f"{w}_b"] for w in ("w1", "w2"))
+    torch.testing.assert_close(change(one_layer(), folder), 5 / 2 * torch.kron(one, two))
+    edited(folder, lambda config: config.update(alpha_pattern={"0": 3}, rank_pattern={"0": 1}))
+    torch.testing.assert_close(change(one_layer(), folder), 3 * torch.kron(one, two))
+    edited(folder, lambda config: config.update(use_effective_conv2d=True))
+    with pytest.raises(ValueError, match="use_effective_conv2d = True, which is not supported"):
+        rankwise.load_adapter(one_layer(), folder)
+
+
+def test_half_a_lokr_is_refused(tmp_path: Path):
+    tensors = {name: tensor for name, tensor in kronecker("w1").items() if name != "0.lokr_w2_b"}
+    folder = folder_of(tmp_path / "a", tensors, peft_type="LOKR", lora_alpha=0)
+    with pytest.raises(ValueError, match="it has neither lokr_w2 nor its two factors"):
+        rankwise.load_adapter(one_layer(), folder)
+
+
+@pytest.mark.parametrize("padding", [None, 4])
+def test_the_formula_of_embeddings(padding: int | None, tmp_path: Path):
+    def net() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Embedding(9, 6, padding_idx=padding)).double()
+
+    a, b = draw(2, 9, seed=1), draw(6, 2, seed=2)
+    if padding is not None:
+        a[:, padding] = 0  # no gradient reaches it in PEFT
+    tensors = {"0.lora_embedding_A": a, "0.lora_embedding_B": b, "0.base_layer.weight": net()[0].weight.detach()}
+    model, tokens = net(), torch.arange(9)
+    rankwise.load_adapter(model, folder_of(tmp_path / "a", tensors, lora_dropout=0.5))
+    expected = net()(tokens) + 8 / 2 * (b @ a).mT
+    torch.testing.assert_close(model.eval()(tokens), expected)
+    config, again = written(model, tmp_path / "b")
+    assert config["target_modules"] == "0"
+    assert {name: tuple(tensor.shape) for name, tensor in again.items()} == {
+        "base_model.model.0.lora_embedding_A": (2, 9),
+        "base_model.model.0.lora_embedding_B": (6, 2),
+    }
+    other = net()
+    rankwise.load_adapter(other, tmp_path / "b")
+    torch.testing.assert_close(other.eval()(tokens), expected)
+    model(tokens).sum().backward()
+    moved = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert all(grad is not None for grad in moved.values())
+    if padding is not None:
+        assert not any(bool(g[:, padding].any()) for g in moved.values() if g is not None and g.shape == (2, 9))
+    folder_of(tmp_path / "c", tensors | {"0.lora_magnitude_vector": draw(9)}, use_dora=True)
+    with pytest.raises(ValueError, match="lengths of tokens, which is not supported"):
+        rankwise.load_adapter(net(), tmp_path / "c")
+
+
+def test_an_embedding_that_is_tied_is_named(tmp_path: Path):
+    name = "model.embed_tokens"
+    tensors = {f"{name}.lora_embedding_A": draw(2, 64), f"{name}.lora_embedding_B": draw(32, 2)}
+    folder = folder_of(tmp_path / "a", tensors, target_modules=["embed_tokens"])
+    with pytest.raises(ValueError, match=r"embed_tokens alone, which shares its weight with another layer; give"):
+        rankwise.load_adapter(llama(), folder)
+
+
 def triplets(matrix: StructuredMatrix, rank: int) -> StructuredMatrix:
     m, n = matrix.shape
     inner = Product(Dense(draw(m, rank)), Diagonal(draw(rank)), Dense(draw(rank, n)))

@@ -51,8 +51,8 @@ class Lora(AdaptedExporter):
             matrix, view = weights.matrix(name), weights.site(name).view
             if not kind.fits(view):
                 raise ValueError(
-                    f"layer {layer} is no linear layer or convolution without dilation, the only ones that are "
-                    "written as a LoRA; export to merged instead."
+                    f"layer {layer} is a convolution with dilation, which PEFT's LoRA does not have; export to "
+                    "merged instead."
                 )
             pieces[layer] = piece = kind.piece(matrix, view, self.rank)
             if piece is None:

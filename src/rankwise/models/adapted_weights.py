@@ -55,6 +55,7 @@ class AdaptedWeights:
             )
         self.model = without_values(config_from(base.config))
         self._sites: Mapping[str, Site] = sites_of(self.model)
+        adapter.refuse_tied(self.model, self._sites)
         adapter.prepare(self.model)
         layers = list(dict.fromkeys([*adapter.layers, *adapter.wanted(self._sites, head_of(self.model))]))
         for name in layers:

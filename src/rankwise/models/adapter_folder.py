@@ -128,6 +128,7 @@ class AdapterFolder(abc.ABC):
             ValueError: if something does not fit.
         """
         sites, made = sites_of(model), {}
+        self.refuse_tied(model, sites)
         self.prepare(model)
         for name in dict.fromkeys([*self.layers, *self.wanted(sites, head_of(model))]):
             if name in sites:
@@ -144,6 +145,15 @@ class AdapterFolder(abc.ABC):
         found = {site.name: self.rate(site.name) for site, _ in (*matrices, *modules)}
         rates = {name: rate for name, rate in found.items() if rate is not None}
         return Adaptation(matrices, modules, whole, missing, self.unexpected, self.others, rates)
+
+    def refuse_tied(self, model: nn.Module, sites: Mapping[str, Site]) -> None:
+        """Raise ValueError if an embedding has an adapter that shares its weight with the head."""
+        every = dict(model.named_modules(remove_duplicate=False))
+        for name in self.layers:
+            if name not in sites and isinstance(every.get(name), nn.Embedding):
+                raise ValueError(
+                    f"{self.title} adapts {name} alone, which shares its weight with another layer; {_UNTIE}."
+                )
 
     def replaced(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
         """Return ``whole``, with all other names of the parameters that are replaced, as those of tied ones.

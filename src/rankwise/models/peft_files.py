@@ -296,14 +296,14 @@ class PeftFolder(AdapterFolder):
         experts, place, i = self._experts.get(name, (None, name, 0))
         keys, found = self._parts.get(place, {}), {}
         for end in self.kind.ends:
-            if end in keys or end not in self.kind.optional:
+            if end in keys or end in self.kind.needed(view):
                 found[end] = self.take(keys.get(end, f"{PREFIX}{place}.{end}"))
         tensors = {end: _wide(tensor, base) for end, tensor in found.items() if tensor is not None}
         if len(tensors) < len(found) or not all(tensor.numel() for tensor in tensors.values()):
             return None
         path = name if experts is None else experts.path
         rank = _of_pattern(self.config.get("rank_pattern"), path, self.config.get("r", self.kind.rank))
-        alpha = _of_pattern(self.config.get("alpha_pattern"), path, self.config.get("lora_alpha", ALPHA))
+        alpha = _of_pattern(self.config.get("alpha_pattern"), path, self.config.get(self.kind.alpha, ALPHA))
         try:
             if experts is not None:
                 tensors = parted(experts, tensors, i)

@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.views import Conv2dView, LinearView, View
+from ..core.views import Conv2dView, EmbeddingView, LinearView, View
 from ..matrices import (
     Base,
     BlockAffine,
     Branch,
     Dense,
     Diagonal,
+    Kronecker,
     LowRank,
     Product,
+    Reflections,
     RowNormalised,
     StructuredMatrix,
     Sum,
@@ -67,18 +69,23 @@ class PeftKind(abc.ABC):
 
     Attributes:
         name: PEFT's ``peft_type``.
-        ends: the ends of the names of a layer's tensors, of which all but those in ``optional`` are there.
+        ends: the ends of the names of a layer's tensors.
         fields: of the description, which are read.
         biases: what the description says where the biases of adapted layers train.
         rank: where the description names none.
+        alpha: what the description calls the number over which the rank divides the scale.
     """
 
     name: str
     ends: tuple[str, ...]
-    optional: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
     biases: str = "lora_only"
     rank: int = 8
+    alpha: str = "lora_alpha"
+
+    def needed(self, view: View) -> tuple[str, ...]:
+        """Which of ``ends`` a layer must have."""
+        return self.ends
 
     @abc.abstractmethod
     def piece(self, matrix: StructuredMatrix, view: View) -> Piece | None:
@@ -102,12 +109,14 @@ class PeftKind(abc.ABC):
         """
 
 
+_FACTORS, _FACTORS_OF_TABLES = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
+
+
 class LoraKind(PeftKind):
     """W + s B A, also with rows of trained lengths; every other change of low rank can be written as one."""
 
     name = "LORA"
-    ends = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
-    optional = ("lora_magnitude_vector",)
+    ends = (*_FACTORS, "lora_magnitude_vector", *_FACTORS_OF_TABLES)
     fields = (
         *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
         "target_parameters",
@@ -116,13 +125,20 @@ class LoraKind(PeftKind):
     @staticmethod
     def fits(view: View) -> bool:
         """Whether PEFT computes W + s B A for such a layer; its convolution A has no dilation."""
-        return isinstance(view, LinearView) or (isinstance(view, Conv2dView) and view.dilation == (1, 1))
+        if isinstance(view, Conv2dView):
+            return view.dilation == (1, 1)
+        return isinstance(view, (LinearView, EmbeddingView))
+
+    def needed(self, view: View) -> tuple[str, ...]:
+        """The two factors, which have other names where the layer is an embedding."""
+        return _FACTORS_OF_TABLES if isinstance(view, EmbeddingView) else _FACTORS
 
     def piece(self, matrix: StructuredMatrix, view: View, most: int | None = None) -> Piece | None:
         """Take the factors, or find some, of at most a rank."""
         if not self.fits(view):
             return None
-        if isinstance(matrix, RowNormalised) and (most is None or matrix.update.rank <= most):
+        table = isinstance(view, EmbeddingView)
+        if isinstance(matrix, RowNormalised) and not table and (most is None or matrix.update.rank <= most):
             branch, factors = matrix.update, thin_factors(matrix.update.matrix)
             assert factors is not None
             found = {
@@ -134,14 +150,15 @@ class LoraKind(PeftKind):
         change = change_of(matrix, most)
         if change is None:
             return None
-        found = {"lora_A.weight": change.right, "lora_B.weight": change.left}
+        found = dict(zip(self.needed(view), (change.right, change.left), strict=True))
         rank = change.left.shape[1]
         return Piece(_as_layers(found, view), rank, change.scale, change.dropout, change.error)
 
     def describe(self, pieces: Mapping[str, Piece]) -> dict[str, Any] | None:
         """Give the most frequent rank and alpha, and patterns for all others."""
         dora = {"lora_magnitude_vector" in piece.tensors for piece in pieces.values()}
-        dropout = {piece.dropout for piece in pieces.values()}
+        tables = [name for name, piece in pieces.items() if _FACTORS_OF_TABLES[0] in piece.tensors]
+        dropout = {p.dropout for name, p in pieces.items() if name not in tables} or {0.0}  # drop no tokens
         if len(dora) > 1 or len(dropout) > 1:
             return None
         ranks = {name: piece.rank for name, piece in pieces.items()}
@@ -165,7 +182,7 @@ class LoraKind(PeftKind):
         """Check the layer and the rank, and build the sum."""
         if not self.fits(view):
             raise ValueError("PEFT computes another change of this kind of layer, such as one with dilation.")
-        right, left = tensors["lora_A.weight"].flatten(1), tensors["lora_B.weight"].flatten(1)
+        right, left = (tensors[end].flatten(1) for end in self.needed(view))
         rank = len(right)
         if settings.rank is not None and rank != settings.rank:
             raise ValueError(f"its rank is {rank}, but {settings.rank} in the description.")
@@ -175,7 +192,10 @@ class LoraKind(PeftKind):
         if bool(settings.fields.get("use_dora")) != (lengths is not None):
             raise ValueError("use_dora in the description and the tensors disagree.")
         if lengths is None:
-            return Sum(base, update)
+            made = Sum(base, update)
+            return view.adapted(made) if _spares_padding(right, view) else made
+        if isinstance(view, EmbeddingView):
+            raise ValueError("of an embedding PEFT trains lengths of tokens, which is not supported.")
         made = RowNormalised.of(base, update)
         with torch.no_grad():
             made.lengths.copy_(lengths.flatten())
@@ -278,12 +298,79 @@ class MissKind(PeftKind):
         return Sum(base, Branch(Tiled(block.mT, base.shape), dropout=settings.fields.get("miss_dropout", 0.0)))
 
 
-KINDS: tuple[PeftKind, ...] = (AdaLoraKind(), MissKind(), LoraKind())  # the first that fits all layers is written
+class ReadKind(PeftKind):
+    """A kind that is read and not written: what is of low rank is written as LORA, which more programs know."""
+
+    def piece(self, matrix: StructuredMatrix, view: View) -> Piece | None:
+        """None, for any expression."""
+        return None
+
+    def describe(self, pieces: Mapping[str, Piece]) -> dict[str, Any] | None:
+        """None, for any layers."""
+        return None
+
+
+class HraKind(ReadKind):
+    """W H_1 ... H_r, reflections of the inputs; with Gram-Schmidt they are made to commute."""
+
+    name = "HRA"
+    ends = ("hra_u",)
+    fields = ("r", "apply_GS")
+
+    def matrix(
+        self, base: Base, tensors: Mapping[str, Tensor], settings: Settings, view: View
+    ) -> StructuredMatrix:
+        """Build the product; the columns that PEFT makes orthonormal are so from then on."""
+        vectors = tensors["hra_u"]
+        if vectors.shape[1:] != (settings.rank,):
+            raise ValueError(f"its vectors are {tuple(vectors.shape)}, but {settings.rank} in the description.")
+        if settings.fields.get("apply_GS"):
+            vectors = torch.linalg.qr(vectors.double()).Q.to(vectors.dtype)
+        return Product(base, Branch(Reflections(vectors.mT.contiguous())))
+
+
+class LokrKind(ReadKind):
+    """W + s A x B, a Kronecker product, each of whose factors may be a product of thin matrices."""
+
+    name = "LOKR"
+    ends = tuple(f"lokr_{factor}{end}" for factor in ("w1", "w2") for end in ("", "_a", "_b"))
+    fields = ("r", "alpha", "rank_pattern", "alpha_pattern", "decompose_both", "decompose_factor")
+    alpha = "alpha"
+
+    def needed(self, view: View) -> tuple[str, ...]:
+        """None for certain."""
+        return ()
+
+    def matrix(
+        self, base: Base, tensors: Mapping[str, Tensor], settings: Settings, view: View
+    ) -> StructuredMatrix:
+        """Build the sum; the kernel of a convolution belongs to the second factor."""
+        factors: list[StructuredMatrix] = []
+        for name in ("lokr_w1", "lokr_w2"):
+            whole, left, right = (tensors.get(name + end) for end in ("", "_a", "_b"))
+            if whole is not None:
+                factors.append(Dense(whole.flatten(1)))
+            elif left is not None and right is not None:
+                factors.append(LowRank(left, right))
+            else:
+                raise ValueError(f"it has neither {name} nor its two factors.")
+        return Sum(base, Branch(Kronecker(*factors), settings.alpha / (settings.rank or self.rank)))
+
+
+KINDS: tuple[PeftKind, ...] = (  # the first that fits all layers is written
+    *(AdaLoraKind(), MissKind(), HraKind(), LokrKind(), LoraKind()),
+)
 
 
 def plain(number: float) -> float:
     """Return a number as an integer if it is one."""
     return int(number) if number == int(number) else number
+
+
+def _spares_padding(right: Tensor, view: View) -> bool:
+    """Whether a change leaves the padding token alone, if the layer is an embedding that has one."""
+    padding = view.padding if isinstance(view, EmbeddingView) else None
+    return padding is None or not bool(right[:, padding].any())
 
 
 def _as_layers(tensors: Mapping[str, Tensor], view: View) -> dict[str, Tensor]:
