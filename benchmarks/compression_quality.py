@@ -173,7 +173,7 @@ def grid(options):
 
 
 def structures(options):
-    """Structures beside truncations, dictionaries that two layers share, and pruning without an ingredient.
+    """Structures beside truncations, shared dictionaries, ranks in multiples, and pruning without an ingredient.
 
     Left out are, one at a time: the allocator (all layers get equal shares), and with equal shares the outputs'
     metric, all but the diagonal of the inputs', the search for places, and shrinkage.
@@ -196,6 +196,8 @@ def structures(options):
         yield {**alike, "keep": 0.6, "fields": {"share": 0.6, **left}}
     for method, keep in itertools.product(("OrthogonalDictionary", "CoSpaDi"), (0.8, 0.6)):
         yield {**alike, "method": method, "keep": keep, "fields": {"share": keep, "layers": 2}}
+    for keep in (0.8, 0.6):
+        yield {**BEST, **about, "keep": keep, "fields": {"rank_multiple": 32}}
     for each, keep in itertools.product((PRUNED, BOTH), (0.6, 0.4)):
         yield {**each, **about, "keep": keep}
 

@@ -174,6 +174,7 @@ def theirs(name: str) -> dict[str, Any]:
         found["HRA"] = peft.HRAConfig(**usual, r=3)
         found["HRA, Gram-Schmidt"] = peft.HRAConfig(**usual, r=3, apply_GS=True)
         found["LOKR"] = peft.LoKrConfig(**usual, r=2, alpha=6, decompose_both=True)
+        found["LOHA"] = peft.LoHaConfig(**usual, r=2, alpha=6)
         found["MISS"] = peft.MissConfig(**usual, r=5)
         found["MISS, mini"] = peft.MissConfig(**usual, r=4, mini_r=8, init_weights="mini")
         found["MISS, bat"] = peft.MissConfig(**usual, r=4, init_weights="bat")

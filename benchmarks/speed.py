@@ -24,6 +24,7 @@ from rankwise.models.texts import tokens as ids_of
 def structures(keep):
     """Name, method and allocator of each."""
     yield f"pivot {keep}", KroneckerFactoredSvd(), water_filling
+    yield f"pivot, ranks by 32, {keep}", KroneckerFactoredSvd(rank_multiple=32), water_filling
     yield f"factors {keep}", KroneckerFactoredSvd(gauge="factors"), water_filling
     yield f"sparse {keep}", KroneckerFactoredPruning(share=keep, steps=1, solves=1), uniform
     yield f"sparse dictionary {keep}", OrthogonalDictionary(share=keep, steps=1), uniform

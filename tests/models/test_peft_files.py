@@ -234,6 +234,35 @@ def test_half_a_lokr_is_refused(tmp_path: Path):
         rankwise.load_adapter(one_layer(), folder)
 
 
+def hadamard(rank: int) -> dict[str, Tensor]:
+    """Two pairs of factors of a (12, 8) matrix."""
+    shapes = {"w1_a": (12, rank), "w1_b": (rank, 8), "w2_a": (12, rank), "w2_b": (rank, 8)}
+    return {f"0.hada_{end}": draw(*shape, seed=i) for i, (end, shape) in enumerate(shapes.items())}
+
+
+@pytest.mark.parametrize(("rank", "kind"), [(2, LowRank), (3, Dense)])
+def test_the_formula_of_loha(rank: int, kind: type[StructuredMatrix], tmp_path: Path):
+    tensors = hadamard(rank)
+    folder = folder_of(tmp_path / "a", tensors, peft_type="LOHA", r=rank, alpha=5, lora_alpha=0)
+    a, b, c, d = tensors.values()
+    model = one_layer()
+    torch.testing.assert_close(change(model, folder), 5 / rank * (a @ b) * (c @ d))
+    (branch,) = (part for part in model.modules() if isinstance(part, Branch))
+    assert type(branch.matrix) is kind
+    edited(folder, lambda config: config.update(alpha_pattern={"0": 3}))
+    torch.testing.assert_close(change(one_layer(), folder), 3 / rank * (a @ b) * (c @ d))
+    edited(folder, lambda config: config.update(r=4))
+    with pytest.raises(ValueError, match=f"its rank is {rank}, but 4 in the description"):
+        rankwise.load_adapter(one_layer(), folder)
+
+
+def test_a_loha_of_another_shape_is_refused(tmp_path: Path):
+    tensors = hadamard(2) | {"0.hada_w2_b": draw(2, 1)}  # would be broadcast
+    folder = folder_of(tmp_path / "a", tensors, peft_type="LOHA", r=2, lora_alpha=0)
+    with pytest.raises(ValueError, match="the two products have different shapes"):
+        rankwise.load_adapter(one_layer(), folder)
+
+
 @pytest.mark.parametrize("padding", [None, 4])
 def test_the_formula_of_embeddings(padding: int | None, tmp_path: Path):
     def net() -> nn.Sequential:

@@ -357,8 +357,34 @@ class LokrKind(ReadKind):
         return Sum(base, Branch(Kronecker(*factors), settings.alpha / (settings.rank or self.rank)))
 
 
+class LohaKind(ReadKind):
+    """W + s (A B) * (C D), entry by entry, whose rank is at most the product of the two ranks."""
+
+    name = "LOHA"
+    ends = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    fields = ("r", "alpha", "rank_pattern", "alpha_pattern")
+    alpha = "alpha"
+
+    def matrix(
+        self, base: Base, tensors: Mapping[str, Tensor], settings: Settings, view: View
+    ) -> StructuredMatrix:
+        """Build the sum, of two factors where these are thin; they train as two factors of any values do."""
+        a, b, c, d = (tensors[end] for end in self.ends)
+        if {a.shape[1], len(b), c.shape[1], len(d)} != {settings.rank}:
+            raise ValueError(f"its rank is {a.shape[1]}, but {settings.rank} in the description.")
+        if len(a) != len(c) or b.shape[1] != d.shape[1]:
+            raise ValueError("the two products have different shapes.")
+        rank = a.shape[1] * c.shape[1]
+        if rank * sum(base.shape) < math.prod(base.shape):
+            left, right = a[:, :, None] * c[:, None], b[:, None] * d
+            update: StructuredMatrix = LowRank(left.flatten(1), right.flatten(0, 1))
+        else:
+            update = Dense((a @ b) * (c @ d))
+        return Sum(base, Branch(update, settings.alpha / (settings.rank or self.rank)))
+
+
 KINDS: tuple[PeftKind, ...] = (  # the first that fits all layers is written
-    *(AdaLoraKind(), MissKind(), HraKind(), LokrKind(), LoraKind()),
+    *(AdaLoraKind(), MissKind(), HraKind(), LokrKind(), LohaKind(), LoraKind()),
 )
 
 
