@@ -100,7 +100,7 @@ class Bench:
             self.statistics = None  # the old ones' memory is needed for the new ones
             self.remembered.clear()
             ids = self.calibration_ids(name, count)
-            needs = [need for method in METHODS for need in getattr(compressors, method).needs]
+            needs = [need for method in (*METHODS, "Lord") for need in getattr(compressors, method).needs]
             chosen = labels.given if name == "self" else labels.sampled
             cast = torch.bfloat16 if self.options.bfloat16 else None
             self.statistics = rankwise.calibrate(self.model, needs, data=ids, labels=chosen, autocast=cast)
@@ -197,7 +197,11 @@ def structures(options):
     for method, keep in itertools.product(("OrthogonalDictionary", "CoSpaDi"), (0.8, 0.6)):
         yield {**alike, "method": method, "keep": keep, "fields": {"share": keep, "layers": 2}}
     for keep in (0.8, 0.6):
+        yield {**BASELINE, **about, "method": "Lord", "keep": keep}
         yield {**BEST, **about, "keep": keep, "fields": {"rank_multiple": 32}}
+    for part in (0.6, 0.15):
+        fields = {"share": 0.6, "sparse_share": part}
+        yield {**alike, "method": "SparsePlusLowRank", "keep": 0.6, "fields": fields}
     for each, keep in itertools.product((PRUNED, BOTH), (0.6, 0.4)):
         yield {**each, **about, "keep": keep}
 

@@ -3,8 +3,9 @@
 Parts: ``refresh``, the seconds to find a basis for a drifting gradient with a falling spectrum, and the share of
 its energy that the basis holds, divided by the share that the SVD's basis holds; ``step``, the seconds of a step
 between two refreshes on such matrices; ``stalls``, the longest step over the median one, on the layers of a small
-Llama, with the very first step (which fits all bases, and makes all states) apart; ``compiled``, the seconds of
-such a layer's steps with ``Optimizer(compiled=True)`` and without, beside torch's own AdamW, plain and fused.
+Llama, with the very first step (which fits all bases, and makes all states) apart, each step the median of three
+equal runs, since what else the machine does has no fixed step; ``compiled``, the seconds of such a layer's steps
+with ``Optimizer(compiled=True)`` and without, beside torch's own AdamW, plain and fused.
 
 galore-torch (``pip install --no-deps galore-torch``) imports bitsandbytes, which needs a GPU, for its 8-bit
 optimiser; its own AdamW and projector are loaded here without that. Both keep float32 states.
@@ -135,18 +136,24 @@ def pair(adamw, shapes, rank, every):
     return made
 
 
-def steps(rows, adamw, part, shapes, rank, every, count):
-    """Time steps, taking turns."""
-    optimizers, seconds = pair(adamw, shapes, rank, every), {}
-    for _ in range(count):
-        for name, optimizer in optimizers.items():
-            seconds.setdefault(name, []).append(timed(optimizer.step)[0])
+def steps(rows, adamw, part, shapes, rank, every, count, runs=1):
+    """Time steps, taking turns; of several equal runs each step counts as its median one."""
+    seen = {}
+    for _ in range(runs):
+        optimizers = pair(adamw, shapes, rank, every)
+        for name in optimizers:
+            seen.setdefault(name, []).append([])
+        for _ in range(count):
+            for name, optimizer in optimizers.items():
+                seen[name][-1].append(timed(optimizer.step)[0])
+    seconds = {name: [statistics.median(s) for s in zip(*found, strict=True)] for name, found in seen.items()}
     base = statistics.median(seconds["galore-torch"][1:])
     for name, (first, *others) in seconds.items():
         median = statistics.median(others)
-        about = {"matrices": len(shapes), "rank": rank, "every": every, "steps": count, "first": first}
-        figures = {"median": median, "ratio": median / base, "max_over_median": max(others) / median}
-        rows.add(part=part, optimizer=name, **about, **figures, mean=statistics.mean(others))
+        case = {"matrices": len(shapes), "rank": rank, "every": every, "steps": count, "runs": runs}
+        figures = {"first": first, "median": median, "ratio": median / base}
+        figures["max_over_median"] = max(others) / median
+        rows.add(part=part, optimizer=name, **case, **figures, mean=statistics.mean(others))
 
 
 def compiled(rows, shapes, rank, count):
@@ -198,7 +205,8 @@ def main():
     if not rows.has(part="step"):
         steps(rows, adamw, "step", [(m, n), (n, m), (m, m)], rank, 10**6, 5 * rounds)
     if not rows.has(part="stalls"):
-        steps(rows, adamw, "stalls", layers, width // 4, max(2, count // 2), count)
+        runs = 1 if options.smoke else 3
+        steps(rows, adamw, "stalls", layers, width // 4, max(2, count // 2), count, runs=runs)
     if not rows.has(part="compiled"):
         compiled(rows, [(m, n), (n, m), (m, m)], rank, 5 * rounds)
 
