@@ -66,6 +66,17 @@ def test_counting_without_numbers_is_counting(dtype: torch.dtype, layerwise: boo
             assert pass_bytes(fake, loss_of(fake, 3), layerwise=layerwise) == real
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures_are_counted_without_numbers_in_every_type(name: str, dtype: torch.dtype):
+    model = MIXTURES[name]().to(dtype).train()
+    real = pass_bytes(model, loss_of(model, 2, 16))
+    fused = causal_attention() if model.config._attn_implementation == "sdpa" else None
+    with without_numbers():
+        fake = fresh(model.config, dtype=dtype, attention=fused).train()
+        assert pass_bytes(fake, loss_of(fake, 2, 16)) == real
+
+
 def test_less_is_held_layer_by_layer_and_with_checkpointing():
     with without_numbers():
         model = fresh(WORDS).train()

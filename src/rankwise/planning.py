@@ -129,7 +129,7 @@ def plan(
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
                 raise ValueError(
                     f"{type(network).__name__} in {dtype} does not run without numbers, so it cannot be planned "
-                    f"({reason}); mixtures of experts do in bfloat16."
+                    f"({reason})."
                 ) from error
             if all(any(_largest(need, way, room, batch) >= batch for way in ways) for need in needs):
                 break  # more savings would not be taken

@@ -82,7 +82,21 @@ def without_numbers() -> AbstractContextManager[Any]:
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    return FakeTensorMode()
+    class Numberless(FakeTensorMode):
+        """Knows of products of groups of rows in every type, where torch does in bfloat16 alone."""
+
+        def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._grouped_mm.default:
+                return _grouped_product(*args, **(kwargs or {}))
+            return super().dispatch(func, types, args, kwargs)
+
+    return Numberless()
+
+
+def _grouped_product(a: Tensor, b: Tensor, offs: Tensor | None = None, **_: Any) -> Tensor:
+    """Make what torch's grouped product makes, unset: of groups of rows, of columns, or of what is summed over."""
+    groups = () if a.dim() != b.dim() else (len(a if offs is None else offs),)
+    return a.new_empty(*groups, a.shape[-2], b.shape[-1])
 
 
 def _free(parameter: Tensor) -> None:
