@@ -1,6 +1,7 @@
 """Training of adapters: in the project's loop, a plain one and those of others; budgets, resume, NaN."""
 
 import copy
+import gc
 import itertools
 import shutil
 from pathlib import Path
@@ -232,6 +233,17 @@ def test_activations_are_what_backward_needs():
     logits = 4 * 7 * 2  # log-probabilities of the loss, in float32, and the labels and their count below
     assert report.totals["memory"]["activations"] == 8 * 7 * 6 + 8 * 7 * 5 + logits + 8 * 7 + 4
     assert held_bytes(net) == report.totals["memory"]["weights"] == 8 * (30 + 5 + 10 + 2)
+
+
+def test_nothing_of_a_run_is_held_when_it_is_over():
+    def held() -> int:
+        gc.collect()
+        return sum(issubclass(type(each), Tensor) for each in gc.get_objects())
+
+    rankwise.finetune(tiny(), batches(), steps=1)  # makes what is made once
+    before = held()
+    rankwise.finetune(tiny(), batches(), steps=1)
+    assert held() == before
 
 
 @pytest.mark.parametrize("stop", [4, 9])

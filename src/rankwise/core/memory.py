@@ -159,7 +159,7 @@ def training_bytes(
 def _watching(note: Callable[[Tensor], object]) -> Iterator[None]:
     def pack(tensor: Tensor) -> Tensor:
         note(tensor)
-        return tensor
+        return tensor.detach()  # a result that its own node keeps would keep the node, for ever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield
