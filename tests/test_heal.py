@@ -16,6 +16,7 @@ from rankwise.core import running
 from rankwise.core.surgery import StructuredLinear, structured
 from rankwise.core.targets import Probabilities, target_of
 from rankwise.matrices import LowRank
+from rankwise.training import BACK
 
 
 def ids(tokens: int = 512, seed: int = 1) -> Tensor:
@@ -100,12 +101,35 @@ def test_a_learning_rate_that_ruins_the_model_gives_the_start_back():
     assert report.totals["steps"] == 6
 
 
+def test_after_a_look_that_is_worse_it_goes_on_from_the_best_numbers_more_slowly(monkeypatch):
+    small, dense = pair()
+    step, seen = running.Run._step, []
+
+    def watched(self):
+        best = all(torch.equal(self.best[name], tensor) for name, tensor in self.trained.items())
+        loss = step(self)
+        seen.append((best, self.progress.share))
+        return loss
+
+    monkeypatch.setattr(running.Run, "_step", watched)
+    report = heal(small, dense, lr=0.1, steps=24, patience=8)
+    held, best, share = [row["held_out"] for row in report.rows], float("inf"), 1.0
+    for look, value in enumerate(held[:-1]):
+        share *= 1.0 if value < best else BACK
+        best = min(value, best)
+        assert seen[3 * look][0]  # a better look is the best one; after a worse one the best is put back
+        assert not seen[3 * look + 1][0]
+        assert seen[3 * look][1] == pytest.approx(share)
+    assert share < 1
+    assert report.totals["improved"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [5, 9])
-def test_an_interrupted_run_goes_on_bit_by_bit(tmp_path, monkeypatch, stop):
+@pytest.mark.parametrize(("stop", "lr"), [(5, 1e-4), (9, 1e-4), (4, 0.1), (9, 0.1)])
+def test_an_interrupted_run_goes_on_bit_by_bit(tmp_path, monkeypatch, stop, lr):
     whole, dense = pair()
     fresh = copy.deepcopy(whole)
-    expected = heal(whole, dense, checkpoint=tmp_path / "whole")
+    expected = heal(whole, dense, checkpoint=tmp_path / "whole", lr=lr)
     step, calls = running.Run._step, itertools.count(1)
 
     def interrupted(self):
@@ -116,11 +140,11 @@ def test_an_interrupted_run_goes_on_bit_by_bit(tmp_path, monkeypatch, stop):
     monkeypatch.setattr(running.Run, "_step", interrupted)
     first = copy.deepcopy(fresh)
     with pytest.raises(KeyboardInterrupt):
-        heal(first, dense, checkpoint=tmp_path / "halves")
+        heal(first, dense, checkpoint=tmp_path / "halves", lr=lr)
     monkeypatch.setattr(running.Run, "_step", step)
     shutil.copytree(tmp_path / "halves", tmp_path / "copy")
     for model, folder in ((fresh, "halves"), (first, "copy")):  # a new process, and the interrupted one
-        report = heal(model, dense, checkpoint=tmp_path / folder)
+        report = heal(model, dense, checkpoint=tmp_path / folder, lr=lr)
         assert same(numbers(model), numbers(whole))
         untimed = [[{**row, "seconds": 0} for row in each.rows] for each in (report, expected)]
         assert untimed[0] == untimed[1]

@@ -32,6 +32,7 @@ from .models.causal import check_tokens
 CHECKPOINT = "healing.safetensors"
 MOST_ASIDE = 4  # batches that are judged by: each look runs them all
 BETAS = (0.9, 0.95)  # of Adam: a short memory, since steps are few
+BACK = 0.3  # of the rate, after a look that is no better than the best
 
 
 def heal(
@@ -59,16 +60,17 @@ def heal(
     adapters alone; :func:`rankwise.absorb` then puts them into the matrices.
 
     The loss is KL(reference || model) per token, or half the squared distance per row where the outputs are
-    features. Part of the data is kept aside: training stops when the model gets no better on it, and what
-    was best there remains, which is the start where nothing was better. That holds after an interrupt or an
-    error, too. Models in half precision are kept in float32 meanwhile, and rounded at the end.
+    features. Part of the data is kept aside. After a look at it that is no better, training goes back to the
+    best numbers and on at a lower rate. It stops when the model gets no better, and what was best there remains,
+    which is the start where nothing was better. That holds after an interrupt or an error, too. Models in half
+    precision are kept in float32 meanwhile, and rounded at the end.
 
     Args:
         model: holds structured matrices; layers left dense do not change unless they are adapted.
         reference: the model before compression.
         data: as in :func:`calibrate`; "self" samples from the reference.
-        lr: the largest learning rate of Adam. Weights are of the order of 0.1. The default made the healed
-            rows of docs/results.md; it was chosen on other texts.
+        lr: the largest learning rate of Adam; three tenths of it after each look that is no better. Weights are
+            of the order of 0.1. The default made the healed rows of docs/results.md; other texts chose it.
         budget: seconds, everything but the sampling of "self" counted.
         steps: the largest number of steps. Only a run that ends by it, not by the clock, can be repeated exactly.
         also: which other parameters to train, by name, such as ``lambda name: "norm" in name``; None means none.
@@ -92,8 +94,9 @@ def heal(
         CalibrationError: if the data is empty.
     """
     plan = Plan(
-        seconds=budget, steps=steps, rows=rows, every=every, patience=patience, seed=seed, autocast=autocast
-    )
+        seconds=budget, steps=steps, rows=rows, every=every, patience=patience, back=BACK, seed=seed,
+        autocast=autocast,
+    )  # fmt: skip
     if not 0 < held_out < 1:
         raise ValueError(f"held_out must be > 0 and < 1, got {held_out}.")
     check_rate(lr)

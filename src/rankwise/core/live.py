@@ -94,7 +94,7 @@ def without_numbers() -> AbstractContextManager[Any]:
 
 
 def _grouped_product(a: Tensor, b: Tensor, offs: Tensor | None = None, **_: Any) -> Tensor:
-    """Make what torch's grouped product makes, unset: of groups of rows, of columns, or of what is summed over."""
+    """Make what torch's grouped product makes, unset: its groups are of rows, columns, or what is summed."""
     groups = () if a.dim() != b.dim() else (len(a if offs is None else offs),)
     return a.new_empty(*groups, a.shape[-2], b.shape[-1])
 

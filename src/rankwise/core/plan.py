@@ -21,6 +21,8 @@ class Plan:
         pieces: take so many pieces of the data a step, instead of ``rows``.
         every: steps between two looks at the held-out data, each followed by a checkpoint.
         patience: stop after so many looks without a better one; None never stops early.
+        back: after a look that is no better, go back to the best numbers, forget what the optimizer has gathered,
+            and go on at this share of the learning rate; None goes on from where it is.
         seed: of the order of the data, and of dropout.
         rate: share of the learning rate where a share of the run is done.
         last: the numbers of the last look remain, not the best ones.
@@ -36,6 +38,7 @@ class Plan:
     pieces: int | None = None
     every: int = 4
     patience: int | None = 4
+    back: float | None = None
     seed: int = 0
     rate: Callable[[float], float] = field(default_factory=Linear)
     last: bool = False
@@ -46,6 +49,10 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.seconds > 0 or (self.steps is None and self.seconds == float("inf")):
             raise ValueError(f"the budget must be a positive number of seconds, got {self.seconds}.")
+        if self.back is not None and not (0 < self.back < 1 and self.spare):
+            raise ValueError(
+                f"back must be > 0 and < 1, with spare numbers to go back to, or None; got {self.back}."
+            )
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip must be positive or None, got {self.clip}.")
         for name in ("steps", "rows", "pieces", "every", "patience"):
@@ -72,6 +79,7 @@ class Progress:
     rows: int = 0
     skipped: int = 0
     stale: int = 0
+    share: float = 1.0  # of the learning rate, lowered each time the run goes back
     best_step: int = 0
     best: float = float("inf")
     order: list[int] = field(default_factory=list)  # what is left of this pass over the data

@@ -199,7 +199,7 @@ class Run:
         rows = sum(self.train[i].rows for i in chosen)
         self.progress.step += 1
         self.progress.rows += rows
-        scale = self._rate()
+        scale = self._rate() * self.progress.share
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * scale
         loss, taken = self.stepping.take([lambda i=i: self.train[i].loss(self.model) / rows for i in chosen])
@@ -246,6 +246,10 @@ class Run:
         if held < p.best or not self.plan.spare or (self.plan.last and held < float("inf")):
             p.best, p.best_step = held, p.step
             self._keep()
+        elif self.plan.back is not None:
+            p.share *= self.plan.back
+            self._put(self.best)
+            self.optimizer.state.clear()
         self.observe(p.step, {"held_out": held})
         tell(f"step {p.step}, {row['seconds']:.0f} s: held-out {self.word} {held:.4f} nats a row")
 
