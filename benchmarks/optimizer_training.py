@@ -38,6 +38,8 @@ from rankwise.optimizers import (
     adafactor,
     adam,
     adamp,
+    adamw4bit,
+    adamw8bit,
     apollo,
     apollo_mini,
     aro,
@@ -49,13 +51,14 @@ from rankwise.optimizers import (
     hybrid_auon,
     ldadam,
     muon,
+    q_galore,
     sgd,
     sgdp,
     sign,
     soap,
     trion,
 )
-from rankwise.projectors import LargestRows, Randomised, Svd
+from rankwise.projectors import Backoff, LargestRows, Randomised, Svd
 
 SIZES = {"10M": (320, 8), "3M": (192, 6), "1M": (128, 4), "smoke": (32, 1)}  # hidden size, layers
 SEEDS = (0, 1, 2)
@@ -74,6 +77,8 @@ class Entry:
 
 METHODS = {
     "AdamW": Entry(adam, -11),
+    "AdamW, 8 bits": Entry(adamw8bit, -11),
+    "AdamW, 4 bits": Entry(adamw4bit, -11),
     "SGD, momentum": Entry(lambda: sgd(beta=0.9), -4),
     "signSGD": Entry(sign, -14),
     "Adafactor": Entry(lambda: adafactor(beta=0.9), -10),
@@ -83,6 +88,8 @@ METHODS = {
     "GaLore, SVD": Entry(lambda: galore(rank=RANK, every=EVERY, projector=Svd()), -8),
     "GaLore, randomised": Entry(lambda: galore(rank=RANK, every=EVERY, projector=Randomised()), -8),
     "GaLore, Adafactor": Entry(lambda: galore(rank=RANK, every=EVERY, inner=adafactor(beta=0.9)), -8),
+    "GaLore, 8 bits": Entry(lambda: galore(rank=RANK, every=EVERY, inner=adamw8bit()), -8),
+    "Q-GaLore": Entry(lambda: q_galore(rank=RANK, every=Backoff(EVERY)), -8),  # of float32 weights
     "DCT-AdamW": Entry(lambda: dct_adamw(rank=RANK), -10),
     "DCT-AdamW, feedback": Entry(lambda: dct_adamw(rank=RANK, feedback=True), -10),
     "largest rows, feedback": Entry(lambda: dct_adamw(rank=RANK, feedback=True, projector=LargestRows()), -10),
